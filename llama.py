@@ -1,13 +1,17 @@
-"""LLaMA decoder (Vicuna 7B/13B): embeddings -> next-token logits, with a KV cache.  Paper Sec. 3.1, the LLM.
-     ids (B,T) --embed--> (B,T,D) --layers x [x + attn(norm(x)); x + mlp(norm(x))]--> norm --> (B,T,D)
-         --lm_head--> logits (B,T,vocab)
-   embeds (B,T,D) may take the place of ids: that is how sound and video enter.  mask (B,T), True = keep.
-   Module and tensor names are the Hub's (model.layers.N.self_attn.q_proj.weight), so that its files
-   and peft's adapters fit without a rename table.
-   Public: LlamaConfig, Llama, KVCache."""
+"""LLaMA decoder (Vicuna 7B/13B), its generation and its tokenizer.  Paper Sec. 3.1, the LLM.
+     ids (B,T) --embed--> (B,T,D) --layers: x + attn(norm(x)), x + mlp(norm(x))--> norm
+         --> hidden (B,T,D) --lm_head--> logits (B,T,vocab)
+     generate: prompt (B,T) or (B,T,D) --greedy, top-p or beams--> B lists of new ids
+     Tokenizer: text <-> ids, with sentencepiece
+   embeds (B,T,D) may take the place of ids: that is how sound and video enter. mask (B,T), True =
+   keep. Module and tensor names are the Hub's (model.layers.N.self_attn.q_proj.weight), so that its
+   files and peft's adapters fit without a rename table.
+   Public: LlamaConfig, Llama, KVCache, Tokenizer."""
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +23,7 @@ import hub
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The defaults are LLaMA-1 7B = Vicuna v1.1, the LLM inside InstructBLIP. v1.5: eps 1e-5, 4096."""
+    """Defaults: LLaMA-1 7B = Vicuna v1.1, the LLM in InstructBLIP. In v1.5: eps 1e-5, 4096 long."""
     vocab_size: int = 32000
     width: int = 4096
     layers: int = 32
@@ -38,13 +42,13 @@ class LlamaConfig:
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.width // self.heads)
         if self.heads % self.kv_heads or self.head_dim % 2:
-            raise ValueError(f"heads {self.heads}, kv_heads {self.kv_heads}, head_dim {self.head_dim}: "
-                             "wanted heads a multiple of kv_heads and an even head_dim")
+            raise ValueError(f"heads {self.heads}, kv_heads {self.kv_heads}, head_dim "
+                             f"{self.head_dim}; wanted heads = n * kv_heads and an even head_dim")
 
     @classmethod
     def from_dict(cls, hf):
-        """From a Hub config.json, old style (rope_theta) or new (rope_parameters), LLaMA's own or the
-        text_config inside an InstructBLIP's; what it leaves out is LLaMA-1 7B's."""
+        """From a Hub config.json, old style (rope_theta) or new (rope_parameters), LLaMA's own or
+        the text_config inside an InstructBLIP's; what it leaves out is LLaMA-1 7B's."""
         inside = "text_config" in hf
         hf = hf.get("text_config", hf)
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
@@ -56,12 +60,13 @@ class LlamaConfig:
             ("attention_bias", hf.get("attention_bias", False), False),
             ("mlp_bias", hf.get("mlp_bias", False), False)] if got != want]
         if odd:
-            raise ValueError(f"config.json: unsupported {', '.join(odd)}; use a plain LLaMA checkpoint")
-        theirs = {"vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
-                  "heads": "num_attention_heads", "ffn": "intermediate_size", "eps": "rms_norm_eps",
-                  "max_positions": "max_position_embeddings", "tie_embeddings": "tie_word_embeddings",
-                  "rope_theta": "rope_theta", "head_dim": "head_dim"}
-        if not inside:            # InstructBLIP's text_config says 0 and 1, which were never right
+            raise ValueError(f"config.json: unsupported {', '.join(odd)}; use a plain LLaMA")
+        theirs = {
+            "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
+            "heads": "num_attention_heads", "ffn": "intermediate_size", "eps": "rms_norm_eps",
+            "max_positions": "max_position_embeddings", "tie_embeddings": "tie_word_embeddings",
+            "rope_theta": "rope_theta", "head_dim": "head_dim"}
+        if not inside:            # InstructBLIP's text_config has had wrong ones (0 and 1)
             theirs |= {"bos_id": "bos_token_id", "eos_id": "eos_token_id"}
         ours = {name: hf[key] for name, key in theirs.items() if hf.get(key) is not None}
         ours["rope_theta"] = rope.get("rope_theta", ours.get("rope_theta", cls.rope_theta))
@@ -71,49 +76,52 @@ class LlamaConfig:
         return cls(**ours)
 
     def to_dict(self):
-        """The same as a Hub config.json that any library reads."""
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-                "vocab_size": self.vocab_size, "hidden_size": self.width,
-                "intermediate_size": self.ffn, "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
-                "head_dim": self.head_dim, "rms_norm_eps": self.eps, "rope_theta": self.rope_theta,
-                "rope_scaling": None, "max_position_embeddings": self.max_positions,
-                "tie_word_embeddings": self.tie_embeddings, "attention_bias": False,
-                "mlp_bias": False, "bos_token_id": self.bos_id,
-                "eos_token_id": list(self.eos_id) if isinstance(self.eos_id, tuple) else self.eos_id}
+        """As a Hub config.json, which any library reads."""
+        return {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "vocab_size": self.vocab_size, "hidden_size": self.width, "head_dim": self.head_dim,
+            "intermediate_size": self.ffn, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+            "rms_norm_eps": self.eps, "rope_theta": self.rope_theta, "rope_scaling": None,
+            "max_position_embeddings": self.max_positions, "attention_bias": False,
+            "mlp_bias": False, "tie_word_embeddings": self.tie_embeddings,
+            "bos_token_id": self.bos_id, "eos_token_id": self.eos_id}
 
 
 class KVCache:
-    """Keys and values of the positions so far, allocated once, and which of them are padding."""
+    """Keys and values of the positions so far, and which of these are padding. A layer allocates
+    max_length positions once, at its first write, in the dtype and on the device of its keys."""
 
-    def __init__(self, config, batch, max_length, dtype=None, device=None):
-        shape = (batch, config.kv_heads, max_length, config.head_dim)
-        self.keys, self.values = ([torch.zeros(shape, dtype=dtype, device=device)
-                                   for _ in range(config.layers)] for _ in range(2))
-        self.mask = torch.zeros(batch, max_length, dtype=torch.bool, device=device)  # True = keep
-        self.length = 0
+    def __init__(self, batch, max_length):
+        self.batch, self.max_length, self.length = batch, max_length, 0
+        self.mask, self.layers = None, {}     # (B,max_length) bool, True = keep; index -> [k, v]
 
     def extend(self, mask):
-        """Makes room for new positions with `mask` (B,T); returns the mask of all so far (B,past+T)."""
+        """Makes room for new positions with `mask` (B,T); returns the mask (B,past+T) of all."""
         end = self.length + mask.shape[1]
-        if mask.shape[0] != len(self.mask) or end > self.mask.shape[1]:
-            raise ValueError(f"cache for {len(self.mask)} rows of {self.mask.shape[1]} positions, got "
-                             f"{mask.shape[0]} rows up to {end}; make a larger KVCache")
+        if mask.shape[0] != self.batch or end > self.max_length:
+            raise ValueError(f"KVCache of {self.batch} rows, {self.max_length} positions, got "
+                             f"{mask.shape[0]} rows up to position {end}; make a larger one")
+        if self.mask is None:
+            self.mask = mask.new_zeros(self.batch, self.max_length)
         self.mask[:, self.length:end] = mask
         self.length = end
         return self.mask[:, :end]
 
     def update(self, layer, k, v):
-        """Writes k, v (B,H_kv,T,d) of the newest T positions; returns all so far (B,H_kv,past+T,d)."""
-        new = slice(self.length - k.shape[2], self.length)
-        self.keys[layer][:, :, new], self.values[layer][:, :, new] = k, v
-        return self.keys[layer][:, :, :self.length], self.values[layer][:, :, :self.length]
+        """Writes k, v (B,H,T,d) of the newest T positions; returns those of all, (B,H,past+T,d)."""
+        B, H, T, d = k.shape
+        if layer not in self.layers:
+            self.layers[layer] = [k.new_zeros(B, H, self.max_length, d) for _ in range(2)]
+        for store, new in zip(self.layers[layer], (k, v), strict=True):
+            store[:, :, self.length - T:self.length] = new
+        return [store[:, :, :self.length] for store in self.layers[layer]]
 
-    def reorder(self, rows):
-        """Row i becomes what row rows[i] was: after a beam-search step."""
-        self.mask = self.mask[rows]
-        for tensor in self.keys + self.values:
-            tensor[:, :, :self.length] = tensor[rows, :, :self.length]
+    def reorder(self, beam_index):
+        """Row i becomes what row beam_index[i] was; there may be more or fewer rows than before."""
+        self.batch, self.mask = len(beam_index), self.mask[beam_index]
+        for layer, pair in self.layers.items():       # one layer at a time: two copies of one only
+            self.layers[layer] = [store[beam_index] for store in pair]
 
 
 class RMSNorm(nn.Module):
@@ -123,18 +131,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         x32 = x.float()           # mean square in fp32; the weight multiplies after the cast back
-        return self.weight * (x32 * (x32.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
+        x32 = x32 * (x32.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
+        return self.weight * x32.to(x.dtype)
 
 
 def rotary_angles(config, positions):
-    """positions (B,T) -> cos, sin (B,1,T,d/2) in fp32. Computed, never loaded, so no buffer to cast."""
+    """positions (B,T) -> cos, sin (B,1,T,d/2), always fp32: a buffer would be cast to bf16."""
     index = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions[:, None, :, None].float() * config.rope_theta ** (-index / config.head_dim)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (B,H,T,d): pairs are (i, i + d/2), the Hub's layout, not (2i, 2i + 1)."""
+    """Rotary embedding of x (B,H,T,d). Pairs are (i, i + d/2), the Hub's layout, not (2i, 2i+1)."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -203,9 +212,10 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:       # what adds to the residual starts small, as in GPT-2
+            if parameter.ndim == 2:       # what adds to the residual starts smaller, as in GPT-2
                 adds = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers) if adds else 0.02)
+                std = 0.02 / math.sqrt(2 * config.layers) if adds else 0.02
+                nn.init.normal_(parameter, std=std)
         self._tie()
 
     def _tie(self):
@@ -222,8 +232,8 @@ class Llama(nn.Module):
         rows = None
         if vocab_size is not None:
             if vocab_size > config.vocab_size:
-                raise ValueError(f"{root}: vocabulary of {config.vocab_size}, cannot keep {vocab_size}; "
-                                 "pass a smaller vocab_size or none")
+                raise ValueError(f"{root}: a vocabulary of {config.vocab_size} cannot keep "
+                                 f"{vocab_size} rows; pass a smaller vocab_size or none")
             config = replace(config, vocab_size=vocab_size)
             rows = {"model.embed_tokens.weight": vocab_size, "lm_head.weight": vocab_size}
         with torch.device("meta"):        # no memory and no initialisation that is thrown away
@@ -233,8 +243,10 @@ class Llama(nn.Module):
         return hub.load_into(model, root, prefix=("language_model.", ""), rows=rows).eval()
 
     def save_pretrained(self, folder, dtype=None):
-        """config.json + model.safetensors in the Hub's layout, which from_pretrained reads back."""
-        tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.named_parameters()}
+        """config.json + model.safetensors in the Hub's layout, which from_pretrained reads back.
+        LoRA adapters are left out: merge them first, or save them with lora.save."""
+        tensors = {name: tensor.to(dtype or tensor.dtype)
+                   for name, tensor in self.named_parameters() if ".lora_" not in name}
         hub.save_folder(folder, tensors, self.config.to_dict())
 
     def embed(self, ids):
@@ -269,10 +281,131 @@ class Llama(nn.Module):
         x = self.hidden(ids, embeds=embeds, mask=mask, cache=cache)
         return self.lm_head(x[:, -1:] if last_only else x)
 
+    @torch.no_grad()
+    def generate(self, ids=None, *, embeds=None, mask=None, max_new_tokens=64, num_beams=1,
+                 temperature=0.0, top_p=1.0, repetition_penalty=1.0, length_penalty=1.0,
+                 eos_id=None, generator=None, stream=None, min_new_tokens=0):
+        """Prompts ids (B,T) or embeds (B,T,D), padded on the left by mask -> B lists of new ids,
+        without the end token.
+
+        temperature 0: the likeliest token; above 0: sampled, from the top_p nucleus, with the
+        torch.Generator `generator`.  num_beams > 1: beam search, best sum of log-probabilities /
+        length**length_penalty.  repetition_penalty: ids seen before (those of the prompt too, if
+        it came as ids) get their positive logits divided, their negative ones multiplied by it.
+        stream(row, id) is called for each new id at once.  eos_id: one or several, None: the
+        config's."""
+        eos = self.config.eos_id if eos_id is None else eos_id
+        eos = [eos] if isinstance(eos, int) else list(eos)
+        prompt = ids if embeds is None else embeds
+        padded_end = mask is not None and not mask[:, -1].all()
+        for bad, why in [
+                (prompt is None, "no prompt; pass ids (B,T) or embeds (B,T,D)"),
+                (max_new_tokens < 1 or num_beams < 1 or temperature < 0,
+                 f"max_new_tokens={max_new_tokens}, num_beams={num_beams}, temperature="
+                 f"{temperature}; wanted at least 1, 1 and 0"),
+                (num_beams > 1 and (stream or temperature > 0), "stream and temperature do not go "
+                 "with num_beams > 1, which revises its past tokens; use num_beams=1"),
+                (padded_end, "the last position of a prompt is padding, and generation goes on "
+                 "from there; pad prompts on the left")]:
+            if bad:
+                raise ValueError(f"generate: {why}")
+        B, T = prompt.shape[:2]
+        cache = KVCache(B, T + max_new_tokens)
+        logits = self(ids, embeds=embeds, mask=mask, cache=cache, last_only=True)[:, -1]
+        seen = torch.zeros_like(logits, dtype=torch.bool)                      # (B,vocab)
+        if ids is not None:
+            for row in range(B):
+                seen[row, ids[row] if mask is None else ids[row][mask[row]]] = True
+
+        def adjust(scores, seen, step):
+            scores = torch.where(seen & (scores > 0), scores / repetition_penalty,
+                                 torch.where(seen, scores * repetition_penalty, scores))
+            if step < min_new_tokens:
+                scores[:, eos] = -torch.inf
+            return scores
+
+        if num_beams > 1:
+            return self._beam_search(logits, cache, seen, adjust, max_new_tokens, num_beams,
+                                     length_penalty, eos)
+        pick = partial(pick_token, temperature=temperature, top_p=top_p, generator=generator)
+        return self._sample(logits, cache, seen, adjust, max_new_tokens, pick, eos, stream)
+
+    def _sample(self, logits, cache, seen, adjust, max_new_tokens, pick, eos, stream):
+        new, finished = [[] for _ in logits], [False for _ in logits]
+        for step in range(max_new_tokens):
+            token = pick(adjust(logits.float(), seen, step))                   # (B,1)
+            seen.scatter_(1, token, True)
+            for row, token_id in enumerate(token[:, 0].tolist()):
+                finished[row] |= token_id in eos
+                if not finished[row]:
+                    new[row].append(token_id)
+                    if stream:
+                        stream(row, token_id)
+            if all(finished) or step + 1 == max_new_tokens:
+                break
+            logits = self(token, cache=cache, last_only=True)[:, -1]
+        return new
+
+    def _beam_search(self, logits, cache, seen, adjust, max_new_tokens, count, length_penalty,
+                     eos):
+        B, vocab = logits.shape
+        repeat = torch.arange(B, device=logits.device).repeat_interleave(count)
+        cache.reorder(repeat)
+        logits, seen = logits[repeat], seen[repeat]                            # (B*count,vocab)
+        sums = logits.new_full((B, count), -1e9, dtype=torch.float)
+        sums[:, 0] = 0.0                  # all beams are the same prompt: only the first may branch
+        prompts = [Beams(count, length_penalty, eos) for _ in range(B)]
+        for step in range(max_new_tokens):
+            scores = adjust(logits.float().log_softmax(-1), seen, step) + sums.view(-1, 1)
+            # An end token can take one place a beam, so this many leave `count` that run on.
+            best, index = scores.view(B, -1).topk(count * max(2, 1 + len(eos)), dim=1)
+            beam, token = index // vocab, index % vocab                        # (B,2*count)
+            last = step + 1 == max_new_tokens
+            on = [beams.step(*candidates, last) for beams, *candidates in zip(
+                prompts, best.tolist(), beam.tolist(), token.tolist(), strict=True)]
+            if last or not any(beams.open for beams in prompts):
+                break
+            on = torch.tensor(on, device=index.device)                         # (B,count)
+            sums, token = best.gather(1, on), token.gather(1, on).view(-1, 1)
+            rows = (beam.gather(1, on) + repeat.view(B, count) * count).view(-1)
+            cache.reorder(rows)
+            seen = seen[rows].scatter_(1, token, True)
+            logits = self(token, cache=cache, last_only=True)[:, -1]
+        return [beams.answers[0][1] for beams in prompts]
+
+
+class Beams:
+    """The beam search of one prompt, on the host: the ids of the beams that run, and the best
+    answers so far as (score, ids). The rules of Hugging Face's early_stopping=False
+    (test_llama.py)."""
+
+    def __init__(self, count, length_penalty, eos):
+        self.count, self.length_penalty, self.eos = count, length_penalty, eos
+        self.running, self.answers, self.open = [[]] * count, [], True
+
+    def step(self, sums, beams, tokens, last):
+        """Candidates, best first: sum of log-probabilities, the beam it continues, its new id ->
+        the places of the `count` best that run on. An end among the first `count` is an answer;
+        open turns False when no beam that runs can beat the worst of `count` answers any more."""
+        scale = (len(self.running[0]) + 1) ** self.length_penalty
+        ends = [last or token in self.eos for token in tokens]
+        on = [place for place, end in enumerate(ends) if not end][:self.count]
+        if self.open:
+            for place in range(self.count):
+                if ends[place]:
+                    tail = [] if tokens[place] in self.eos else [tokens[place]]
+                    self.answers.append((sums[place] / scale, self.running[beams[place]] + tail))
+            self.answers = sorted(self.answers, key=lambda answer: -answer[0])[:self.count]
+        if not last:
+            self.running = [self.running[beams[place]] + [tokens[place]] for place in on]
+            reach = sums[on[0]] / scale
+            self.open &= len(self.answers) < self.count or reach > self.answers[-1][0]
+        return on
+
 
 def attention_mask(mask, T):
     """mask (B,past+T) -> (B,1,T,past+T) bool for the newest T queries, or None where plain causal
-    attention does: no past (or one query), and padding only on the right, which no kept token sees."""
+    attention does: no past (or one query), padding only on the right, which no kept token sees."""
     L = mask.shape[1]
     plain = (mask[:, :-1] >= mask[:, 1:]).all() if T == L else T == 1 and mask.all()
     if plain:
@@ -281,3 +414,55 @@ def attention_mask(mask, T):
     key = torch.arange(L, device=mask.device)[None]                            # (1,L)
     keep = (key <= query) & mask[:, None, None, :]
     return keep | (key == query)          # a padding query sees itself, or its softmax would be NaN
+
+
+def pick_token(scores, temperature, top_p, generator):
+    """scores (B,vocab) -> ids (B,1): the best, or one sampled from the fewest that reach top_p."""
+    if temperature == 0:
+        return scores.argmax(dim=-1, keepdim=True)
+    p, order = (scores / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    p = p.masked_fill(p.cumsum(dim=-1) - p > top_p, 0.0)      # likelier ones are enough already
+    return order.gather(1, torch.multinomial(p, 1, generator=generator))
+
+
+class Tokenizer:
+    """The LLaMA sentencepiece model. Ids only of the text: nothing adds <s> or </s>."""
+
+    def __init__(self, path):
+        from sentencepiece import SentencePieceProcessor  # only now: training from ids needs none
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: missing; wanted LLaMA's sentencepiece model, which "
+                                    "lies beside config.json in the Hub's repos")
+        self.pieces = SentencePieceProcessor(model_file=str(path))
+        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
+        self.vocab_size = self.pieces.vocab_size()
+
+    @classmethod
+    def from_pretrained(cls, source):
+        return cls(hub.folder(source) / "tokenizer.model")
+
+    def encode(self, text):
+        """Ids of `text`. Every call starts with its own word boundary, also in mid-sentence: the
+        prompt is encoded in segments, and the LLM was trained with one in front of each.
+        "</s>" inside the text is spelt out, not id 2: append eos_id yourself."""
+        return self.pieces.encode(text)
+
+    def decode(self, ids):
+        """Text of `ids`, without control ids (<s>, </s>, padding)."""
+        return self.pieces.decode([i for i in map(int, ids) if not self.pieces.is_control(i)])
+
+    def stream_decoder(self):
+        """A function push(id) -> the text that this id completes, "" while it is half a character
+        (rare ones are spelt in bytes); push() at the end returns what was held back."""
+        ids, shown = [], 0
+
+        def push(token_id=None):
+            nonlocal shown
+            ids.extend([] if token_id is None else [token_id])
+            text = self.decode(ids)       # of all: spaces and bytes depend on their neighbours
+            if token_id is not None and text.endswith("\N{REPLACEMENT CHARACTER}"):
+                return ""
+            new, shown = text[shown:], len(text)
+            return new
+
+        return push
