@@ -74,13 +74,14 @@ def open_tensors(root):
     return readers
 
 
-def load_into(module, root, prefix="", rename=(), rows=None):
+def load_into(module, root, prefix="", rename=(), rows=None, only=("",)):
     """Copies the tensors of folder `root` whose names start with `prefix` into `module`, one at a
     time, in the module's dtype and on its device.
 
     prefix: str, or a tuple of which the first that occurs in the file counts ("" matches all).
     rename: (theirs, ours) substring pairs, applied in order after the prefix is cut.
     rows:   {our name: n} keeps the first n rows (vocabularies that were padded).
+    only:   prefixes of the names to read, without cutting them; the rest of the file is ignored.
     Raises ValueError that lists missing tensors, unknown tensors and wrong shapes."""
     readers = open_tensors(root)
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
@@ -89,7 +90,8 @@ def load_into(module, root, prefix="", rename=(), rows=None):
         n: b for n, b in module.named_buffers() if n in module.state_dict()}
     unknown, wrong = [], []
     for theirs, read in readers.items():
-        if not theirs.startswith(prefix) or theirs.endswith(NOT_WEIGHTS):
+        if not theirs.startswith(prefix) or not theirs.startswith(tuple(only)) \
+                or theirs.endswith(NOT_WEIGHTS):
             continue
         ours = theirs[len(prefix):]
         for old, new in rename:

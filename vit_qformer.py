@@ -1,0 +1,406 @@
+"""InstructBLIP's visual encoder: video frames and a question -> 32 vectors a frame.
+   Dai et al. 2023 (InstructBLIP) Sec. 2.3, Li et al. 2023 (BLIP-2) Sec. 3.1; FAVOR keeps it frozen.
+
+     frames uint8 (F,H,W,3) --preprocess--> (F,3,224,224)
+       --ViT--> (F,P,1408)                                    P = (224/14)^2 + 1 = 257, with CLS
+       --Q-Former: V queries next to the T text tokens, cross-attention to the ViT--> (F,V,768)
+
+   The question is read by the Q-Former, not by the ViT: encode_image() is worth keeping for the
+   next question, query() is the cheap half. Parameter names are the Hub's (`vit` is its
+   `vision_model`), so the published weights load without a rename table.
+   Public: VisualEncoder, ViTConfig, QFormerConfig, QFormerTokenizer, resize, normalise,
+   preprocess."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+
+import hub
+
+FRAMES_AT_ONCE = 64                                     # bounds memory: 32 s of video at 2 Hz
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # R, G, B of values in [0, 1]
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Defaults: EVA ViT-g/14 without its 40th layer."""
+    width: int = 1408
+    layers: int = 39
+    heads: int = 16
+    ffn: int = 6144                                     # int(1408 * 4.3637)
+    image_size: int = 224
+    patch_size: int = 14
+    eps: float = 1e-6
+
+    @property
+    def n_patches(self):
+        return (self.image_size // self.patch_size) ** 2             # (224/14)^2 = 256, without CLS
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """Defaults: BERT-base with cross-attention to the ViT in every second layer."""
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    ffn: int = 3072
+    vocab_size: int = 30523                             # bert-base-uncased + [DEC]
+    max_positions: int = 512                            # of the text; queries have no position
+    cross_attention_frequency: int = 2                  # layers 0, 2, 4, ...
+    encoder_width: int = 1408
+    eps: float = 1e-12
+
+
+def read_config(root):
+    """InstructBLIP's config.json -> (ViTConfig, QFormerConfig, n_queries). The Hub has it pruned
+    (vision_config is one line there), so whatever is absent takes the defaults above."""
+    config = hub.read_json(root / "config.json")
+    vision, qformer = config.get("vision_config") or {}, config.get("qformer_config") or {}
+    for name, part in (("vision_config", vision), ("qformer_config", qformer)):
+        if part.get("hidden_act", "gelu") != "gelu":
+            raise ValueError(f"{root}: {name}.hidden_act is {part['hidden_act']!r}; only 'gelu' "
+                             "(all published InstructBLIPs) is built here")
+    shared = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+              "ffn": "intermediate_size", "eps": "layer_norm_eps"}     # ours: the Hub's
+    vit_names = shared | {"image_size": "image_size", "patch_size": "patch_size"}
+    qformer_names = shared | {
+        "vocab_size": "vocab_size", "max_positions": "max_position_embeddings",
+        "cross_attention_frequency": "cross_attention_frequency",
+        "encoder_width": "encoder_hidden_size"}
+    vit = ViTConfig(**{ours: vision[hubs] for ours, hubs in vit_names.items() if hubs in vision})
+    qformer = QFormerConfig(**{"encoder_width": vit.width} | {
+        ours: qformer[hubs] for ours, hubs in qformer_names.items() if hubs in qformer})
+    return vit, qformer, config.get("num_query_tokens", 32)
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm that computes in fp32 whatever the dtype of weights and input."""
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(),
+                            self.bias.float(), self.eps).to(x.dtype)
+
+
+# ---- EVA ViT: pixels -> patch tokens ------------------------------------------------------------
+
+class PatchEmbedding(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, config.width) * 0.02)
+        self.position_embedding = nn.Parameter(
+            torch.randn(1, config.n_patches + 1, config.width) * 0.02)
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
+
+    def forward(self, pixels):
+        """(F,3,H,W) -> (F,P,D), CLS first, then patches row by row."""
+        patches = rearrange(self.patch_embedding(pixels), "f d h w -> f (h w) d")
+        cls = self.class_embedding.expand(len(pixels), -1, -1)               # (1,1,D) -> (F,1,D)
+        return torch.cat((cls, patches), dim=1) + self.position_embedding
+
+
+class ViTAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)     # rows: all q, all k, all v
+        self.projection = nn.Linear(config.width, config.width)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(x), "f p (three h d) -> three f h p d", three=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.projection(rearrange(x, "f h p d -> f p (h d)"))
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer block."""
+    def __init__(self, config):
+        super().__init__()
+        self.layer_norm1 = Norm(config.width, config.eps)
+        self.self_attn = ViTAttention(config)
+        self.layer_norm2 = Norm(config.width, config.eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(config.width, config.ffn),
+                                  "fc2": nn.Linear(config.ffn, config.width)})
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.layer_norm2(x))))
+
+
+class ViT(nn.Module):
+    """No pooling: all P tokens, CLS among them, go on to the Q-Former."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = PatchEmbedding(config)
+        self.encoder = nn.ModuleDict({
+            "layers": nn.ModuleList(ViTBlock(config) for _ in range(config.layers))})
+        self.post_layernorm = Norm(config.width, config.eps)
+
+    def forward(self, pixels):
+        """(F,3,224,224) -> (F,P,D)."""
+        x = self.embeddings(pixels.to(self.post_layernorm.weight))           # dtype of the weights
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return self.post_layernorm(x)
+
+
+# ---- Q-Former: queries and text look at the patch tokens ----------------------------------------
+
+class TextEmbedding(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
+        self.position_embeddings = nn.Embedding(config.max_positions, config.width)
+        self.layernorm = Norm(config.width, config.eps)          # the only lower-case one
+
+    def forward(self, queries, text_ids=None):
+        """(F,V,D) and ids (F,T) -> (F,V+T,D). Positions count from 0 at the first text token."""
+        if text_ids is None:
+            return self.layernorm(queries)
+        text = self.word_embeddings(text_ids) + self.position_embeddings.weight[:text_ids.shape[1]]
+        return self.layernorm(torch.cat((queries, text), dim=1))
+
+
+class QFormerAttention(nn.Module):
+    """Attention, residual, norm (post-norm, as in BERT); `context` may have another width."""
+    def __init__(self, config, context_width):
+        super().__init__()
+        self.heads = config.heads
+        self.attention = nn.ModuleDict({"query": nn.Linear(config.width, config.width),
+                                        "key": nn.Linear(context_width, config.width),
+                                        "value": nn.Linear(context_width, config.width)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(config.width, config.width),
+                                     "LayerNorm": Norm(config.width, config.eps)})
+
+    def forward(self, x, context, keep=None):
+        """x (F,T,D), context (F,C,D'), keep (F,1,1,C) bool, True = look at it -> (F,T,D)."""
+        q = rearrange(self.attention.query(x), "f t (h d) -> f h t d", h=self.heads)
+        k = rearrange(self.attention.key(context), "f c (h d) -> f h c d", h=self.heads)
+        v = rearrange(self.attention.value(context), "f c (h d) -> f h c d", h=self.heads)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        return self.output.LayerNorm(self.output.dense(rearrange(y, "f h t d -> f t (h d)")) + x)
+
+
+def feed_forward(x, up, down):
+    """Feed-forward, residual, norm: one pair of modules for the queries, another for the text."""
+    return down.LayerNorm(down.dense(F.gelu(up.dense(x))) + x)
+
+
+class QFormerLayer(nn.Module):
+    """Queries and text attend to each other; then only the queries look at the image."""
+    def __init__(self, config, has_cross_attention):
+        super().__init__()
+        def up():
+            return nn.ModuleDict({"dense": nn.Linear(config.width, config.ffn)})
+        def down():
+            return nn.ModuleDict({"dense": nn.Linear(config.ffn, config.width),
+                                  "LayerNorm": Norm(config.width, config.eps)})
+        self.attention = QFormerAttention(config, config.width)
+        self.crossattention = (
+            QFormerAttention(config, config.encoder_width) if has_cross_attention else None)
+        self.intermediate, self.output = up(), down()                        # text
+        self.intermediate_query, self.output_query = up(), down()            # queries
+
+    def forward(self, x, image, n_queries, keep=None):
+        """x (F,V+T,D), image (F,P,D_vit) -> (F,V+T,D)."""
+        x = self.attention(x, x, keep)
+        queries, text = x[:, :n_queries], x[:, n_queries:]                   # (F,V,D), (F,T,D)
+        if self.crossattention is not None:
+            queries = self.crossattention(queries, image)
+        queries = feed_forward(queries, self.intermediate_query, self.output_query)
+        return torch.cat((queries, feed_forward(text, self.intermediate, self.output)), dim=1)
+
+
+class QFormer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = TextEmbedding(config)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(
+            QFormerLayer(config, has_cross_attention=i % config.cross_attention_frequency == 0)
+            for i in range(config.layers))})
+
+    def forward(self, queries, image, text_ids=None, text_mask=None):
+        """queries (F,V,D), image (F,P,D_vit), text_ids (F,T), text_mask (F,T) bool -> (F,V,D)."""
+        n_queries, keep = queries.shape[1], None
+        x = self.embeddings(queries, text_ids)                               # (F,V+T,D)
+        if text_mask is not None:
+            keep = F.pad(text_mask, (n_queries, 0), value=True)[:, None, None]   # (F,1,1,V+T)
+        for layer in self.encoder.layer:
+            x = layer(x, image, n_queries, keep)
+        return x[:, :n_queries]
+
+
+# ---- both ---------------------------------------------------------------------------------------
+
+class VisualEncoder(nn.Module):
+    def __init__(self, vit=None, qformer=None, n_queries=32):
+        super().__init__()
+        vit, qformer = vit or ViTConfig(), qformer or QFormerConfig()
+        if qformer.encoder_width != vit.width:
+            raise ValueError(f"the Q-Former wants image features of width {qformer.encoder_width}, "
+                             f"the ViT makes {vit.width}; set encoder_width={vit.width}")
+        self.image_size, self.n_queries, self.width = vit.image_size, n_queries, qformer.width
+        self.vit = ViT(vit)
+        self.qformer = QFormer(qformer)
+        self.query_tokens = nn.Parameter(torch.randn(1, n_queries, qformer.width) * 0.02)
+
+    @classmethod
+    def from_pretrained(cls, source, dtype=None, device=None):
+        """An InstructBLIP on the Hub or in a local folder -> frozen encoder in eval mode. Its
+        language model and its projection stay unread."""
+        root = hub.folder(source)
+        with torch.device("meta"):              # no time and memory for weights that get replaced
+            encoder = cls(*read_config(root))
+        encoder = encoder.to(dtype or torch.float32).to_empty(device=device or "cpu")
+        hub.load_into(encoder, root, only=("vision_model.", "qformer.", "query_tokens"),
+                      rename=(("vision_model.", "vit."),))
+        return encoder.eval().requires_grad_(False)
+
+    def encode_image(self, pixels):
+        """(F,3,H,W) from preprocess() -> (F,P,D_vit), the same for every question."""
+        size = self.image_size
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+            raise ValueError(f"pixels are {tuple(pixels.shape)}; wanted (F,3,{size},{size}): "
+                             f"preprocess(frames, {size})")
+        return torch.cat([self.vit(part) for part in pixels.split(FRAMES_AT_ONCE)])
+
+    def query(self, image_features, text_ids=None, text_mask=None):
+        """image_features (F,P,D_vit), text_ids (T,), (1,T) or (F,T) -> (F,V,D).
+        text_mask: bool in the shape of text_ids, True = keep; None keeps all."""
+        n_frames = len(image_features)
+        text_ids, text_mask = self._text_per_frame(n_frames, text_ids, text_mask)
+        parts = []
+        for start in range(0, max(n_frames, 1), FRAMES_AT_ONCE):     # once also for 0 frames
+            rows = slice(start, start + FRAMES_AT_ONCE)
+            image = image_features[rows].to(self.query_tokens)
+            parts.append(self.qformer(
+                self.query_tokens.expand(len(image), -1, -1), image,         # (1,V,D) -> (F,V,D)
+                None if text_ids is None else text_ids[rows],
+                None if text_mask is None else text_mask[rows]))
+        return torch.cat(parts)
+
+    def forward(self, pixels, text_ids=None, text_mask=None):
+        """(F,3,H,W) and optional text -> (F,V,D)."""
+        return self.query(self.encode_image(pixels), text_ids, text_mask)
+
+    def _text_per_frame(self, n_frames, text_ids, text_mask):
+        """Text and mask, checked, one row a frame: (T,), (1,T) or (F,T) -> (F,T)."""
+        if text_ids is None:
+            if text_mask is not None:
+                raise ValueError("text_mask without text_ids; pass both or neither")
+            return None, None
+        text_ids = torch.atleast_2d(text_ids)
+        limit = self.qformer.config.max_positions
+        if text_ids.shape[0] not in (1, n_frames) or text_ids.shape[1] > limit:
+            raise ValueError(f"text_ids have shape {tuple(text_ids.shape)}; wanted (T,), (1,T) or "
+                             f"({n_frames},T) with T <= {limit}")
+        if text_mask is not None:
+            text_mask = torch.atleast_2d(text_mask)
+            if text_mask.dtype != torch.bool or text_mask.shape != text_ids.shape:
+                raise ValueError(f"text_mask is {text_mask.dtype} {tuple(text_mask.shape)}; wanted "
+                                 f"bool {tuple(text_ids.shape)}, True = keep")
+            text_mask = text_mask.expand(n_frames, -1)
+        return text_ids.expand(n_frames, -1), text_mask
+
+
+# ---- text -> ids --------------------------------------------------------------------------------
+
+class QFormerTokenizer:
+    """BERT's WordPiece, lower case and without accents: [CLS] what is this ? [SEP]."""
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.tokenizer.no_padding()
+        self.pad_id = tokenizer.token_to_id("[PAD]")
+
+    @classmethod
+    def from_pretrained(cls, source):
+        """From <source>/qformer_tokenizer/vocab.txt, else from the tokenizer.json beside it."""
+        root = hub.folder(source) / "qformer_tokenizer"
+        if (root / "vocab.txt").exists():
+            return cls(wordpiece(root / "vocab.txt"))
+        if (root / "tokenizer.json").exists():
+            return cls(Tokenizer.from_file(str(root / "tokenizer.json")))
+        raise FileNotFoundError(f"{root}: neither vocab.txt nor tokenizer.json; copy the folder "
+                                "qformer_tokenizer of the InstructBLIP repo")
+
+    def __call__(self, texts, max_length=128):
+        """List of B texts -> ids (B,T) long, mask (B,T) bool, padded on the right. Too long a text
+        loses its beginning (the question is at its end) but keeps [CLS] and [SEP]."""
+        if isinstance(texts, str):
+            raise ValueError("texts is one str; wanted a list of str")
+        self.tokenizer.enable_truncation(max_length, direction="left")
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+        ids = torch.full((len(rows), max(map(len, rows), default=0)), self.pad_id)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), True
+        return ids, mask
+
+
+def wordpiece(path):
+    """vocab.txt, one piece a line in the order of ids -> bert-base-uncased's tokenizer."""
+    pieces = path.read_text(encoding="utf-8").splitlines()
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    if missing := [piece for piece in special if piece not in vocabulary]:
+        raise ValueError(f"{path}: no {', '.join(missing)}; wanted the vocabulary of "
+                         "bert-base-uncased")
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(
+        sep=("[SEP]", vocabulary["[SEP]"]), cls=("[CLS]", vocabulary["[CLS]"]))
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+# ---- frames -> pixels ---------------------------------------------------------------------------
+
+def checked_frames(frames):
+    """uint8 (F,H,W,3), numpy or torch -> uint8 tensor (F,3,H,W)."""
+    if isinstance(frames, np.ndarray):           # torch takes no flipped and no read-only arrays
+        frames = torch.from_numpy(np.require(frames, requirements=["C", "W"]))
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}; "
+                         "wanted uint8 (F,H,W,3), RGB")
+    return rearrange(frames, "f h w c -> f c h w")
+
+
+def resize(frames, size=224):
+    """uint8 (F,H,W,3) -> uint8 (F,3,size,size). Bicubic with antialias on uint8 is what PIL does,
+    to 1-2 of 255; the aspect ratio is not kept and nothing is cropped, as in InstructBLIP."""
+    x = checked_frames(frames)
+    if x.shape[2:] != (size, size):
+        # torch has this kernel for uint8 on the CPU only; floats would round differently.
+        x = F.interpolate(x.cpu(), (size, size), mode="bicubic", antialias=True).to(x.device)
+    return x.contiguous()
+
+
+def standardise(x):
+    """Floats (F,3,H,W), 0 to 255 -> CLIP's mean 0 and deviation 1 per colour."""
+    mean, std = (x.new_tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))   # (3,1,1)
+    return (x / 255 - mean) / std
+
+
+def normalise(pixels):
+    """uint8 (F,3,H,W) -> float32 (F,3,H,W)."""
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels are {pixels.dtype} {tuple(pixels.shape)}; "
+                         "wanted uint8 (F,3,H,W), as resize() returns them")
+    return standardise(pixels.float())
+
+
+def preprocess(frames, size=224, antialias=True):
+    """uint8 (F,H,W,3) -> float32 (F,3,size,size), the input of encode_image().
+    antialias=False is what the authors' released code does to video frames (not to still images):
+    bicubic on floats, no prefilter, overshoot kept. Up to 13/255 away from PIL when shrinking."""
+    if antialias:
+        return normalise(resize(frames, size))
+    x = checked_frames(frames).float()
+    return standardise(F.interpolate(x, (size, size), mode="bicubic", align_corners=False))

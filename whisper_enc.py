@@ -1,0 +1,223 @@
+"""Whisper's audio encoder: a 16 kHz waveform -> 50 vectors a second.  Radford et al. 2022, 2.2.
+
+     audio (S,) --chunks of 30 s--> (B,480000) --log-mel--> (B,M,3000)
+       --conv, conv stride 2--> (B,1500,D) --+ positions, blocks, norm--> (B,1500,D)
+       --concatenate, cut to the true length--> (ceil(S/320),D)           D = 1280 for large-v2
+
+   B chunks, M mel bins, P positions (1500 a chunk), D width; in this file S counts samples.
+   Parameter names are the Hub's after "model.encoder.", so state_dict() is the published layout.
+   Public: WhisperConfig, WhisperEncoder, log_mel_spectrogram, resample, SAMPLE_RATE."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+import torchaudio.functional as AF
+from einops import rearrange
+from torch import nn
+
+import hub
+
+SAMPLE_RATE = 16000
+CHUNKS_AT_ONCE = 8                    # 8 x 30 s: bounds the memory of encode() for long audio
+FP16_LIMIT = 65504 - 1000             # fp16 ends at 65504; Whisper's residual stream can get there
+
+
+@dataclass(frozen=True)
+class WhisperConfig:
+    """The encoder and its spectrogram; defaults are large-v2's."""
+    n_mels: int = 80
+    width: int = 1280
+    layers: int = 32
+    heads: int = 20
+    ffn: int = 5120
+    max_source_positions: int = 1500
+    sample_rate: int = SAMPLE_RATE
+    n_fft: int = 400                  # 25 ms
+    hop: int = 160                    # 10 ms
+
+    @property
+    def chunk_samples(self):
+        return self.max_source_positions * 2 * self.hop      # 1500 * 2 * 160 = 480000 = 30 s
+
+    @property
+    def positions_hz(self):
+        return self.sample_rate // (2 * self.hop)            # 16000 / (2 * 160) = 50
+
+    @classmethod
+    def from_folder(cls, root):
+        """From config.json and, where there is one, preprocessor_config.json."""
+        model = hub.read_json(root / "config.json")
+        extra = root / "preprocessor_config.json"
+        audio = hub.read_json(extra) if extra.exists() else {}
+        config = cls(
+            n_mels=model.get("num_mel_bins", cls.n_mels),
+            width=model.get("d_model", cls.width),
+            layers=model.get("encoder_layers", cls.layers),
+            heads=model.get("encoder_attention_heads", cls.heads),
+            ffn=model.get("encoder_ffn_dim", cls.ffn),
+            max_source_positions=model.get("max_source_positions", cls.max_source_positions),
+            sample_rate=audio.get("sampling_rate", cls.sample_rate),
+            n_fft=audio.get("n_fft", cls.n_fft),
+            hop=audio.get("hop_length", cls.hop))
+        if audio.get("feature_size", config.n_mels) != config.n_mels:
+            raise ValueError(f"{extra}: feature_size {audio['feature_size']}, but config.json has "
+                             f"num_mel_bins {config.n_mels}; both files must be of one model")
+        if model.get("activation_function", "gelu") != "gelu":
+            raise ValueError(f"{root}: activation_function {model['activation_function']!r}; only "
+                             "'gelu' (all published Whispers) is built here")
+        return config
+
+
+# ---- waveform -> log-mel ------------------------------------------------------------------------
+
+def resample(audio, rate):
+    """(...,S) at `rate` Hz -> (...,S * 16000 / rate) at 16 kHz."""
+    audio = checked_audio(audio)
+    return audio if rate == SAMPLE_RATE or audio.shape[-1] == 0 else AF.resample(
+        audio, int(rate), SAMPLE_RATE)
+
+
+def checked_audio(audio):
+    """Any float array -> float32 tensor without NaN or infinity."""
+    audio = torch.as_tensor(audio)
+    if not audio.is_floating_point():
+        raise ValueError(f"audio is {audio.dtype}; wanted floats in [-1, 1] "
+                         "(int16 samples: divide by 32768)")
+    if not torch.isfinite(audio).all():
+        raise ValueError("audio holds NaN or infinite samples; one of them would spoil its whole "
+                         "30 s chunk, so decode the file again or drop it")
+    return audio.float()
+
+
+@cache
+def mel_filterbank(n_fft, n_mels, sample_rate):
+    """(n_fft/2+1, M): Slaney's scale and area norm; HTK's would be off by up to 1.5 in log-mel.
+    Kept on the CPU: a cached CUDA tensor would tie the whole process to one device."""
+    return AF.melscale_fbanks(n_fft // 2 + 1, 0.0, sample_rate / 2, n_mels, sample_rate,
+                              norm="slaney", mel_scale="slaney")
+
+
+def log_mel_spectrogram(audio, chunk_samples=480000, n_fft=400, hop=160, n_mels=80,
+                        sample_rate=SAMPLE_RATE):
+    """Floats (S,) or (B,S) -> float32 (B,M,chunk_samples/hop); (S,) gives B = 1.
+
+    Each item is padded with zeros or cut to chunk_samples before the transform: silence is input
+    that Whisper was trained on, not something to mask. No sound at all gives -1.5 everywhere."""
+    audio = checked_audio(audio)
+    if audio.ndim not in (1, 2):
+        raise ValueError(f"audio has shape {tuple(audio.shape)}; wanted (S,) or (B,S), mono")
+    audio = torch.atleast_2d(audio)[:, :chunk_samples]                 # (S,) -> (B,S)
+    audio = F.pad(audio, (0, chunk_samples - audio.shape[1]))          # (B,S) -> (B,chunk_samples)
+    window = torch.hann_window(n_fft, device=audio.device)             # periodic
+    spectrum = torch.stft(audio, n_fft, hop, window=window, return_complex=True)
+    power = spectrum[..., :-1].abs().square()          # (B,n_fft/2+1,3001) -> (B,n_fft/2+1,3000)
+    filters = mel_filterbank(n_fft, n_mels, sample_rate).to(audio.device)
+    log_mel = (filters.T @ power).clamp_min(1e-10).log10()             # (B,M,3000)
+    # The floor is 80 dB below the loudest point of the same item: no other item may move it.
+    log_mel = torch.maximum(log_mel, log_mel.amax((1, 2), keepdim=True) - 8)
+    return (log_mel + 4) / 4
+
+
+# ---- log-mel -> vectors -------------------------------------------------------------------------
+
+class Norm(nn.LayerNorm):
+    """LayerNorm that computes in fp32 whatever the dtype of weights and input."""
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(),
+                            self.bias.float(), self.eps).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Every position sees every other one: no mask, also not over padding."""
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=False)    # a bias would cancel in the softmax
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (rearrange(proj(x), "b p (h d) -> b h p d", h=self.heads)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(rearrange(x, "b h p d -> b p (h d)"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn_layer_norm = Norm(config.width)
+        self.self_attn = SelfAttention(config.width, config.heads)
+        self.final_layer_norm = Norm(config.width)
+        self.fc1 = nn.Linear(config.width, config.ffn)
+        self.fc2 = nn.Linear(config.ffn, config.width)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.self_attn_layer_norm(x))
+        x = x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+        return x.clamp(-FP16_LIMIT, FP16_LIMIT) if x.dtype == torch.float16 else x
+
+
+def sinusoids(positions, width):
+    """(P,D): sines in the first half, cosines in the second (not interleaved)."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half) * (-math.log(10000) / (half - 1)))   # (D/2,)
+    angles = torch.arange(positions)[:, None] * frequencies                         # (P,D/2)
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+class WhisperEncoder(nn.Module):
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = config = config or WhisperConfig()
+        self.conv1 = nn.Conv1d(config.n_mels, config.width, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(config.width, config.width, kernel_size=3, stride=2, padding=1)
+        self.embed_positions = nn.Embedding(config.max_source_positions, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layer_norm = Norm(config.width)
+        with torch.no_grad():                     # the fixed table; a file brings the same numbers
+            self.embed_positions.weight.copy_(
+                sinusoids(config.max_source_positions, config.width))
+
+    @classmethod
+    def from_pretrained(cls, source, dtype=None, device=None):
+        """Hub repo id or local folder -> frozen encoder in eval mode; a decoder is left unread."""
+        root = hub.folder(source)
+        with torch.device("meta"):                # no time and memory for weights that get replaced
+            encoder = cls(WhisperConfig.from_folder(root))
+        encoder = encoder.to(dtype or torch.float32).to_empty(device=device or "cpu")
+        hub.load_into(encoder, root, prefix=("model.encoder.", "encoder.", ""))
+        return encoder.eval().requires_grad_(False)
+
+    def forward(self, mel):
+        """(B,M,2P) -> (B,P,D) for any P up to max_source_positions."""
+        limit = 2 * self.config.max_source_positions
+        if mel.ndim != 3 or mel.shape[1] != self.config.n_mels or not 0 < mel.shape[2] <= limit:
+            raise ValueError(f"mel has shape {tuple(mel.shape)}; wanted (B,{self.config.n_mels},n) "
+                             f"with 1 <= n <= {limit} (split longer audio, as encode() does)")
+        x = F.gelu(self.conv1(mel.to(self.conv1.weight)))    # (B,M,2P) -> (B,D,2P), weights' dtype
+        x = F.gelu(self.conv2(x)).transpose(1, 2)            # (B,D,2P) -> (B,P,D)
+        x = x + self.embed_positions.weight[:x.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.layer_norm(x)
+
+    def encode(self, audio):
+        """(S,) at 16 kHz, any length -> (ceil(S/320),D): 50 vectors a second, none for padding."""
+        audio, config = checked_audio(audio), self.config
+        if audio.ndim != 1:
+            raise ValueError(f"audio has shape {tuple(audio.shape)}; wanted (S,), mono")
+        n_positions = math.ceil(len(audio) / (2 * config.hop))
+        n_chunks = max(1, math.ceil(len(audio) / config.chunk_samples))
+        audio = F.pad(audio, (0, n_chunks * config.chunk_samples - len(audio)))
+        chunks = audio.view(n_chunks, config.chunk_samples)            # (B,chunk_samples)
+        encoded = [
+            self(log_mel_spectrogram(part.to(self.conv1.weight.device), config.chunk_samples,
+                                     config.n_fft, config.hop, config.n_mels, config.sample_rate))
+            for part in chunks.split(CHUNKS_AT_ONCE)]
+        return rearrange(torch.cat(encoded), "b p d -> (b p) d")[:n_positions]
