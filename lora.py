@@ -150,7 +150,7 @@ def read_config(path):
     if not isinstance(theirs.get("target_modules"), list):
         odd["target_modules"] = theirs.get("target_modules")
     if odd:
-        raise ValueError(f"{path}: unsupported {odd}; wanted plain LoRA: peft_type LORA, bias none, "
+        raise ValueError(f"{path}: unsupported {odd}; wanted plain LoRA: peft_type LORA, no bias, "
                          "target_modules a list of names, extensions off; train or export it so")
     return LoraConfig(theirs["r"], theirs["lora_alpha"], theirs.get("lora_dropout", 0.0),
                       tuple(sorted(theirs["target_modules"])))

@@ -1,0 +1,450 @@
+"""llama.py against transformers' LlamaForCausalLM (tiny, every parameter random) and itself:
+padding, cache and batch change nothing; the tokenizer against the sentencepiece package."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from parity import check, randomise
+
+import hub
+from llama import KVCache, Llama, LlamaConfig, Tokenizer
+
+VOCAB = 37
+EOS = 2
+
+
+def tiny_oracle(seed=0, kv_heads=6, **settings):
+    """heads != layers, heads * head_dim != width, ffn and vocabulary no multiple of 8."""
+    from transformers import LlamaConfig as HubConfig
+    from transformers import LlamaForCausalLM
+    settings = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 70, "head_dim": 10,
+                "num_hidden_layers": 2, "num_attention_heads": 6, "rms_norm_eps": 1e-6,
+                "num_key_value_heads": kv_heads, "pad_token_id": 0,
+                "attn_implementation": "eager"} | settings
+    return randomise(LlamaForCausalLM(HubConfig(**settings)), seed).eval()
+
+
+def speak(oracle):
+    """A sharper head, in which the end token is likely: answers of many lengths."""
+    oracle.lm_head.weight.data.mul_(2)
+    oracle.lm_head.weight.data[EOS] *= 4
+    return oracle
+
+
+@pytest.fixture(scope="module", params=[6, 2], ids=["multi-head", "grouped-query"])
+def pair(request, tmp_path_factory):
+    """(the oracle, ours from its folder)."""
+    oracle, root = tiny_oracle(kv_heads=request.param), tmp_path_factory.mktemp("llama")
+    oracle.save_pretrained(root)
+    return oracle, Llama.from_pretrained(root)
+
+
+@pytest.fixture(scope="module")
+def speakers(tmp_path_factory):
+    """Several (oracle, ours) that generate."""
+    pairs = []
+    for seed in range(6):
+        root = tmp_path_factory.mktemp(f"speaker{seed}")
+        oracle = speak(tiny_oracle(seed))
+        oracle.save_pretrained(root)
+        pairs.append((oracle, Llama.from_pretrained(root)))
+    return pairs
+
+
+@pytest.fixture
+def model(speakers):
+    return speakers[0][1]
+
+
+def some_ids(rows=2, length=9, seed=0):
+    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# ---- forward ------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_logits_of_ids_and_embeds(pair):
+    oracle, ours = pair
+    ids = some_ids()
+    wanted = oracle(ids, output_hidden_states=True)
+    check("embeddings", ours.embed(ids), wanted.hidden_states[0], 0, 0)
+    check("hidden", ours.hidden(ids), wanted.hidden_states[-1])
+    check("logits of ids", ours(ids), wanted.logits)
+    check("logits of embeds", ours(embeds=ours.embed(ids)), wanted.logits)
+    check("last only", ours(ids, last_only=True), wanted.logits[:, -1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_changes_nothing(pair, side):
+    oracle, ours = pair
+    ids, mask = some_ids(), torch.ones(2, 9, dtype=torch.bool)
+    if side != "right":
+        mask[0, :3] = False
+    if side != "left":
+        mask[0, -2:] = False
+    got, wanted = ours(ids, mask=mask), oracle(ids[:1, mask[0]]).logits
+    check(f"{side} padding, kept rows", got[:1, mask[0]], wanted)
+    check(f"{side} padding, the other row", got[1:], oracle(ids[1:]).logits)
+    junk = torch.where(mask, ids, 3)
+    assert torch.equal(ours(junk, mask=mask)[mask], got[mask])
+    assert got.isfinite().all()
+
+
+def test_padding_gives_no_nan_gradient(pair):
+    ours = copy.deepcopy(pair[1])
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :4] = False
+    ours(some_ids(), mask=mask)[mask].logsumexp(-1).sum().backward()
+    assert all(p.grad.isfinite().all() for p in ours.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [[6, 1, 1, 1], [6, 3], [1] * 9])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_cache_equals_no_cache(pair, steps, side):
+    oracle, ours = pair
+    ids, mask = some_ids(), torch.ones(2, 9, dtype=torch.bool)
+    if side == "left":
+        mask[0, :2] = False
+    if side == "right":               # a hole between a shorter prompt and its answer
+        mask[0, 4:6] = False
+    cache = KVCache(2, 9)
+    logits = torch.cat([ours(i, mask=m, cache=cache) for i, m in
+                        zip(ids.split(steps, 1), mask.split(steps, 1), strict=True)], dim=1)
+    check(f"cached {steps}, {side}", logits[:1, mask[0]], oracle(ids[:1, mask[0]]).logits)
+    check(f"cached {steps}, {side}, other row", logits[1:], oracle(ids[1:]).logits)
+    with pytest.raises(ValueError, match="2 rows, 9 positions.*position 10; make a larger"):
+        ours(ids[:, :1], cache=cache)
+
+
+@torch.no_grad()
+def test_reordered_cache(pair):
+    ours, ids, cache = pair[1], some_ids(), KVCache(2, 5)
+    ours(ids[:, :4], cache=cache)
+    cache.reorder(torch.tensor([1, 1, 0]))
+    got = ours(ids[[1, 1, 0], 4:5], cache=cache)
+    check("reordered", got, ours(ids[[1, 1, 0], :5])[:, -1:])
+
+
+@torch.no_grad()
+def test_the_future_cannot_change_the_past(pair):
+    ours, ids = pair[1], some_ids()
+    changed = ids.clone()
+    changed[:, 5] = (ids[:, 5] + 1) % VOCAB
+    assert torch.equal(ours(ids)[:, :5], ours(changed)[:, :5])
+    assert not torch.equal(ours(ids)[:, 5:], ours(changed)[:, 5:])
+
+
+@torch.no_grad()
+def test_bf16(pair, tmp_path):
+    oracle, ours = pair
+    ours.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    half = Llama.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    ids = some_ids(8, 20)
+    logits = half(ids)
+    assert logits.dtype == torch.bfloat16
+    check("bf16 against fp32", logits, oracle(ids).logits, 1.0, 2e-2)
+
+
+def test_mask_and_input_errors(pair):
+    ours, ids = pair[1], some_ids()
+    with pytest.raises(ValueError, match="wanted torch.bool"):
+        ours(ids, mask=torch.ones(2, 9))
+    with pytest.raises(ValueError, match=r"\[2, 8\]; wanted torch.bool \[2, 9\]"):
+        ours(ids, mask=torch.ones(2, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match="exactly one"):
+        ours()
+    with pytest.raises(ValueError, match="exactly one"):
+        ours(ids, embeds=ours.embed(ids))
+
+
+# ---- folders and configs ------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_save_pretrained_is_read_by_transformers(pair, tmp_path):
+    from transformers import LlamaForCausalLM
+    oracle, ours = pair
+    ours.save_pretrained(tmp_path)
+    again, ids = LlamaForCausalLM.from_pretrained(tmp_path), some_ids()
+    check("saved by us, read by transformers", again.eval()(ids).logits, oracle(ids).logits)
+    assert Llama.from_pretrained(tmp_path).config == ours.config
+
+
+def test_config_styles(tmp_path):
+    old = {"hidden_size": 64, "num_attention_heads": 4, "rope_theta": 5e5, "torch_dtype": "float16",
+           "rope_scaling": None, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    config = LlamaConfig.from_dict(old)
+    assert config == LlamaConfig(width=64, heads=4, kv_heads=4, rope_theta=5e5, eps=1e-5,
+                                 max_positions=4096, head_dim=16)
+    new = old | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    del new["rope_theta"]
+    assert LlamaConfig.from_dict(new) == config
+    assert LlamaConfig.from_dict(config.to_dict()) == config
+    assert LlamaConfig.from_dict({}) == LlamaConfig()
+    instructblip = {"text_config": old | {"bos_token_id": 0, "eos_token_id": 1}}
+    assert LlamaConfig.from_dict(instructblip) == config
+    several = LlamaConfig.from_dict({"eos_token_id": [2, 5]})
+    assert several.eos_id == (2, 5) and LlamaConfig.from_dict(several.to_dict()) == several
+
+
+@pytest.mark.parametrize("wrong", [
+    {"rope_type": {"rope_scaling": {"type": "linear", "factor": 2.0}}},
+    {"rope_type": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}},
+    {"rope_type": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}},
+    {"hidden_act": {"hidden_act": "gelu"}}, {"attention_bias": {"attention_bias": True}},
+    {"model_type": {"model_type": "opt"}}])
+def test_unsupported_config(wrong):
+    (named, config), = wrong.items()
+    with pytest.raises(ValueError, match=f"unsupported {named}="):
+        LlamaConfig.from_dict(config)
+
+
+@torch.no_grad()
+def test_other_rope_theta_and_eps(tmp_path):
+    oracle = tiny_oracle(rope_theta=100.0, rms_norm_eps=1e-2)
+    oracle.save_pretrained(tmp_path)
+    ours = Llama.from_pretrained(tmp_path)
+    assert ours.config.rope_theta == 100.0 and ours.config.eps == 1e-2
+    check("theta 100, eps 1e-2", ours(some_ids()), oracle(some_ids()).logits)
+
+
+@torch.no_grad()
+def test_tied_embeddings(tmp_path):
+    oracle = tiny_oracle(tie_word_embeddings=True)
+    oracle.save_pretrained(tmp_path / "theirs")
+    ours = Llama.from_pretrained(tmp_path / "theirs")
+    check("tied", ours(some_ids()), oracle(some_ids()).logits)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    ours.save_pretrained(tmp_path / "ours")
+    again = Llama.from_pretrained(tmp_path / "ours")
+    check("tied, saved", again(some_ids()), ours(some_ids()), 0, 0)
+
+
+@torch.no_grad()
+def test_padded_vocabulary_inside_instructblip(tmp_path):
+    """The Hub's InstructBLIP holds language_model.* with 64 made-up rows after the 32000."""
+    oracle = tiny_oracle()
+    tensors = {f"language_model.{name}": tensor for name, tensor in oracle.state_dict().items()}
+    hub.save_folder(tmp_path, tensors | {"query_tokens": torch.zeros(1)},
+                    {"model_type": "instructblip", "text_config": oracle.config.to_dict()})
+    check("all rows", Llama.from_pretrained(tmp_path)(some_ids()), oracle(some_ids()).logits)
+    ours, ids = Llama.from_pretrained(tmp_path, vocab_size=33), some_ids() % 33
+    assert ours.config.vocab_size == 33 and ours.config.eos_id == EOS
+    check("first rows", ours(ids), oracle(ids).logits[..., :33])
+    with pytest.raises(ValueError, match="37 cannot keep 99"):
+        Llama.from_pretrained(tmp_path, vocab_size=99)
+
+
+def test_missing_unknown_and_wrong_tensors(tmp_path):
+    oracle = tiny_oracle()
+    tensors, config = dict(oracle.state_dict()), oracle.config.to_dict()
+    name = "model.layers.1.mlp.up_proj.weight"
+    whole = tensors.pop(name)
+    hub.save_folder(tmp_path, tensors | {
+        "model.extra.weight": torch.zeros(3), "lm_head.weight": torch.zeros(5, 48),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, config)
+    with pytest.raises(ValueError, match=(
+            rf"missing: .*{name}.*unknown: model.extra.weight \(1\).*"
+            r"wrong shape: lm_head.weight \[5, 48\], wanted \[37, 48\]")):
+        Llama.from_pretrained(tmp_path)
+    hub.save_folder(tmp_path, tensors | {name: whole}, config)
+    assert not Llama.from_pretrained(tmp_path).training
+
+
+# ---- generation ---------------------------------------------------------------------------------
+
+def theirs(oracle, ids=None, mask=None, **settings):
+    """transformers' new ids, without the end token and what follows it."""
+    out = oracle.generate(ids, attention_mask=None if mask is None else mask.long(),
+                          do_sample=False, eos_token_id=EOS, pad_token_id=0, **settings)
+    rows = (out if ids is None else out[:, ids.shape[1]:]).tolist()
+    return [row[:row.index(EOS)] if EOS in row else row for row in rows]
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"repetition_penalty": 1.5}, {"min_new_tokens": 4}, {"num_beams": 3},
+    {"num_beams": 3, "repetition_penalty": 1.5}, {"num_beams": 4, "length_penalty": 2.0},
+    {"num_beams": 3, "length_penalty": -1.0}, {"num_beams": 3, "min_new_tokens": 4}],
+    ids=lambda s: ",".join(f"{k}={v}" for k, v in s.items()) or "greedy")
+def test_generates_what_transformers_generates(speakers, settings):
+    lengths = set()
+    for seed, (oracle, ours) in enumerate(speakers):
+        ids, mask = some_ids(3, 7, seed), torch.ones(3, 7, dtype=torch.bool)
+        settings = {"max_new_tokens": 12, **settings}
+        # transformers takes left padding off the *new* ids when it penalises a prompt of embeds, so
+        # embeds are compared without padding.
+        embeds = ours.embed(ids)
+        assert ours.generate(embeds=embeds, **settings) == theirs(
+            oracle, inputs_embeds=embeds, mask=mask, **settings)
+        mask[0, :3], ids[0, :3] = False, 0
+        new = ours.generate(ids, mask=mask, **settings)
+        assert new == theirs(oracle, ids, mask, **settings)
+        lengths |= {len(row) for row in new}
+    assert len(lengths) >= 3 or "repetition_penalty" in settings, f"only lengths {lengths}"
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"num_beams": 3}, {"num_beams": 3, "repetition_penalty": 1.5}])
+def test_a_batch_equals_its_singles(model, settings):
+    ids, mask = some_ids(3, 7), torch.ones(3, 7, dtype=torch.bool)
+    mask[0, :4], mask[1, :2] = False, False
+    batch = model.generate(ids, mask=mask, **settings)
+    singles = [model.generate(ids[r:r + 1, mask[r]], **settings)[0] for r in range(3)]
+    assert batch == singles
+
+
+def test_one_beam_is_greedy(model, monkeypatch):
+    ids = some_ids(3, 7)
+    greedy = model.generate(ids, max_new_tokens=10)
+    assert model.generate(ids, max_new_tokens=10, num_beams=1) == greedy
+    search = model._beam_search
+    monkeypatch.setattr(model, "_beam_search", lambda *a: search(*a[:5], 1, *a[6:]))
+    assert model.generate(ids, max_new_tokens=10, num_beams=2) == greedy     # in truth with one
+
+
+def test_sampling(model):
+    ids = some_ids(2, 7)
+
+    def sample(seed=0, **settings):
+        return model.generate(ids, max_new_tokens=12, temperature=1.0,
+                              generator=torch.Generator().manual_seed(seed), **settings)
+    greedy = model.generate(ids, max_new_tokens=12)
+    assert sample(top_p=1e-6) == sample(top_p=0.0) == greedy
+    assert sample() == sample() and len({str(sample(seed)) for seed in range(5)}) > 1
+    assert model.generate(ids, max_new_tokens=12, temperature=1e-6) == greedy
+
+
+def test_sampling_follows_the_nucleus(model):
+    """One token, drawn 3000 times, against the probabilities of the oracle's top-p warper."""
+    from transformers import TopPLogitsWarper
+    ids, draws = some_ids(1, 7), 3000
+    logits = model(ids)[:, -1] / 1.3
+    wanted = TopPLogitsWarper(0.8)(None, logits).softmax(-1)[0]
+    drawn = model.generate(ids.expand(draws, -1), max_new_tokens=1, temperature=1.3, top_p=0.8,
+                           eos_id=(), generator=torch.Generator().manual_seed(0))
+    seen = torch.bincount(torch.tensor(drawn)[:, 0], minlength=VOCAB) / draws
+    assert not seen[wanted == 0].any() and (wanted > 0).sum() < VOCAB
+    assert (seen - wanted).abs().max() < 0.03
+
+
+def test_stops_at_the_end_token(model):
+    ids = some_ids(1, 7)
+    free = model.generate(ids, max_new_tokens=8, eos_id=())[0]
+    assert len(free) == 8
+    end = free[3]
+    before = free[:free.index(end)]
+    assert model.generate(ids, max_new_tokens=8, eos_id=end)[0] == before
+    assert model.generate(ids, max_new_tokens=8, eos_id=(VOCAB - 1, end))[0] == before
+    other = some_ids(1, 7, seed=5)
+    batch = model.generate(torch.cat([ids, other]), max_new_tokens=8, eos_id=end)
+    assert batch == [before, model.generate(other, max_new_tokens=8, eos_id=end)[0]]
+
+
+def test_stream(model):
+    ids, calls = some_ids(3, 7), []
+    new = model.generate(ids, max_new_tokens=12, stream=lambda *call: calls.append(call))
+    assert [[t for r, t in calls if r == row] for row in range(3)] == new
+    steps = [sum(r == row for r, _ in calls[:i]) for i, (row, _) in enumerate(calls)]
+    assert steps == sorted(steps), "one token of every row before the next of any"
+
+
+def test_generate_errors(model):
+    ids, mask = some_ids(), torch.ones(2, 9, dtype=torch.bool)
+    mask[0, -1] = False
+    for settings, message in [
+            ({"ids": ids, "num_beams": 2, "stream": print}, "num_beams > 1.*use num_beams=1"),
+            ({"ids": ids, "num_beams": 2, "temperature": 1.0}, "num_beams > 1"),
+            ({"ids": ids, "mask": mask}, "pad prompts on the left"),
+            ({"ids": ids, "max_new_tokens": 0}, "max_new_tokens=0.*wanted at least 1"),
+            ({"ids": ids, "temperature": -1.0}, "temperature=-1.0"), ({}, "no prompt")]:
+        with pytest.raises(ValueError, match=message):
+            model.generate(**settings)
+
+
+def test_generate_leaves_no_graph_and_runs_under_autocast(model):
+    ids = some_ids()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(model.generate(ids, max_new_tokens=4, eos_id=())[0]) == 4
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_needs_neither_transformers_nor_peft():
+    source = open(sys.modules["llama"].__file__).read() + open(hub.__file__).read()
+    assert "import transformers" not in source and "from transformers" not in source
+
+
+# ---- tokenizer ----------------------------------------------------------------------------------
+
+TEXTS = ["A dog barks.", "", " two  spaces ", "line\nbreak\ttab", "naïve Ĉapelo", "日本語", "🎈 up",
+         "</s><Img>USER: 12345", "▁odd"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """LLaMA's recipe at 300 pieces: BPE, byte fallback, split digits, identity normalisation."""
+    import sentencepiece
+    root = tmp_path_factory.mktemp("tokenizer")
+    lines = ["a dog barks and a child laughs while a car passes by the house"] * 3 + TEXTS[:4]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(root / "tokenizer"), model_type="bpe",
+        vocab_size=330, byte_fallback=True, split_digits=True, num_threads=1, unk_id=0, bos_id=1,
+        eos_id=2, pad_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        character_coverage=0.99, hard_vocab_limit=False, minloglevel=2)
+    return Tokenizer.from_pretrained(root)
+
+
+def test_tokenizer_is_sentencepiece(tokenizer, tmp_path):
+    import sentencepiece
+    (tmp_path / "copy.model").write_bytes(tokenizer.pieces.serialized_model_proto())
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "copy.model"))
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids == oracle.EncodeAsIds(text)
+        assert tokenizer.eos_id not in ids and tokenizer.bos_id not in ids
+        assert tokenizer.decode(ids) == oracle.DecodeIds(ids)
+        assert tokenizer.decode([1, *ids, 2]) == tokenizer.decode(ids)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, len(oracle))
+
+
+def test_every_segment_starts_with_its_own_word_boundary(tokenizer):
+    boundary = tokenizer.pieces.piece_to_id("▁a")
+    assert tokenizer.encode("a")[0] == boundary and tokenizer.encode(" a")[0] != boundary
+    assert tokenizer.encode("a") + tokenizer.encode("a") == [boundary] * 2
+    assert tokenizer.encode("aa") != [boundary] * 2
+
+
+@pytest.mark.parametrize("text", ["A dog 🎈🎈 barks", "naïve 日本語", "🎈", "x🎈", "two words"])
+def test_stream_decoder_never_shows_half_a_character(tokenizer, text):
+    ids = tokenizer.encode(text)
+    push = tokenizer.stream_decoder()
+    parts = [push(i) for i in ids]
+    assert "".join(parts) == tokenizer.decode(ids) == text
+    assert not any("\ufffd" in part for part in parts)
+    assert push() == ""
+
+
+def test_stream_decoder_shows_a_broken_character_in_the_end(tokenizer):
+    push = tokenizer.stream_decoder()
+    ids = tokenizer.encode("x🎈")[:-1]
+    assert "".join(push(i) for i in ids) == "x"
+    assert set(push()) == {"\ufffd"}
+
+
+def test_missing_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.model: missing"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_vicuna_7b_names_and_shapes():
+    """The published Vicuna 7B holds 291 tensors; ours has the same names and shapes."""
+    with torch.device("meta"):
+        model = Llama(LlamaConfig())
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    assert len(shapes) == 291 and sum(p.numel() for p in model.parameters()) == 6_738_415_616
+    assert shapes["model.layers.31.mlp.down_proj.weight"] == [4096, 11008]
+    assert json.dumps(LlamaConfig().to_dict())

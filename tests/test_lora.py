@@ -1,0 +1,234 @@
+"""lora.py against peft over transformers' LlamaForCausalLM (tiny, all random, lora_B too):
+same outputs, same gradients, and each side opens what the other saved."""
+
+import copy
+import json
+
+import pytest
+import torch
+from parity import check, randomise
+from safetensors.torch import load_file, save_file
+
+import lora
+from llama import Llama
+from lora import LoraConfig
+
+OURS = LoraConfig(r=4, alpha=6, dropout=0.0)
+VOCAB = 37
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Folder of a tiny base model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    root = tmp_path_factory.mktemp("base")
+    randomise(LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=70, num_hidden_layers=3,
+        num_attention_heads=6, num_key_value_heads=2))).save_pretrained(root)
+    return root
+
+
+@pytest.fixture
+def oracle(base):
+    """peft's model with random adapters."""
+    import peft
+    from transformers import LlamaForCausalLM
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(
+        r=4, lora_alpha=6, lora_dropout=0.0, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    adapters = torch.nn.ParameterDict({n.replace(".", "/"): p for n, p in model.named_parameters()
+                                       if "lora_" in n})
+    randomise(adapters)
+    return model.eval()
+
+
+@pytest.fixture
+def model(base):
+    """Ours, with random adapters."""
+    return shaken(lora.inject(Llama.from_pretrained(base), OURS))
+
+
+def shaken(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lora.adapter_tensors(model).values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def some_ids():
+    return torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def test_reads_what_peft_saved(base, oracle, tmp_path):
+    oracle.save_pretrained(tmp_path)
+    ours = lora.load(Llama.from_pretrained(base), tmp_path)
+    logits, wanted = ours(some_ids()), oracle(some_ids()).logits
+    check("logits with peft's adapters", logits, wanted)
+    plain = Llama.from_pretrained(base)(some_ids())
+    assert (plain - wanted).abs().max() > 1e-2, "the adapters must matter here"
+    logits.logsumexp(-1).sum().backward()
+    wanted.logsumexp(-1).sum().backward()
+    theirs = {name.replace(".default.", "."): p.grad for name, p in oracle.named_parameters()}
+    for name, parameter in lora.adapter_tensors(ours).items():
+        check(f"gradient of {name}", parameter.grad, theirs[name], 1e-3, 1e-5)
+
+
+@torch.no_grad()
+def test_peft_reads_what_we_saved(base, model, tmp_path):
+    import peft
+    from transformers import LlamaForCausalLM
+    lora.save(model, tmp_path, base_model="lmsys/vicuna-7b-v1.5")
+    theirs = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path)
+    check("our adapters in peft", model(some_ids()), theirs.eval()(some_ids()).logits)
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.2.self_attn.o_proj.lora_B.weight" in names
+    assert len(names) == 3 * 4 * 2 and {t.dtype for t in names.values()} == {torch.float32}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "lmsys/vicuna-7b-v1.5" and config["lora_alpha"] == 6
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors"], "no temporary file stays"
+
+
+@torch.no_grad()
+def test_save_and_load(base, model, tmp_path):
+    lora.save(model, tmp_path)
+    fresh = lora.load(Llama.from_pretrained(base), tmp_path)
+    assert torch.equal(fresh(some_ids()), model(some_ids()))
+    injected = lora.load(lora.inject(Llama.from_pretrained(base), OURS), tmp_path)
+    assert torch.equal(injected(some_ids()), model(some_ids()))
+
+
+def test_a_fresh_adapter_is_the_base_and_trains_alone(base):
+    plain = Llama.from_pretrained(base)
+    model = lora.inject(copy.deepcopy(plain), LoraConfig(r=4))
+    assert torch.equal(model(some_ids()), plain(some_ids()))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name.removeprefix(lora.PREFIX) for name in lora.adapter_tensors(model)}
+    assert len(trained) == 3 * 4 * 2
+    spread = model.model.layers[0].self_attn.q_proj.lora_A.weight.abs().max()
+    assert 0.9 < spread * 48 ** 0.5 <= 1.0        # kaiming uniform, a = sqrt(5): 1 / sqrt(in)
+    model(some_ids()).logsumexp(-1).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
+
+
+@torch.no_grad()
+def test_merge_and_unmerge(base, model, tmp_path):
+    wanted, weight = model(some_ids()), model.model.layers[0].self_attn.q_proj.weight.clone()
+    lora.merge(model)
+    once = model.model.layers[0].self_attn.q_proj.weight.clone()
+    assert torch.equal(lora.merge(model).model.layers[0].self_attn.q_proj.weight, once)
+    assert not torch.equal(once, weight)
+    check("merged", model(some_ids()), wanted)
+    model.save_pretrained(tmp_path / "plain")     # merged in, adapters left out: an ordinary LLaMA
+    check("merged, saved", Llama.from_pretrained(tmp_path / "plain")(some_ids()), wanted)
+    lora.save(model, tmp_path / "adapters")       # the adapters are still there to save
+    again = lora.load(Llama.from_pretrained(base), tmp_path / "adapters")
+    assert torch.equal(again(some_ids()), wanted)
+    with pytest.raises(ValueError, match="is merged; call lora.unmerge"):
+        lora.load(model, tmp_path / "adapters")
+    lora.unmerge(lora.unmerge(model))
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
+    assert torch.equal(model(some_ids()), wanted)
+
+
+def test_a_merged_adapter_does_not_train_silently(model):
+    with pytest.raises(RuntimeError, match="lora.unmerge"):
+        lora.merge(model).train()(some_ids())
+
+
+@torch.no_grad()
+def test_bf16_base(base, model):
+    wanted = model(some_ids())
+    half = shaken(lora.inject(Llama.from_pretrained(base, dtype=torch.bfloat16), OURS))
+    layer = half.model.layers[0].self_attn.q_proj
+    assert layer.weight.dtype == torch.bfloat16 and layer.lora_A.weight.dtype == torch.float32
+    x = torch.randn(2, 5, 48, dtype=torch.bfloat16)
+    assert layer(x).dtype == torch.bfloat16
+    update = x.float() @ layer.lora_A.weight.T @ layer.lora_B.weight.T * 1.5      # alpha/r = 6/4
+    exact = torch.nn.functional.linear(x, layer.weight) + update.bfloat16()
+    assert torch.equal(layer(x), exact), "the update is computed in fp32, rounded once"
+    check("bf16 base", half(some_ids()), wanted, 1.0, 2e-2)
+    before = layer.weight.clone()
+    lora.merge(half)
+    check("bf16 base, merged", half(some_ids()), wanted, 1.0, 2e-2)
+    assert torch.equal(lora.unmerge(half).model.layers[0].self_attn.q_proj.weight, before)
+
+
+def test_autocast_trains_fp32_adapters(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(some_ids())
+    logits.float().logsumexp(-1).sum().backward()
+    for name, parameter in lora.adapter_tensors(model).items():
+        assert parameter.grad.dtype == torch.float32 and parameter.grad.abs().sum() > 0, name
+
+
+@torch.no_grad()
+def test_dropout_only_in_training(base):
+    model = shaken(lora.inject(Llama.from_pretrained(base), LoraConfig(r=4, alpha=6, dropout=0.5)))
+    same = shaken(lora.inject(Llama.from_pretrained(base), OURS))
+    assert torch.equal(model(some_ids()), same(some_ids())), "eval: no dropout"
+    model.train(), same.train()
+    assert torch.equal(same(some_ids()), same(some_ids()))
+    assert not torch.equal(model(some_ids()), model(some_ids()))
+    layer, x = model.model.layers[0].self_attn.q_proj, torch.ones(200, 48)
+    base_part = torch.nn.functional.linear(x, layer.weight)
+    mean = (layer(x) - base_part).mean(0)
+    wanted = same.model.layers[0].self_attn.q_proj(x)[0] - base_part[0]
+    assert (mean - wanted).norm() < 0.25 * wanted.norm(), "scaled by 1 / (1 - p), base untouched"
+
+
+def test_inject_keeps_train_mode_and_dotted_targets(base):
+    model = Llama.from_pretrained(base).train()
+    lora.inject(model, LoraConfig(r=2, target_modules=("self_attn.q_proj", "down_proj")))
+    assert all(layer.training for layer in lora.layers(model).values())
+    assert {name.rpartition(".")[2] for name in lora.layers(model)} == {"q_proj", "down_proj"}
+
+
+def test_inject_errors(base):
+    model = Llama.from_pretrained(base)
+    with pytest.raises(ValueError, match=r"\['query'\]; choose target_modules among \['down_proj'.*"
+                                         r"'v_proj'\]"):
+        lora.inject(model, LoraConfig(target_modules=("q_proj", "query")))
+    assert not lora.layers(model) and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="holds no adapters"):
+        lora.save(model, "/nowhere")
+    lora.inject(model, OURS)
+    with pytest.raises(ValueError, match="already holds 12 adapters"):
+        lora.inject(model, OURS)
+
+
+@pytest.mark.parametrize("change", [
+    {"use_rslora": True}, {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 8}},
+    {"alpha_pattern": {"q_proj": 8}}, {"modules_to_save": ["lm_head"]}, {"peft_type": "IA3"},
+    {"target_modules": "all-linear"}, {"target_modules": ".*q_proj"}])
+def test_unsupported_adapter_configs(base, model, tmp_path, change):
+    lora.save(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"adapter_config.json: unsupported .*{list(change)[0]}"):
+        lora.load(Llama.from_pretrained(base), tmp_path)
+
+
+def test_load_is_strict_both_ways(base, model, tmp_path):
+    lora.save(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first, second, *_ = sorted(tensors)
+    tensors["base_model.model.extra.lora_A.weight"] = tensors.pop(first)
+    tensors[second] = torch.zeros(2, 2)
+    save_file(tensors, path)
+    target = Llama.from_pretrained(base)
+    with pytest.raises(ValueError, match=rf"missing: {first} \(1\); unknown: .*extra.lora_A.weight "
+                                         rf"\(1\); wrong shape: {second} \(1\)"):
+        lora.load(target, tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors: missing"):
+        lora.load(target, tmp_path)
+
+
+def test_load_refuses_another_scale(base, model, tmp_path):
+    lora.save(model, tmp_path)
+    other = lora.inject(Llama.from_pretrained(base), LoraConfig(r=4, alpha=8))
+    with pytest.raises(ValueError, match="alpha 6, but .*alpha 8"):
+        lora.load(other, tmp_path)
