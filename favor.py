@@ -1,0 +1,549 @@
+"""FAVOR: fine-grained audio-visual joint representations for an LLM.  Paper Sec. 3.
+
+     frames (F,3,224,224) --ViT, Q-Former + instruction--> (F,V,768)                        frozen
+     audio  (S,) 16 kHz   --Whisper encoder--> (50 a second,1280) --Linear--> (.,768)       Linear trained
+     both   --synchronise, every 0.5 s--> (F,N,1536)                                        Eq. (1)
+            --windows of K frames--> (W,K*N,1536) --causal Q-Former--> (W,Q,768)            Eq. (2)
+            --Linear--> (W*Q,D_llm) --[<s> USER: <Img> . </Img> question ASSISTANT:]--> LLM + LoRA
+     loss = cross-entropy on the answer + lambda * diversity of the queries                 Eq. (3)-(5)
+
+Shape alphabet of the whole repo:
+     B batch | F video frames, also synchronised frames (seconds x 2) | P patch tokens 257 = (224/14)^2 + 1
+     V visual vectors a frame 32 | S audio samples or steps | A audio steps a frame 25 = 50 Hz / 2 Hz
+     N joint vectors a frame max(V,A) = 32 | M mel bins 80 | W windows ceil(F/K) | K frames a window 10 (5 s)
+     Q queries a window 32 | T text tokens | L LLM sequence T + W*Q
+     D width: 1280 audio, 1408 ViT, 768 Q-Former, 1536 joint, 4096/5120 LLM
+Masks are bool, True = keep.
+
+Public: FavorConfig, PRESETS, Favor, Sample, Features, synchronise, split_windows, block_causal_mask,
+CausalQFormer, diversity_loss, prompt_ids."""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import save_file
+from torch import nn
+
+import hub
+import lora
+from data import Clip, clip_from_path
+from llama import Llama, Tokenizer
+from vit_qformer import QFormerTokenizer, VisualEncoder, preprocess
+from whisper_enc import WhisperEncoder
+
+HERE = Path(__file__).parent
+MASKS = (None, "audio", "visual", "both")
+
+
+# ---------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class FavorConfig:
+    """Every switch of the method.  Defaults: the 7B model as the paper describes it (Sec. 4.2)."""
+    # where the frozen parts come from: a folder in the Hub's layout or a Hub repo
+    whisper: str = "openai/whisper-large-v2"
+    instructblip: str = "Salesforce/instructblip-vicuna-7b"
+    llm: str = "Salesforce/instructblip-vicuna-7b"
+    llm_vocab_size: int | None = 32000      # InstructBLIP pads Vicuna's 32000 rows to 32064
+    variant: str = "paper"                  # "official": what the authors' released code does
+    # what the paper ablates (Tables 5, 9, 10; Figs 3, 4)
+    sync: bool = True                       # off: each modality through the Q-Former on its own
+    windows: int = 10                       # K, frames a window; 0 = one window for the whole clip
+    causal: str = "past"                    # "past", "future" (as released), "none"
+    diversity: float = 0.01                 # lambda of Eq. (5)
+    diversity_reduction: str = "mean"       # over pairs and windows; "sum" is Eq. (4) to the letter
+    fps: float = 2.0
+    # how clips are read (rows of the table of departures in the README)
+    frame_times: str = "regular"            # 0, 0.5, 1.0 s ...; "ends": first and last frame of a second
+    audio_seconds: float | None = None      # None: the true length; 30.0: always exactly 30 s
+    image_frames: int = 1                   # frames that an image alone becomes
+    mask_padding: bool = True               # False: only rows that fill the last window are masked,
+    #                                         and only in the cross-attention
+    # causal Q-Former
+    queries: int = 32
+    width: int = 768
+    layers: int = 2
+    heads: int = 12
+    causal_heads: int = 12                  # of width 1536 / 12 = 128
+    ffn: int = 3072
+    dropout: float = 0.1
+    max_positions: int = 4096               # joint vectors in one window
+    encoder_dropout: float = 0.0            # of the frozen Q-Former while training (released code: 0.1)
+    # LoRA (Sec. 4.2: query, key, value and the feed-forward; DIFF: official uses q, k, v, o)
+    lora_r: int = 32
+    lora_alpha: float = 32
+    lora_dropout: float = 0.1
+    lora_targets: tuple = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+    # answering
+    beams: int = 1                          # Eq. (3) is an argmax: greedy
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 128
+
+    def __post_init__(self):
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        for name, allowed in (("variant", ("paper", "official")), ("causal", ("past", "future", "none")),
+                              ("diversity_reduction", ("mean", "sum")), ("frame_times", ("regular", "ends"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}; wanted one of {', '.join(allowed)}")
+        for name in ("queries", "width", "layers", "heads", "lora_r", "fps", "max_new_tokens", "image_frames"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}; wanted more than 0")
+        if self.windows < 0:
+            raise ValueError(f"windows={self.windows}; wanted frames a window, or 0 for one window")
+
+
+OFFICIAL = dict(variant="official", causal="future", mask_padding=False, frame_times="ends",
+                audio_seconds=30.0, image_frames=60, encoder_dropout=0.1, beams=5, repetition_penalty=1.5,
+                lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+VICUNA_13B = "Salesforce/instructblip-vicuna-13b"
+PRESETS = {
+    "tiny": FavorConfig(
+        whisper="tiny/whisper", instructblip="tiny/instructblip", llm="tiny/llama", llm_vocab_size=None,
+        windows=5, queries=10, width=128, heads=4, causal_heads=4, ffn=512, dropout=0.0, max_positions=1024,
+        lora_r=16, lora_alpha=16, lora_dropout=0.0, max_new_tokens=24),
+    "7b": FavorConfig(),
+    "13b": FavorConfig(instructblip=VICUNA_13B, llm=VICUNA_13B),
+}
+
+
+def preset(name, variant="paper", **changes):
+    """PRESETS[name] in a variant, with single fields changed; unknown names list the valid ones."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    if variant not in ("paper", "official"):
+        raise ValueError(f"unknown variant {variant!r}; there are paper and official")
+    known = {field.name for field in dataclasses.fields(FavorConfig)}
+    if set(changes) - known:
+        raise ValueError(f"unknown settings {sorted(set(changes) - known)}; there are {sorted(known)}")
+    return dataclasses.replace(PRESETS[name], **((OFFICIAL if variant == "official" else {}) | changes))
+
+
+# ---------------------------------------------------------------- Eq. (1): synchronisation, windows
+def synchronise(visual, audio, audio_steps, mask_padding=True):
+    """Joins the two streams frame by frame (every 0.5 s).  Sec. 3.1, Eq. (1); no parameters.
+
+    visual (F_v,V,D_v), audio (S,D_a) at audio_steps = A vectors a frame; either may have length 0
+    -> joint (F,N,D_v+D_a), keep (F,N) with F = max(F_v, ceil(S/A)), N = max(V,A).
+    Vector j of frame t is [visual query j ; audio step t*A+j], zeros where one of them has ended.
+    keep marks where at least one modality is real; with mask_padding=False everything is kept
+    (DIFF official).  DIFF from the paper's order (audio, visual): visual first, as in the weights."""
+    V, A = visual.shape[1], audio_steps
+    n_frames = max(len(visual), math.ceil(len(audio) / A))
+    n_joint = max(V, A)
+    real = audio.new_ones(len(audio), dtype=torch.bool)
+    missing = math.ceil(len(audio) / A) * A - len(audio)              # the last frame may be short
+    audio = rearrange(F.pad(audio, (0, 0, 0, missing)), "(f a) d -> f a d", a=A)        # (F_a,A,D_a)
+    heard = rearrange(F.pad(real, (0, missing)), "(f a) -> f a", a=A)                   # (F_a,A)
+    seen = visual.new_ones(visual.shape[:2], dtype=torch.bool)                          # (F_v,V)
+
+    def fill(x):                                  # zeros behind the last frame and behind the last vector
+        widths = [0] * (2 * (x.ndim - 2)) + [0, n_joint - x.shape[1], 0, n_frames - len(x)]
+        return F.pad(x, widths)
+
+    joint = torch.cat([fill(visual), fill(audio)], dim=-1)                              # (F,N,D_v+D_a)
+    keep = fill(seen) | fill(heard)                                                     # (F,N)
+    return joint, keep if mask_padding else torch.ones_like(keep)
+
+
+def split_windows(joint, keep, window):
+    """joint (F,N,D), keep (F,N) -> (W,K*N,D), (W,K*N): non-overlapping windows of K = window frames
+    (0: one window of all F); the last one is filled up with masked zero frames.  Sec. 3.1."""
+    K = window or max(len(joint), 1)
+    missing = -len(joint) % K
+    joint = F.pad(joint, (0, 0, 0, 0, 0, missing))                                      # (W*K,N,D)
+    keep = F.pad(keep, (0, 0, 0, missing))
+    return (rearrange(joint, "(w k) n d -> w (k n) d", k=K),
+            rearrange(keep, "(w k) n -> w (k n)", k=K))
+
+
+def block_causal_mask(frames, per_frame, causal="past", device=None):
+    """(K*N,K*N) bool, rows attend to columns: a frame sees itself and the frames before it
+    ("past", Sec. 3.2 and Fig. 2) or after it ("future", DIFF official), all its own vectors always."""
+    frame = torch.arange(frames * per_frame, device=device) // per_frame                # (K*N,)
+    if causal == "past":
+        return frame[:, None] >= frame[None, :]
+    if causal == "future":
+        return frame[:, None] <= frame[None, :]
+    raise ValueError(f"causal={causal!r}; a mask exists for past and future")
+
+
+# ---------------------------------------------------------------- Eq. (2): the causal Q-Former
+class Attention(nn.Module):
+    """BERT's attention block: softmax attention, output projection, residual, LayerNorm."""
+
+    def __init__(self, width, heads, context_width=None, dropout=0.1):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(context_width or width, width)
+        self.value = nn.Linear(context_width or width, width)
+        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x, context=None, keep=None):
+        """x (B,n,D), context (B,m,D_c) or x itself, keep broadcastable to (B,heads,n,m) -> (B,n,D)."""
+        context = x if context is None else context
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads)
+                   for part in (self.query(x), self.key(context), self.value(context)))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
+        y = self.output(rearrange(y, "b h n d -> b n (h d)"))
+        return self.norm(x + F.dropout(y, self.dropout, self.training))
+
+
+class CausalQFormerLayer(nn.Module):
+    """Sec. 3.2, Fig. 2: causal attention over the window's frames, then the queries attend to each
+    other, to the frames, and go through the feed-forward; each step post-norm as in BERT."""
+
+    def __init__(self, config, joint_width):
+        super().__init__()
+        self.dropout = config.dropout
+        if config.causal != "none":
+            self.causal_attention = Attention(joint_width, config.causal_heads, dropout=config.dropout)
+        self.self_attention = Attention(config.width, config.heads, dropout=config.dropout)
+        self.cross_attention = Attention(config.width, config.heads, joint_width, config.dropout)
+        self.up = nn.Linear(config.width, config.ffn)
+        self.down = nn.Linear(config.ffn, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=1e-12)
+
+    def forward(self, queries, frames, causal_keep, keep):
+        """queries (W,Q,D), frames (W,K*N,D_joint) -> queries (W,Q,D).  The encoding of the frames is
+        this layer's own: the next one starts again from the window's raw features (DIFF: the paper
+        does not say; so does the released code)."""
+        if causal_keep is not None:
+            frames = self.causal_attention(frames, keep=causal_keep)
+        queries = self.self_attention(queries)
+        queries = self.cross_attention(queries, frames, keep)
+        y = self.down(F.gelu(self.up(queries)))
+        return self.norm(queries + F.dropout(y, self.dropout, self.training))
+
+
+class CausalQFormer(nn.Module):
+    """Eq. (2): Q trained queries read each window of synchronised frames, every window alike."""
+
+    def __init__(self, config, joint_width):
+        super().__init__()
+        self.config = config
+        self.joint_norm = nn.LayerNorm(joint_width)
+        self.positions = nn.Embedding(config.max_positions, joint_width)     # N(0,1), one a joint vector
+        self.queries = nn.Parameter(torch.empty(1, config.queries, config.width).normal_(std=0.02))
+        self.query_norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.layers = nn.ModuleList(CausalQFormerLayer(config, joint_width) for _ in range(config.layers))
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, windows, keep, per_frame):
+        """windows (W,K*N,D_joint), keep (W,K*N), per_frame = N -> (W,Q,D).
+        Raises ValueError when a window has more vectors than there are positions."""
+        length = windows.shape[1]
+        if length > self.config.max_positions:
+            raise ValueError(f"a window of {length // per_frame} frames x {per_frame} vectors = {length}, "
+                             f"but there are {self.config.max_positions} positions; use shorter windows "
+                             "(windows=10) or a shorter clip")
+        position = torch.arange(length, device=windows.device)
+        x = self.joint_norm(windows) + self.positions(position)                         # (W,K*N,D_joint)
+        # A window without one real vector (only a dummy can be) looks at its zeros: no softmax over nothing.
+        keys = (keep | ~keep.any(dim=1, keepdim=True))[:, None, None]                   # (W,1,1,K*N)
+        causal_keep = None
+        if self.config.causal != "none":
+            mask = block_causal_mask(length // per_frame, per_frame, self.config.causal, windows.device)
+            causal_keep = mask.expand(len(windows), 1, -1, -1)                          # (W,1,K*N,K*N)
+            # Padding is no key; a padded row sees itself and is dropped later.  DIFF official: the zero
+            # frames that fill the last window are keys here.  (With one window a clip there are none,
+            # only the padding of the batch, which never is one.)
+            if self.config.mask_padding or not self.config.windows:
+                causal_keep = causal_keep & keys | torch.eye(length, dtype=torch.bool, device=windows.device)
+        dropout = self.config.dropout
+        queries = F.dropout(self.query_norm(self.queries), dropout, self.training)
+        queries = queries.expand(len(windows), -1, -1)                                  # (W,Q,D)
+        for layer in self.layers:
+            queries = layer(queries, x, causal_keep, keys)
+        return queries
+
+
+def diversity_loss(queries, reduction="mean"):
+    """Eq. (4): cosine similarity of the output queries of one window, pairs j != i.
+    queries (W,Q,D) -> scalar: "mean" over pairs and windows (DIFF: lambda then does not depend on
+    the clip's length), or the literal "sum"."""
+    n = queries.shape[1]
+    unit = F.normalize(queries.float(), dim=-1, eps=1e-9)
+    similarity = unit @ unit.transpose(1, 2)                                            # (W,Q,Q)
+    off_diagonal = similarity.sum() - similarity.diagonal(dim1=1, dim2=2).sum()
+    if reduction == "sum":
+        return off_diagonal
+    return off_diagonal / max(len(queries) * n * (n - 1), 1)
+
+
+# ---------------------------------------------------------------- prompt and labels
+def prompt_ids(tokenizer, prompt, history=(), target=None, has_clip=True):
+    """Ids before the clip's vectors, ids after them, and the ids to learn.
+
+     <s> USER: <Img> |vectors| </Img> {question}\\nASSISTANT: | {answer}</s>
+    Earlier turns of a dialogue stand between: {question}\\nASSISTANT: {answer}</s>USER: ...
+    Text alone has no <Img> </Img>.  Only the answer and its </s> are learnt; target None gives [].
+    The segments are encoded one by one, as in the released code."""
+    turns = [*history, (prompt, None)]
+    before = [tokenizer.bos_id] + tokenizer.encode("USER: <Img>" if has_clip else "USER:")
+    after = []
+    for i, (question, answer) in enumerate(turns):
+        opening = ("</Img> " if has_clip else " ") if i == 0 else "USER: "
+        after += tokenizer.encode(f"{opening}{question}\nASSISTANT:")
+        if answer is not None:
+            after += [*tokenizer.encode(answer), tokenizer.eos_id]
+    answer = [] if target is None else [*tokenizer.encode(target), tokenizer.eos_id]
+    return before, after, answer
+
+
+@dataclass
+class Features:
+    """What the frozen encoders make of one clip and one question; either part may be None."""
+    visual: torch.Tensor | None = None       # (F,V,D_v)
+    audio: torch.Tensor | None = None        # (S,D_a)
+    is_image: bool = False
+
+
+@dataclass
+class Sample:
+    """One row of a batch: a question about a clip (or about its kept features), and the answer.
+    mask: "audio", "visual" or "both" fills that modality with zeros (Tables 2 and 3)."""
+    prompt: str
+    target: str | None = None
+    clip: Clip | None = None
+    features: Features | None = None
+    history: tuple = ()
+    mask: str | None = None
+
+
+# ---------------------------------------------------------------- the model
+class Favor(nn.Module):
+    """Frozen Whisper, ViT and Q-Former; trained audio projection, causal Q-Former, LLM projection and
+    LoRA on the LLM."""
+
+    def __init__(self, config, whisper, visual, llm, tokenizer, qformer_tokenizer):
+        super().__init__()
+        self.config, self.tokenizer, self.qformer_tokenizer = config, tokenizer, qformer_tokenizer
+        self.whisper, self.visual, self.llm = whisper, visual, llm
+        for part in (whisper, visual, llm):
+            part.requires_grad_(False)
+        # positions a second / frames a second: 50 / 2 = 25
+        self.audio_steps = round(whisper.config.positions_hz / config.fps)
+        audio_width, visual_width = whisper.config.width, visual.width
+        self.audio_proj = nn.Linear(audio_width, visual_width)       # DIFF: the paper does not say; 1280 -> 768
+        self.qformer = CausalQFormer(config, 2 * visual_width)
+        self.llm_proj = nn.Linear(config.width, llm.config.width)
+        lora.inject(llm, lora.LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout,
+                                         config.lora_targets))
+
+    @classmethod
+    def from_config(cls, config, dtype=None, device=None):
+        """Pretrained frozen parts from the sources the config names, fresh trained parts."""
+        whisper, instructblip, llm = (_local(s) for s in (config.whisper, config.instructblip, config.llm))
+        place = {"dtype": dtype, "device": device}
+        model = cls(config, WhisperEncoder.from_pretrained(whisper, **place),
+                    VisualEncoder.from_pretrained(instructblip, **place),
+                    Llama.from_pretrained(llm, vocab_size=config.llm_vocab_size, **place),
+                    Tokenizer.from_pretrained(llm), QFormerTokenizer.from_pretrained(instructblip))
+        return model.to(device) if device else model
+
+    @classmethod
+    def from_pretrained(cls, run_folder, dtype=None, device=None):
+        """A folder that save_pretrained (train.py) wrote -> model in eval mode."""
+        root = Path(run_folder)
+        if not (root / "favor.json").exists():
+            raise FileNotFoundError(f"{root}: no favor.json; wanted a checkpoint of train.py such as "
+                                    "runs/tiny/best (make one: python train.py)")
+        saved = hub.read_json(root / "favor.json")
+        model = cls.from_config(FavorConfig(**saved["config"]), dtype, device)
+        model.load_trained(root)
+        return model.eval()
+
+    def aligner(self):
+        """The trained parts outside the LLM as one module."""
+        return nn.ModuleDict({"audio_proj": self.audio_proj, "qformer": self.qformer,
+                              "llm_proj": self.llm_proj})
+
+    def save_pretrained(self, folder, **facts):
+        """favor.json (config and `facts`), model.safetensors (aligner) and lora/ (peft's format)."""
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        lora.save(self.llm, root / "lora")
+        tensors = {n: t.detach().cpu().contiguous() for n, t in self.aligner().state_dict().items()}
+        save_file(tensors, root / "model.safetensors.tmp", metadata={"format": "pt"})
+        os.replace(root / "model.safetensors.tmp", root / "model.safetensors")
+        hub.write_json(root / "favor.json", {"config": dataclasses.asdict(self.config), **facts})
+
+    def load_trained(self, folder):
+        """Reads what save_pretrained wrote into this model; strict both ways."""
+        hub.load_into(self.aligner(), folder)
+        lora.load(self.llm, Path(folder) / "lora")
+
+    def trained_parameters(self):
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def train(self, mode=True):
+        """Frozen encoders stay in eval mode.  DIFF official: the dropout of the frozen Q-Former stays on."""
+        super().train(mode)
+        self.whisper.eval()
+        self.visual.eval()
+        return self
+
+    # ---- frozen encoders
+    @torch.no_grad()
+    def encode(self, clip, prompts):
+        """One clip -> a Features for each prompt.  The ViT and Whisper run once: only the visual
+        Q-Former reads the prompt."""
+        device, config = self.llm_proj.weight.device, self.config
+        audio = visual = None
+        if clip is not None and clip.audio is not None:
+            wave = clip.audio
+            if config.audio_seconds:                      # DIFF official: always exactly 30 s
+                samples = round(config.audio_seconds * self.whisper.config.sample_rate)
+                wave = F.pad(wave[:samples], (0, max(0, samples - len(wave))))
+            audio = self.whisper.encode(wave.to(device))                                # (S,D_a)
+        if clip is not None and clip.frames is not None:
+            pixels = preprocess(clip.frames.permute(0, 2, 3, 1), self.visual.image_size).to(device)
+            image = self.visual.encode_image(pixels)                                    # (F,P,D_vit)
+            ids, keep = self.qformer_tokenizer(list(prompts))
+            visual = [self.visual.query(image, i[k][None].to(device)) for i, k in zip(ids, keep, strict=True)]
+        return [Features(None if visual is None else visual[i], audio, bool(clip and clip.is_image))
+                for i in range(len(prompts))]
+
+    def features_of(self, sample):
+        if sample.mask not in MASKS:
+            raise ValueError(f"mask={sample.mask!r}; wanted one of {MASKS}")
+        features = sample.features or self.encode(sample.clip, [sample.prompt])[0]
+        visual, audio = features.visual, features.audio
+        if features.is_image and visual is not None:       # an image lasts as long as its sound
+            n = self.config.image_frames if audio is None else math.ceil(len(audio) / self.audio_steps)
+            visual = visual.expand(max(n, 1), -1, -1)
+        return visual, audio
+
+    # ---- Eq. (1) and (2)
+    def joint_windows(self, sample):
+        """Sample -> list of (windows (W,K*N,D), keep (W,K*N)): one entry, or with sync off one a
+        modality; empty for text alone."""
+        visual, audio = self.features_of(sample)
+        if visual is None and audio is None:
+            return []
+        like = self.audio_proj.weight
+        D, V, A = like.shape[0], self.visual.n_queries, self.audio_steps
+        visual = like.new_zeros(0, V, D) if visual is None else visual.to(like)
+        # The zeros of an absent or masked modality stand behind the projection, which has a bias.
+        audio = like.new_zeros(0, D) if audio is None else self.audio_proj(audio.to(like))   # (S,D)
+        visual = visual * float(sample.mask not in ("visual", "both"))
+        audio = audio * float(sample.mask not in ("audio", "both"))
+        streams = [(visual, audio)]
+        if not self.config.sync:                           # ablation: nothing is joined
+            streams = [pair for pair in ((visual, audio[:0]), (visual[:0], audio)) if len(pair[0]) or len(pair[1])]
+        return [split_windows(*synchronise(*pair, A, self.config.mask_padding), self.config.windows)
+                for pair in streams]
+
+    def audio_visual_tokens(self, samples):
+        """Samples -> LLM vectors, one (W*Q,D_llm) a sample ((0,D_llm) for text), and the queries
+        (all windows,Q,D) for the diversity loss.
+
+        The windows of the whole batch go through the Q-Former side by side, so that a sample never
+        meets another one's padding.  One dummy window of zeros goes along: every rank of a DDP run
+        touches every trained parameter at every step, whatever its batch holds (test_ddp.py)."""
+        parts = [self.joint_windows(sample) for sample in samples]
+        N = max(self.visual.n_queries, self.audio_steps)
+        like = self.audio_proj(self.audio_proj.weight.new_zeros(1, self.audio_proj.in_features)) * 0
+        dummy = torch.cat([like, like], dim=-1).expand(1, (self.config.windows or 1) * N, -1)
+        dummy = (dummy, dummy.new_zeros(dummy.shape[:2], dtype=torch.bool))
+        windows = [pair for part in parts for pair in part] + [dummy]
+        longest = max(w.shape[1] for w, _ in windows)      # differs only with windows=0
+        frames = torch.cat([F.pad(w, (0, 0, 0, longest - w.shape[1])) for w, _ in windows])
+        keep = torch.cat([F.pad(k, (0, longest - k.shape[1])) for _, k in windows])
+        queries = self.qformer(frames, keep, per_frame=N)                               # (W,Q,D)
+        tokens = self.llm_proj(queries)                                                 # (W,Q,D_llm)
+        touched = 0 * tokens[-1].sum()
+        tokens, queries = tokens[:-1], queries[:-1]
+        counts = [sum(len(w) for w, _ in part) for part in parts]
+        pieces = [rearrange(piece, "w q d -> (w q) d") + touched for piece in tokens.split(counts)]
+        return pieces, queries
+
+    # ---- Eq. (3) to (5)
+    def llm_inputs(self, samples):
+        """-> list of (embeddings (L,D_llm), ids to learn), and the queries."""
+        tokens, queries = self.audio_visual_tokens(samples)
+        rows = []
+        for sample, vectors in zip(samples, tokens, strict=True):
+            before, after, answer = prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target,
+                                               has_clip=len(vectors) > 0)
+            ids = torch.tensor([before + after + answer], device=vectors.device)
+            text = self.llm.embed(ids)[0]                                               # (T,D_llm)
+            rows.append((torch.cat([text[:len(before)], vectors.to(text), text[len(before):]]), answer))
+        return rows, queries
+
+    def forward(self, samples):
+        """List of Samples with targets -> dict of losses.
+
+        loss = ce + lambda * diversity, Eq. (5); ce is the mean over all answer tokens of the batch.
+        tokens, diversity_parts: how many ce and diversity are means of, so that train.py can form
+        the mean over ranks; item_ce (B,): each sample's own mean, the same alone and in any batch."""
+        rows, queries = self.llm_inputs(samples)
+        missing = [s.prompt for s in samples if s.target is None]
+        if missing:
+            raise ValueError(f"no target for {missing[0]!r}; model(batch) learns answers, "
+                             "model.answer() gives them")
+        lengths = [len(embeds) for embeds, _ in rows]
+        embeds = nn.utils.rnn.pad_sequence([embeds for embeds, _ in rows], batch_first=True)   # (B,L,D)
+        keep = torch.arange(max(lengths), device=embeds.device) < torch.tensor(lengths, device=embeds.device)[:, None]
+        hidden = self.llm.hidden(embeds=embeds, mask=keep)                              # (B,L,D)
+        # Position p predicts token p + 1; the lm_head runs only where an answer token is predicted.
+        where = [(b, n - len(answer) - 1 + i) for b, (n, (_, answer)) in enumerate(zip(lengths, rows, strict=True))
+                 for i in range(len(answer))]
+        row, column = torch.tensor(where, device=embeds.device).T
+        wanted = torch.tensor([i for _, answer in rows for i in answer], device=embeds.device)
+        token_ce = F.cross_entropy(self.llm.lm_head(hidden[row, column]).float(), wanted, reduction="none")
+        per_item = token_ce.new_zeros(len(rows)).index_add(0, row, token_ce)
+        answer_lengths = torch.tensor([len(answer) for _, answer in rows], device=embeds.device)
+        # Eq. (4): a mean over pairs and windows, or the literal sum of each clip
+        mean = self.config.diversity_reduction == "mean"
+        diversity = diversity_loss(queries, "mean" if mean else "sum") / (1 if mean else len(rows))
+        ce = token_ce.mean()
+        return {"loss": ce + self.config.diversity * diversity, "ce": ce, "diversity": diversity,    # Eq. (5)
+                "tokens": len(wanted), "diversity_parts": len(queries) if mean else len(rows),
+                "item_ce": per_item / answer_lengths}
+
+    @torch.no_grad()
+    def generate(self, samples, stream=None, **settings):
+        """Answers of a batch of Samples -> list of str.  Eq. (3); greedy unless the config or
+        `settings` (see Llama.generate) say otherwise.  stream(text) shows a single answer as it grows."""
+        rows, _ = self.llm_inputs([dataclasses.replace(sample, target=None) for sample in samples])
+        longest = max(len(embeds) for embeds, _ in rows)
+        embeds = torch.stack([F.pad(e, (0, 0, longest - len(e), 0)) for e, _ in rows])  # padded on the left
+        keep = torch.stack([torch.arange(longest, device=e.device) >= longest - len(e) for e, _ in rows])
+        config = self.config
+        settings = {"max_new_tokens": config.max_new_tokens, "num_beams": config.beams,
+                    "repetition_penalty": config.repetition_penalty} | settings
+        if stream is not None:
+            if len(samples) != 1:
+                raise ValueError(f"stream with {len(samples)} samples; only a single answer can be streamed")
+            push = self.tokenizer.stream_decoder()
+            settings |= {"stream": lambda row, token: stream(push(token))}
+        ids = self.llm.generate(embeds=embeds, mask=keep, **settings)
+        if stream is not None:
+            stream(push())
+        return [self.tokenizer.decode(row).strip() for row in ids]
+
+    def answer(self, clip, question, history=(), mask=None, stream=None, **settings):
+        """The answer to one question.  clip: a Clip, the path of any video, audio or image file, or
+        None (text alone)."""
+        if isinstance(clip, (str, Path)):
+            clip = clip_from_path(clip, fps=self.config.fps, size=self.visual.image_size,
+                                  frame_times=self.config.frame_times)
+        sample = Sample(question, clip=clip, history=tuple(history), mask=mask)
+        return self.generate([sample], stream=stream, **settings)[0]
+
+
+def _local(source):
+    """The miniature's sources are relative to this file, so that it works from any folder."""
+    return HERE / source if (HERE / source).is_dir() else source

@@ -1,0 +1,366 @@
+"""Pretrains the three frozen parts of the miniature, as the paper starts from pretrained parts, each
+saved in the Hub's folder layout with the Hub's tensor names (fp16).  Training voices and training
+scenes only: what miniature.py holds out stays unseen here too.
+
+     llama         reads a clip told in words, answers questions about it      -> tiny/llama
+     whisper       says at every 50 ms which word or sound is heard            -> tiny/whisper
+     instructblip  one still + instruction -> the answer or the caption, query i saying word i
+                   through language_projection and the frozen LLaMA's lm_head  -> tiny/instructblip
+
+Run by `python miniature.py pretrain [llama whisper instructblip]`, in this order.
+What each run printed stands in tiny/README.md."""
+
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hub
+import miniature as world
+from favor import prompt_ids
+from llama import Llama, LlamaConfig, Tokenizer
+from vit_qformer import QFormerConfig, QFormerTokenizer, ViTConfig, VisualEncoder, normalise
+from whisper_enc import WhisperConfig, WhisperEncoder, log_mel_spectrogram
+
+TINY = Path(__file__).parent / "tiny"
+NOTHING = "nothing"                               # the word for a query that has no more to say
+
+
+def train_loop(name, steps, parameters, batch_loss, lr, log_every=200):
+    """AdamW with warm-up and cosine decay over `batch_loss(step) -> (loss, dict of numbers)`."""
+    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    started = time.time()
+    for step in range(steps):
+        scale = min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimiser.param_groups:
+            group["lr"] = lr * scale
+        loss, numbers = batch_loss(step)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            seconds = time.time() - started
+            shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
+            print(f"{name} {step + 1}/{steps}: loss {loss.item():.3f}, {shown}, {seconds:.0f} s, "
+                  f"ETA {seconds / (step + 1) * (steps - step - 1):.0f} s", flush=True)
+
+
+def read_out(labels, silence=0):
+    """Frame-wise labels (T,) -> what was said: repeats merged, silence dropped."""
+    out, last = [], silence
+    for label in labels:
+        if label not in (last, silence):
+            out.append(label)
+        last = label
+    return out
+
+
+# ---------------------------------------------------------------- whisper: words and sounds
+HEARD = ("silence", *world.WORDS, *world.SOUNDS)
+WHISPER = WhisperConfig(width=96, layers=3, heads=4, ffn=384, max_source_positions=100, n_fft=512, hop=400)
+
+
+def listening_clip(rng, split):
+    """5 s of words or sounds in quiet or noise -> audio (80000,), labels (100,): one every 50 ms."""
+    total, at, pieces = WHISPER.chunk_samples, int(rng.uniform(0, 0.8) * world.RATE), []
+    labels = np.zeros(WHISPER.max_source_positions, np.int64)
+    speech, voice = rng.random() < 0.65, world.choose_voice(rng, split)
+    slow = rng.random() < 0.4
+    while True:
+        word = str(rng.choice(world.WORDS if speech else world.SOUNDS))
+        audio = world.say(rng, word, split, voice) if speech else world.sound(rng, word)
+        if at + len(audio) > total:
+            break
+        pieces.append((at, audio))
+        first, last = round(at / 800), round((at + len(audio)) / 800)     # 800 samples = 50 ms
+        labels[first:max(last, first + 1)] = HEARD.index(word)
+        gap = rng.uniform(0.2, 1.2) if slow else rng.uniform(0.02, 0.25)
+        at += len(audio) + int(gap * world.RATE)
+    audio = world.place(total, pieces)
+    if speech:
+        decibels = rng.uniform(-6, 3) if rng.random() < 0.3 else rng.uniform(10, 40)
+        audio = world.add_noise(rng, audio, decibels)
+    else:
+        audio = audio + 0.003 * rng.standard_normal(total).astype(np.float32)
+    return audio / max(1.0, abs(audio).max()), labels
+
+
+def mel_of(audio):
+    return log_mel_spectrogram(audio, WHISPER.chunk_samples, WHISPER.n_fft, WHISPER.hop, WHISPER.n_mels)
+
+
+def pretrain_whisper(steps=3000, batch=32, seed=1):
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    encoder, head = WhisperEncoder(WHISPER), nn.Linear(WHISPER.width, len(HEARD))
+    encoder.embed_positions.requires_grad_(False)                    # Whisper's are fixed sinusoids
+
+    def batch_of(split, n):
+        clips = [listening_clip(rng, split) for _ in range(n)]
+        return (mel_of(torch.from_numpy(np.stack([c[0] for c in clips]))),
+                torch.from_numpy(np.stack([c[1] for c in clips])))
+
+    def loss(step):
+        mel, labels = batch_of("train", batch)
+        logits = head(encoder(mel))                                                   # (B,P,classes)
+        right = (logits.argmax(-1) == labels)[labels > 0].float().mean()
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), {"frames right": right.item()}
+
+    parameters = [p for m in (encoder, head) for p in m.parameters() if p.requires_grad]
+    train_loop("whisper", steps, parameters, loss, lr=2e-3)
+    save_whisper(encoder)
+    encoder.eval()
+    with torch.no_grad():                                              # how good it is alone
+        for split in ("train", "test"):
+            right = total = errors = spoken = 0
+            for _ in range(8):
+                mel, labels = batch_of(split, 64)
+                said = head(encoder(mel)).argmax(-1)
+                right += (said == labels)[labels > 0].sum().item()
+                total += (labels > 0).sum().item()
+                for ours, theirs in zip(said.tolist(), labels.tolist(), strict=True):
+                    from metrics import edit_distance
+                    ours, theirs = read_out(ours), read_out(theirs)
+                    errors, spoken = errors + edit_distance(ours, theirs), spoken + len(theirs)
+            print(f"whisper alone, {split} voices: {100 * right / total:.1f} % of the sounding 50 ms "
+                  f"frames right, word error rate {100 * errors / spoken:.1f} %", flush=True)
+
+
+def save_whisper(encoder):
+    c = encoder.config
+    hub.save_folder(TINY / "whisper", {f"model.encoder.{n}": t.half() for n, t in encoder.state_dict().items()}, {
+        "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper",
+        "num_mel_bins": c.n_mels, "d_model": c.width, "encoder_layers": c.layers,
+        "encoder_attention_heads": c.heads, "encoder_ffn_dim": c.ffn, "activation_function": "gelu",
+        "max_source_positions": c.max_source_positions, "torch_dtype": "float16"})
+    hub.write_json(TINY / "whisper" / "preprocessor_config.json", {
+        "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": c.n_mels,
+        "sampling_rate": c.sample_rate, "hop_length": c.hop, "n_fft": c.n_fft,
+        "chunk_length": c.chunk_samples // c.sample_rate, "n_samples": c.chunk_samples,
+        "nb_max_frames": 2 * c.max_source_positions, "padding_side": "right", "padding_value": 0.0})
+
+
+# ---------------------------------------------------------------- llama: the miniature's language
+LLAMA = dict(width=128, layers=4, heads=4, kv_heads=4, ffn=352, max_positions=1024)
+CONTENT_NOISE = 0.5        # clips will speak in vectors near words, not in words: train for that
+
+
+def told_in_words(rng, scene, question):
+    """A scene's facts as the words that stand in for the clip's vectors: frame by frame what is seen,
+    then what is heard; every frame, or changes only."""
+    task, _, target, extras = question
+    if task == "vqa" and (extras["type"] == "place" or rng.random() < 0.7):
+        return target.split()                             # the Q-Former has answered already
+    every, words, last = rng.random() < 0.5, [], None
+    for seen, heard in scene.facts:
+        heard = heard[extras["audio"]] if isinstance(heard, dict) else heard
+        shown = seen if every and len(seen) <= 3 or seen != last else []
+        words += shown + heard or ([NOTHING] if every else [])
+        last = seen
+    return words
+
+
+def language(rng, n):
+    """n samples (words, prompt, history, target) over all scenes and their training questions."""
+    out = []
+    while len(out) < n:
+        scene = world.SCENES[str(rng.choice(list(world.SCENES)))](rng, "train")
+        out += [(told_in_words(rng, scene, question), question[1], question[3].get("history", ()),
+                 question[2]) for question in scene.questions]
+    return out[:n]
+
+
+def train_tokenizer(rng):
+    """Byte-pair sentencepiece model in which every word of the miniature is one piece."""
+    lines = [text for words, prompt, history, target in language(rng, 20000)
+             for text in ("USER: <Img>", " ".join(words), f"</Img> {prompt}\nASSISTANT:", target,
+                          *(t for turn in history for t in turn))]
+    lines += [*world.COLOURS, *world.SHAPES, *world.SOUNDS, *world.WORDS, *world.LIPS, *world.PLACES,
+              NOTHING, "lit", "dark", "hello", "yes", "no"] * 200
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=640,
+        byte_fallback=True, split_digits=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        required_chars="abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?!'-:;")
+    (TINY / "llama").mkdir(parents=True, exist_ok=True)
+    (TINY / "llama" / "tokenizer.model").write_bytes(model.getvalue())
+    return Tokenizer.from_pretrained(TINY / "llama")
+
+
+def pretrain_llama(steps=4000, batch=48, seed=2):
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    tokenizer = train_tokenizer(rng)
+    llm = Llama(LlamaConfig(vocab_size=tokenizer.vocab_size, **LLAMA))
+    print(f"llama: {sum(p.numel() for p in llm.parameters()) / 1e6:.2f} M parameters, "
+          f"{tokenizer.vocab_size} pieces", flush=True)
+
+    def loss(step, noise=CONTENT_NOISE):
+        rows = []
+        for words, prompt, history, target in language(rng, batch):
+            before, after, answer = prompt_ids(tokenizer, prompt, history, target)
+            content = [i for word in words for i in tokenizer.encode(word)]
+            rows.append((before + content + after + answer, len(before), len(content), len(answer)))
+        width = max(len(row[0]) for row in rows)
+        ids = torch.full((batch, width), tokenizer.eos_id)
+        labels, keep = torch.full((batch, width), -100), torch.zeros(batch, width, dtype=torch.bool)
+        soft = torch.zeros(batch, width, 1)
+        for i, (row, n_before, n_content, n_answer) in enumerate(rows):
+            ids[i, :len(row)], keep[i, :len(row)] = torch.tensor(row), True
+            labels[i, len(row) - n_answer:len(row)] = torch.tensor(row[-n_answer:])
+            soft[i, n_before:n_before + n_content] = rng.uniform(0, noise) if noise else 0
+        embeds = llm.embed(ids)
+        embeds = embeds + soft * embeds.detach().std() * torch.randn_like(embeds)
+        hidden = llm.hidden(embeds=embeds, mask=keep)[:, :-1]
+        labels = labels[:, 1:]
+        logits, wanted = llm.lm_head(hidden[labels >= 0]), labels[labels >= 0]
+        right = (logits.argmax(-1) == wanted).float().mean().item()
+        return F.cross_entropy(logits, wanted), {"tokens right": right}
+
+    llm.train().requires_grad_(True)
+    train_loop("llama", steps, list(llm.parameters()), loss, lr=1.5e-3)
+    llm.eval()
+    llm.save_pretrained(TINY / "llama", dtype=torch.float16)
+    with torch.no_grad():
+        right = np.mean([loss(0, noise=0)[1]["tokens right"] for _ in range(20)])
+    print(f"llama alone: {100 * right:.1f} % of the answer tokens right, from words", flush=True)
+
+
+# ---------------------------------------------------------------- instructblip: stills, instructions
+VIT = ViTConfig(width=96, layers=3, heads=4, ffn=384, image_size=64, patch_size=16)
+N_QUERIES = 8
+
+
+def qformer_vocabulary():
+    """WordPiece entries: the specials, whole words, and letters so that any text has ids."""
+    prompts = " ".join([*world.PROMPTS.values(), "What colour shape comes right after before the object "
+                        "at and is it that Choose one from Where Which sounds are heard objects light up"])
+    words = {w for w in "".join(c if c.isalpha() else " " for c in prompts.lower()).split()}
+    words |= {*world.COLOURS, *world.SHAPES, *world.SOUNDS, *world.WORDS, *world.LIPS, "top", "left",
+              "right", "bottom", "lit", "dark", NOTHING}
+    letters = [chr(c) for c in range(97, 123)] + [str(d) for d in range(10)]
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,?!'-:;()", *letters,
+            *("##" + c for c in letters), *sorted(words - set(letters)), "[DEC]"]
+
+
+def looking_samples(rng, split, n):
+    """n (image (64,64,3), instruction, words to say): a question's answer on stills, else the caption
+    of the frame, whatever the instruction is about."""
+    scenes = [s for s in world.SCENES if s not in ("speech", "sounds")]
+    weights = np.array([3.0 if s in ("still", "number") else 1.0 for s in scenes])
+    out = []
+    while len(out) < n:
+        scene = world.SCENES[str(rng.choice(scenes, p=weights / weights.sum()))](rng, split)
+        questions = [q for q in scene.questions if q[0] not in ("ic", "ocr")] or scene.questions
+        if scene.questions[0][0] == "ic":
+            questions = scene.questions
+        picks = scene.stills()
+        chosen = range(len(picks)) if len(picks) == 1 else rng.permutation(len(picks))[:3]
+        for k in chosen:
+            for question in (questions if len(picks) == 1 else [questions[int(rng.integers(len(questions)))]]):
+                words = question[2].split() if question[0] == "vqa" else scene.facts[k][0]
+                shift = tuple(rng.integers(-2, 3, 2)) if len(picks) > 1 else (0, 0)
+                noisy = np.roll(picks[k], shift, (0, 1)) + rng.normal(0, 3, picks[k].shape)
+                out.append((np.clip(noisy, 0, 255).astype(np.uint8), question[1], words))
+    return out[:n]
+
+
+def pretrain_instructblip(steps=5000, batch=64, seed=3):
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    folder = TINY / "instructblip"
+    (folder / "qformer_tokenizer").mkdir(parents=True, exist_ok=True)
+    vocabulary = qformer_vocabulary()
+    (folder / "qformer_tokenizer" / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    tokenizer, llm_tokenizer = QFormerTokenizer.from_pretrained(folder), Tokenizer.from_pretrained(TINY / "llama")
+    llm = Llama.from_pretrained(TINY / "llama").requires_grad_(False)
+    qformer = QFormerConfig(width=96, layers=4, heads=4, ffn=384, vocab_size=len(vocabulary),
+                            max_positions=128, encoder_width=VIT.width)
+    encoder = VisualEncoder(VIT, qformer, N_QUERIES)
+    initialise(encoder)
+    projection = nn.Linear(qformer.width, llm.config.width)
+    word_id = {word: llm_tokenizer.encode(word)[-1] for word in [*world.COLOURS, *world.SHAPES, *world.LIPS,
+               *map(str, range(10)), "top", "left", "right", "bottom", "lit", "dark", NOTHING]}
+
+    def batch_of(split, n):
+        samples = looking_samples(rng, split, n)
+        pixels = normalise(torch.from_numpy(np.stack([s[0] for s in samples])).permute(0, 3, 1, 2))
+        ids, mask = tokenizer([s[1] for s in samples])
+        words = [(s[2] + [NOTHING] * N_QUERIES)[:N_QUERIES] for s in samples]
+        wanted = torch.tensor([[word_id[w] for w in row] for row in words])
+        return pixels, ids, mask, wanted, samples
+
+    def loss(step):
+        pixels, ids, mask, wanted, _ = batch_of("train", batch)
+        logits = llm.lm_head(projection(encoder(pixels, ids, mask)))              # (F,V,vocabulary)
+        says_something = wanted != word_id[NOTHING]
+        right = (logits.argmax(-1) == wanted)[says_something].float().mean().item()
+        weight = 0.15 + 0.85 * says_something.float()
+        ce = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+        return (ce * weight.flatten()).sum() / weight.sum(), {"words right": right}
+
+    parameters = [p for m in (encoder, projection) for p in m.parameters()]
+    train_loop("instructblip", steps, parameters, loss, lr=1.5e-3)
+    save_instructblip(encoder, projection, llm)
+    encoder.eval()
+    with torch.no_grad():
+        for split in ("train", "test"):
+            tally = {}
+            for _ in range(20):
+                pixels, ids, mask, wanted, samples = batch_of(split, 100)
+                right = (llm.lm_head(projection(encoder(pixels, ids, mask))).argmax(-1) == wanted).all(-1)
+                for sample, ok in zip(samples, right.tolist(), strict=True):
+                    tally.setdefault(sample[1].split(" the ")[0][:40], []).append(ok)
+            print(f"instructblip alone, {split} scenes, all words right: " + "; ".join(
+                f"{prompt} {100 * np.mean(v):.1f} % ({len(v)})" for prompt, v in sorted(tally.items())), flush=True)
+
+
+def initialise(encoder):
+    """BERT's and ViT's usual start: N(0, 0.02) matrices."""
+    for name, parameter in encoder.named_parameters():
+        if parameter.ndim >= 2 and "patch" not in name:
+            nn.init.normal_(parameter, std=0.02 if "qformer" in name or "query" in name else 0.04)
+
+
+def save_instructblip(encoder, projection, llm):
+    vit, q = encoder.vit.config, encoder.qformer.config
+    tensors = {n.replace("vit.", "vision_model.", 1) if n.startswith("vit.") else n: t
+               for n, t in encoder.state_dict().items()}
+    tensors |= {f"language_projection.{n}": t for n, t in projection.state_dict().items()}
+    tensors = {n: t.half() for n, t in tensors.items()}
+    hub.save_folder(TINY / "instructblip", tensors, {
+        "architectures": ["InstructBlipForConditionalGeneration"], "model_type": "instructblip",
+        "num_query_tokens": encoder.n_queries, "torch_dtype": "float16",
+        "vision_config": {"hidden_size": vit.width, "intermediate_size": vit.ffn,
+                          "num_hidden_layers": vit.layers, "num_attention_heads": vit.heads,
+                          "image_size": vit.image_size, "patch_size": vit.patch_size, "hidden_act": "gelu",
+                          "layer_norm_eps": vit.eps, "qkv_bias": True},
+        "qformer_config": {"hidden_size": q.width, "num_hidden_layers": q.layers,
+                           "num_attention_heads": q.heads, "intermediate_size": q.ffn,
+                           "vocab_size": q.vocab_size, "max_position_embeddings": q.max_positions,
+                           "cross_attention_frequency": q.cross_attention_frequency,
+                           "encoder_hidden_size": q.encoder_width, "hidden_act": "gelu",
+                           "layer_norm_eps": q.eps},
+        "text_config": json.loads((TINY / "llama" / "config.json").read_text())})
+
+
+PARTS = {"llama": pretrain_llama, "whisper": pretrain_whisper, "instructblip": pretrain_instructblip}
+
+
+def pretrain(parts=()):
+    """Trains the named parts (all of them by default) and overwrites their folders in tiny/."""
+    unknown = set(parts) - set(PARTS)
+    if unknown:
+        raise SystemExit(f"unknown parts {sorted(unknown)}; there are {', '.join(PARTS)}")
+    torch.set_num_threads(1)
+    for part in parts or PARTS:
+        PARTS[part]()
