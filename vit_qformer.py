@@ -157,13 +157,14 @@ class TextEmbedding(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
         self.position_embeddings = nn.Embedding(config.max_positions, config.width)
         self.layernorm = Norm(config.width, config.eps)          # the only lower-case one
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, queries, text_ids=None):
         """(F,V,D) and ids (F,T) -> (F,V+T,D). Positions count from 0 at the first text token."""
         if text_ids is None:
-            return self.layernorm(queries)
+            return self.dropout(self.layernorm(queries))
         text = self.word_embeddings(text_ids) + self.position_embeddings.weight[:text_ids.shape[1]]
-        return self.layernorm(torch.cat((queries, text), dim=1))
+        return self.dropout(self.layernorm(torch.cat((queries, text), dim=1)))
 
 
 class QFormerAttention(nn.Module):
@@ -176,19 +177,22 @@ class QFormerAttention(nn.Module):
                                         "value": nn.Linear(context_width, config.width)})
         self.output = nn.ModuleDict({"dense": nn.Linear(config.width, config.width),
                                      "LayerNorm": Norm(config.width, config.eps)})
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, x, context, keep=None):
         """x (F,T,D), context (F,C,D'), keep (F,1,1,C) bool, True = look at it -> (F,T,D)."""
         q = rearrange(self.attention.query(x), "f t (h d) -> f h t d", h=self.heads)
         k = rearrange(self.attention.key(context), "f c (h d) -> f h c d", h=self.heads)
         v = rearrange(self.attention.value(context), "f c (h d) -> f h c d", h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
-        return self.output.LayerNorm(self.output.dense(rearrange(y, "f h t d -> f t (h d)")) + x)
+        p = self.dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=p)
+        y = self.output.dense(rearrange(y, "f h t d -> f t (h d)"))
+        return self.output.LayerNorm(self.dropout(y) + x)
 
 
-def feed_forward(x, up, down):
+def feed_forward(x, up, down, dropout):
     """Feed-forward, residual, norm: one pair of modules for the queries, another for the text."""
-    return down.LayerNorm(down.dense(F.gelu(up.dense(x))) + x)
+    return down.LayerNorm(dropout(down.dense(F.gelu(up.dense(x)))) + x)
 
 
 class QFormerLayer(nn.Module):
@@ -205,6 +209,7 @@ class QFormerLayer(nn.Module):
             QFormerAttention(config, config.encoder_width) if has_cross_attention else None)
         self.intermediate, self.output = up(), down()                        # text
         self.intermediate_query, self.output_query = up(), down()            # queries
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, x, image, n_queries, keep=None):
         """x (F,V+T,D), image (F,P,D_vit) -> (F,V+T,D)."""
@@ -212,8 +217,9 @@ class QFormerLayer(nn.Module):
         queries, text = x[:, :n_queries], x[:, n_queries:]                   # (F,V,D), (F,T,D)
         if self.crossattention is not None:
             queries = self.crossattention(queries, image)
-        queries = feed_forward(queries, self.intermediate_query, self.output_query)
-        return torch.cat((queries, feed_forward(text, self.intermediate, self.output)), dim=1)
+        queries = feed_forward(queries, self.intermediate_query, self.output_query, self.dropout)
+        text = feed_forward(text, self.intermediate, self.output, self.dropout)
+        return torch.cat((queries, text), dim=1)
 
 
 class QFormer(nn.Module):
@@ -224,6 +230,13 @@ class QFormer(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(
             QFormerLayer(config, has_cross_attention=i % config.cross_attention_frequency == 0)
             for i in range(config.layers))})
+
+    def set_dropout(self, p):
+        """BERT's dropout, of embeddings, attention weights and outputs; 0 unless set, and in train()
+        mode only. Published models were trained with 0.1; a frozen one needs none."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
 
     def forward(self, queries, image, text_ids=None, text_mask=None):
         """queries (F,V,D), image (F,P,D_vit), text_ids (F,T), text_mask (F,T) bool -> (F,V,D)."""
