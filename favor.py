@@ -332,6 +332,7 @@ class Favor(nn.Module):
         self.whisper, self.visual, self.llm = whisper, visual, llm
         for part in (whisper, visual, llm):
             part.requires_grad_(False)
+        visual.qformer.set_dropout(config.encoder_dropout)
         # positions a second / frames a second: 50 / 2 = 25
         self.audio_steps = round(whisper.config.positions_hz / config.fps)
         audio_width, visual_width = whisper.config.width, visual.width
@@ -392,6 +393,7 @@ class Favor(nn.Module):
         super().train(mode)
         self.whisper.eval()
         self.visual.eval()
+        self.visual.qformer.train(mode and self.config.encoder_dropout > 0)
         return self
 
     # ---- frozen encoders
