@@ -345,7 +345,7 @@ class Favor(nn.Module):
     @classmethod
     def from_config(cls, config, dtype=None, device=None):
         """Pretrained frozen parts from the sources the config names, fresh trained parts."""
-        whisper, instructblip, llm = (_local(s) for s in (config.whisper, config.instructblip, config.llm))
+        whisper, instructblip, llm = (local_source(s) for s in (config.whisper, config.instructblip, config.llm))
         place = {"dtype": dtype, "device": device}
         model = cls(config, WhisperEncoder.from_pretrained(whisper, **place),
                     VisualEncoder.from_pretrained(instructblip, **place),
@@ -417,10 +417,17 @@ class Favor(nn.Module):
         return [Features(None if visual is None else visual[i], audio, bool(clip and clip.is_image))
                 for i in range(len(prompts))]
 
+    def with_features(self, sample):
+        """The same sample, its clip encoded."""
+        if sample.features is not None:
+            return sample
+        return dataclasses.replace(sample, features=self.encode(sample.clip, [sample.prompt])[0], clip=None)
+
     def features_of(self, sample):
+        """-> visual (F,V,D_v) or None, an image repeated to the length of its sound, and audio (S,D_a)."""
         if sample.mask not in MASKS:
             raise ValueError(f"mask={sample.mask!r}; wanted one of {MASKS}")
-        features = sample.features or self.encode(sample.clip, [sample.prompt])[0]
+        features = self.with_features(sample).features
         visual, audio = features.visual, features.audio
         if features.is_image and visual is not None:       # an image lasts as long as its sound
             n = self.config.image_frames if audio is None else math.ceil(len(audio) / self.audio_steps)
@@ -470,6 +477,20 @@ class Favor(nn.Module):
         counts = [sum(len(w) for w, _ in part) for part in parts]
         pieces = [rearrange(piece, "w q d -> (w q) d") + touched for piece in tokens.split(counts)]
         return pieces, queries
+
+    def answer_tokens(self, sample):
+        """How many tokens of a sample are learnt: its answer and </s>."""
+        return len(prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target)[2])
+
+    def diversity_parts(self, sample):
+        """How many terms the mean of Eq. (4) has from this sample: its windows (with "sum": itself)."""
+        if self.config.diversity_reduction == "sum":
+            return 1
+        visual, audio = self.features_of(sample)
+        frames = [0 if visual is None else len(visual),
+                  0 if audio is None else math.ceil(len(audio) / self.audio_steps)]
+        streams = [max(frames)] if self.config.sync else frames
+        return sum(math.ceil(n / (self.config.windows or n)) for n in streams if n)
 
     # ---- Eq. (3) to (5)
     def llm_inputs(self, samples):
@@ -546,6 +567,6 @@ class Favor(nn.Module):
         return self.generate([sample], stream=stream, **settings)[0]
 
 
-def _local(source):
+def local_source(source):
     """The miniature's sources are relative to this file, so that it works from any folder."""
     return HERE / source if (HERE / source).is_dir() else source

@@ -20,7 +20,6 @@ import functools
 import json
 import multiprocessing
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -569,6 +568,7 @@ def _make_one(job):
         if answer in media:
             files[answer] = stem.with_name(f"{stem.name}_{answer}.wav")
             write_wav(files[answer], media[answer])
+    path = lambda kind: str(files[kind]) if kind in files else None              # noqa: E731
     records = []
     for k, (task, prompt, target, extras) in enumerate(plan.questions):
         if task == "caption" and split == "test":
@@ -576,8 +576,8 @@ def _make_one(job):
         meta = {key: extras[key] for key in ("chance", "type", "one_window") if key in extras}
         records.append(Record(
             id=f"{split}-{scene}-{index:05d}-{k}", task=task, prompt=prompt, target=target, refs=(target,),
-            image=files.get("image"), video=files.get("video"),
-            audio=files.get(extras["audio"]) if "audio" in extras else files.get("audio"),
+            image=path("image"), video=path("video"),
+            audio=path(extras.get("audio", "audio")),
             options=tuple(extras.get("options", ())), history=extras.get("history", ()), meta=meta))
     return records
 
@@ -608,3 +608,28 @@ def make(folder, seed=0, scale=1.0, workers=None, splits=("train", "test"), log=
         write_manifest(folder / f"{split}.jsonl", records)
         stamp.write_text(json.dumps(settings))
     return folder
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("make", "sheet", "voices", "pretrain"))
+    parser.add_argument("parts", nargs="*", help="pretrain: llama, whisper, instructblip (default: all)")
+    parser.add_argument("--out", default="media/miniature", help="folder of the clips (make)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same clips")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of training clips")
+    args = parser.parse_args()
+    if args.command == "make":
+        make(args.out, args.seed, args.scale)
+    elif args.command == "sheet":
+        from miniature_sheet import draw_sheet
+        draw_sheet(HERE / "docs" / "miniature.png")
+    elif args.command == "voices":
+        from miniature_voices import make_voices
+        make_voices()
+    else:
+        from miniature_pretrain import pretrain
+        pretrain(args.parts)
+
+
+if __name__ == "__main__":
+    main()

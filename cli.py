@@ -1,0 +1,53 @@
+"""The command line is the dataclass: one flag a field, its comment as help.
+
+Public: parse, quiet_threads, cores."""
+
+import argparse
+import dataclasses
+import inspect
+import os
+import re
+import typing
+
+
+def quiet_threads():
+    """Call before importing torch: waiting threads sleep instead of spinning, without which a busy
+    neighbour on the same cores makes a run many times slower."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def cores():
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _comments(cls):
+    """{field: the comment behind it} from the dataclass's source."""
+    return dict(re.findall(r"^ +(\w+):[^#\n]*# ?(.*)$", inspect.getsource(cls), re.MULTILINE))
+
+
+def parse(cls, doc, argv=None):
+    """Command line -> (instance of dataclass `cls`, the set of fields that were given).
+    Booleans are --x / --no-x, tuples are repeated words; unknown flags fail."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments, kinds = _comments(cls), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        options = [k for k in typing.get_args(kinds[field.name]) if k is not type(None)]
+        kind = options[0] if options and kinds[field.name] is not tuple else kinds[field.name]
+        shown = comments.get(field.name, "").replace("%", "%%")
+        shown += f" (default: {field.default})" if field.default not in (None, ()) else ""
+        settings = {"help": shown, "default": argparse.SUPPRESS}
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        elif kind is tuple:
+            settings |= {"nargs": "+", "metavar": "X"}
+        else:
+            settings |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument("--" + field.name.replace("_", "-"), **settings)
+    given = vars(parser.parse_args(argv))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    try:
+        return cls(**given), set(given)
+    except ValueError as error:
+        parser.error(str(error))

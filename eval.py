@@ -1,0 +1,185 @@
+"""Scores a checkpoint on AVEB's tasks.
+
+     python eval.py --task videoqa                   one task of the miniature
+     python eval.py --task all                       the table of all eleven
+     python eval.py --task avm --checkpoint runs/tiny/best --data my/test.jsonl
+
+Each question is answered four times: as it is, with the sound masked, with the picture masked, and
+blind (both masked, the same trained model): a task needs what it falls without.  Accuracy is exact
+match of the whole answer; asr, ac and avsr are word error rates.  Predictions are written as JSONL."""
+
+import cli
+
+cli.quiet_threads()
+
+import json  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import metrics  # noqa: E402
+import miniature  # noqa: E402
+from favor import HERE, Favor, Sample  # noqa: E402
+from features import keep_features  # noqa: E402
+
+VIEWS = {"both": None, "audio only": "visual", "visual only": "audio", "blind": "both"}   # view: what is masked
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    task: str = "all"  # asr, ac, ic, ocr, vqa, videoqa, avsr, avsd, isqa, avssd, avm, several with commas, or all
+    checkpoint: str = ""  # folder that train.py wrote (default: runs/tiny/best, else the committed tiny/favor)
+    data: str = "media/miniature"  # a manifest (.jsonl), or a folder with test.jsonl; the miniature is made if missing
+    views: tuple = tuple(VIEWS)  # "both" "audio only" "visual only" "blind"
+    out: str = ""  # predictions (default: <checkpoint>/predictions.jsonl, beside it for the committed one)
+    batch: int = 128  # questions answered at a time
+    limit: int = 0  # at most so many questions a task (0: all)
+    keep_features: bool = True  # encode each clip once and keep the features beside the manifest
+    beams: int = 0  # beam search with so many beams (0: what the checkpoint says)
+
+    def __post_init__(self):
+        unknown = set(self.views) - set(VIEWS)
+        if unknown:
+            raise ValueError(f"unknown views {sorted(unknown)}; there are {', '.join(VIEWS)}")
+        unknown = set(self.tasks) - set(miniature.TASKS)
+        if unknown and self.task != "all":
+            raise ValueError(f"unknown task {', '.join(sorted(unknown))}; there are {', '.join(miniature.TASKS)}, all")
+
+    @property
+    def tasks(self):
+        return miniature.TASKS if self.task == "all" else tuple(self.task.split(","))
+
+
+def find_checkpoint(path):
+    """The given folder, else the last own run, else the committed one."""
+    places = [Path(path)] if path else [Path("runs/tiny/best"), HERE / "tiny" / "favor"]
+    for place in places:
+        if (place / "favor.json").exists():
+            return place
+    raise SystemExit(f"no checkpoint in {' or '.join(map(str, places))} (wanted favor.json there); "
+                     "make one with: python train.py")
+
+
+def find_manifest(path, split):
+    """A manifest file, or <folder>/<split>.jsonl; the miniature's folder is filled when it is empty."""
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        return path
+    if path == Path(EvalConfig.data) and not (path / f"{split}.jsonl").exists():
+        miniature.make(path, splits=(split,))
+    return path / f"{split}.jsonl"
+
+
+def answer_all(model, records, store, mask, batch=128, beams=0, log=None):
+    """Records -> {id: answer}; questions of like length go together."""
+    order = sorted(records, key=lambda r: (r.task, r.history != (), len(r.prompt)))
+    answers, started = {}, time.time()
+    for start in range(0, len(order), batch):
+        part = order[start:start + batch]
+        samples = [to_sample(model, r, store, mask) for r in part]
+        answers |= zip([r.id for r in part],
+                       model.generate(samples, **({"num_beams": beams} if beams else {})), strict=True)
+        if log and (start // batch) % 10 == 9:
+            seconds = time.time() - started
+            log(f"  {len(answers)}/{len(order)}, ETA {seconds / len(answers) * (len(order) - len(answers)):.0f} s")
+    return answers
+
+
+def to_sample(model, record, store, mask=None):
+    """A record and its kept features (or its decoded clip) -> Sample."""
+    if store is not None:
+        return Sample(record.prompt, record.target, features=store[record.id], history=record.history, mask=mask)
+    clip = data.load_clip(record, fps=model.config.fps, size=model.visual.image_size,
+                          frame_times=model.config.frame_times)
+    return Sample(record.prompt, record.target, clip=clip, history=record.history, mask=mask)
+
+
+def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, log=print):
+    """-> (predictions: one dict a question with its answer in every view, scores {task: {view: Score}})."""
+    was_training = model.training
+    model.eval()
+    answers = {}
+    for view in views:
+        log(f"answering {len(records)} questions: {view}")
+        answers[view] = answer_all(model, records, store, VIEWS[view], batch, beams, log)
+    model.train(was_training)
+    predictions = [{"id": r.id, "task": r.task, "prompt": r.prompt, "references": list(r.refs or (r.target,)),
+                    **{view: answers[view][r.id] for view in views}, "meta": r.meta} for r in records]
+    scores = {task: {view: score_of(task, rows, view) for view in views}
+              for task, rows in by_task(predictions).items()}
+    return predictions, scores
+
+
+def by_task(predictions):
+    groups = {}
+    for row in predictions:
+        groups.setdefault(row["task"], []).append(row)
+    order = {task: i for i, task in enumerate(miniature.TASKS)}
+    return dict(sorted(groups.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def score_of(task, rows, view):
+    return metrics.score(task, [row[view] for row in rows], [row["references"] for row in rows])
+
+
+def table(predictions, views):
+    """Markdown: a line a task, with chance and the 95 % interval, then the parts scored apart."""
+    lines = ["| task | n | " + " | ".join(views) + " | chance |", "|---" * (len(views) + 3) + "|"]
+
+    def line(label, task, rows):
+        chances = [row["meta"].get("chance") for row in rows]
+        accuracy = task not in metrics.ERROR_RATES
+        chance = f"{100 * sum(chances) / len(rows):.1f}" if accuracy and None not in chances else "-"
+        cells = [str(score_of(task, rows, view)) if i == 0 else f"{score_of(task, rows, view).value:.1f}"
+                 for i, view in enumerate(views)]
+        return f"| {label} | {len(rows)} | " + " | ".join(cells) + f" | {chance} |"
+
+    tasks = by_task(predictions)
+    for task, rows in tasks.items():
+        unit = "WER % ↓" if task in metrics.ERROR_RATES else "% ↑"
+        lines.append(line(f"**{task}** {unit}", task, rows))
+    for task, rows in tasks.items():
+        kinds = {}
+        for row in rows:
+            for key, name in (("type", ""), ("one_window", None)):
+                if key in row["meta"]:
+                    value = row["meta"][key]
+                    where = {True: "within one window", False: "across windows"}.get(value, value)
+                    kinds.setdefault(where if name is None else value, []).append(row)
+        lines += [line(f"{task}: {kind}", task, part) for kind, part in sorted(kinds.items())]
+    return "\n".join(lines)
+
+
+def main(config, argv):
+    checkpoint = find_checkpoint(config.checkpoint)
+    manifest = find_manifest(config.data, "test")
+    records = [r for r in data.read_manifest(manifest) if r.task in config.tasks]
+    if config.limit:
+        seen = {}
+        records = [r for r in records if seen.setdefault(r.task, []).append(r) or len(seen[r.task]) <= config.limit]
+    if not records:
+        raise SystemExit(f"{manifest}: no questions of task {config.task}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Favor.from_pretrained(checkpoint, torch.bfloat16 if device == "cuda" else None, device)
+    print(f"{checkpoint} on {manifest}, {len(records)} questions, {device}")
+    store = keep_features(model, records, manifest.parent / "features") if config.keep_features else None
+    if store is not None:
+        missing = len(records)
+        records = [r for r in records if r.id in store]
+        if missing - len(records):
+            print(f"not scored: {missing - len(records)} questions about unreadable clips")
+    predictions, _ = evaluate(model, records, store, config.views, config.batch, config.beams)
+    own = checkpoint.resolve() != (HERE / "tiny" / "favor").resolve()
+    out = Path(config.out or (checkpoint if own else Path("runs/tiny-committed")) / "predictions.jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(row) + "\n" for row in predictions))
+    print(table(predictions, config.views))
+    print(f"predictions: {out}")
+
+
+if __name__ == "__main__":
+    main(cli.parse(EvalConfig, __doc__)[0], sys.argv[1:])

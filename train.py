@@ -1,0 +1,387 @@
+"""Trains FAVOR: encoders and LLM frozen; audio projection, causal Q-Former, LLM projection, LoRA trained.
+
+     python train.py                                  the tiny preset on the miniature, made on first use
+     torchrun --nproc_per_node 2 train.py             the same loss curve on two processes
+     torchrun --nproc_per_node 8 train.py --model 7b --data train.jsonl --out runs/7b
+     python train.py --no-sync --out runs/no-sync     an ablation: every switch of the method is a flag
+
+A run folder holds config.json, log.jsonl, loss.txt (the curve), last/ and best/ (checkpoints that eval.py,
+demo.py and Favor.from_pretrained open; last/ has state.pt to go on from).  A run that was stopped goes
+on where it was: the same command again."""
+
+import cli
+
+cli.quiet_threads()
+
+import dataclasses  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import os  # noqa: E402
+import shutil  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from contextlib import nullcontext  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import miniature  # noqa: E402
+from favor import Favor, preset  # noqa: E402
+from features import keep_features  # noqa: E402
+
+
+# ---------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class TrainConfig:
+    model: str = "tiny"  # preset: tiny, 7b, 13b
+    variant: str = "paper"  # paper, or official (what the authors' released code does)
+    data: str = "media/miniature"  # a manifest (.jsonl), or a folder with train.jsonl
+    out: str = ""  # run folder (default: runs/<model>)
+    steps: int = 1500  # optimiser steps
+    batch: int = 64  # samples a step, over all processes and accumulation
+    micro_batch: int = 0  # samples at a time and process (0: all of its share)
+    lr: float = 1.5e-3  # peak learning rate (7b, 13b: try 1e-4)
+    warmup: int = 100  # steps of linear warm-up, then a cosine down to 2 %
+    weight_decay: float = 0.01  # on matrices
+    clip: float = 1.0  # largest gradient norm
+    mask_share: float = 0.06  # of samples have the sound, the picture or both masked (a third each)
+    val_share: float = 0.02  # of clips held out of training, to choose best/
+    log_every: int = 20  # steps between log lines
+    val_every: int = 250  # steps between validations and checkpoints
+    seed: int = 0  # of weights, order and masks
+    threads: int = 0  # processor threads (0: all cores, shared among the processes)
+    keep_features: bool | None = None  # encode every clip once and keep the result (default: tiny only)
+    test: bool = True  # end with the table of eval.py on <data>/test.jsonl
+    # switches of the method, see FavorConfig (default: what preset and variant say)
+    sync: bool | None = None  # join the modalities every 0.5 s, Eq. (1)
+    windows: int | None = None  # frames a window, 0 = one window a clip
+    causal: str | None = None  # past, future or none
+    diversity: float | None = None  # lambda of Eq. (5)
+    queries: int | None = None  # output queries a window
+    fps: float | None = None  # video frames a second
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "lr", "log_every", "val_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; wanted more than 0")
+        self.method()                                            # unknown presets and switches fail here
+
+    def method(self):
+        """The FavorConfig that this command line means."""
+        names = ("sync", "windows", "causal", "diversity", "queries", "fps")
+        changes = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        return preset(self.model, self.variant, **changes)
+
+
+# How often a question of each kind is drawn, for the miniature: as often as there are records, but
+# what is short of records, or hard, more often.
+TASK_WEIGHTS = {"asr": 1.3, "ac": 1.0, "ic": 0.8, "ocr": 0.8, "vqa": 0.5, "videoqa": 1.3, "avsr": 1.3,
+                "avsd": 1.3, "isqa": 1.6, "avssd": 1.3, "avm": 1.0, "caption": 0.6}
+
+
+# ---------------------------------------------------------------- the data's order
+def split_records(records, share):
+    """(train, validation) by clip, so that no clip is on both sides; the same for every run."""
+    def held_out(record):
+        name = str(record.video or record.image or record.audio or record.id)
+        return int.from_bytes(name.encode()[-9:-4], "big") * 2654435761 % 1000 < 1000 * share
+    kept = [r for r in records if not held_out(r)]
+    return kept, [r for r in records if held_out(r)]
+
+
+def epoch_order(records, seed, epoch):
+    """Indices of one epoch: each record as often as its task's weight says (fractions by lot), shuffled.
+    A function of seed and epoch alone: a resumed run needs no more than its step number."""
+    rng = np.random.default_rng([seed, epoch])
+    weights = np.array([TASK_WEIGHTS.get(r.task, 1.0) for r in records])
+    times = np.floor(weights + rng.random(len(records))).astype(int)
+    return rng.permutation(np.repeat(np.arange(len(records)), times))
+
+
+class Order:
+    """Global sample number g -> record index, the same for any number of processes."""
+
+    def __init__(self, records, seed):
+        self.records, self.seed, self.ends, self.epochs = records, seed, [0], {}
+
+    def __call__(self, g):
+        while g >= self.ends[-1]:
+            epoch = len(self.ends) - 1
+            self.ends.append(self.ends[-1] + len(self._epoch(epoch)))
+        epoch = int(np.searchsorted(self.ends, g, side="right")) - 1
+        return self._epoch(epoch)[g - self.ends[epoch]]
+
+    def _epoch(self, epoch):
+        if epoch not in self.epochs:
+            self.epochs = {epoch: epoch_order(self.records, self.seed, epoch)}
+        return self.epochs[epoch]
+
+
+def drawn_mask(config, g):
+    """Which modality sample g has masked: none, mostly."""
+    rng = np.random.default_rng([config.seed, 7, g])
+    return str(rng.choice(["audio", "visual", "both"])) if rng.random() < config.mask_share else None
+
+
+# ---------------------------------------------------------------- distributed, dtype, log
+def start_processes():
+    """(rank, world, device).  Under torchrun: gloo on the CPU, nccl on GPUs."""
+    world, rank, local = (int(os.environ.get(k, d)) for k, d in
+                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def summed(values, world, device):
+    """Sums of a few numbers over all processes."""
+    if world == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def git_commit():
+    done = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or "not a git checkout"
+
+
+def parameter_table(model):
+    """Parameters, trained parameters and dtype of each part."""
+    lines = ["| part | parameters | trained | dtype |", "|---|---|---|---|"]
+    for name, part in model.named_children():
+        parameters = list(part.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        lines.append(f"| {name} | {sum(p.numel() for p in parameters):,} | {trained:,} | {parameters[0].dtype} |")
+    return "\n".join(lines)
+
+
+def draw_curve(rows, height=10, width=72):
+    """Text picture of the training loss over the steps, log scale."""
+    losses = np.array([row["ce"] for row in rows])
+    cells = np.array([np.log(part.mean()) for part in np.array_split(losses, min(width, len(losses)))])
+    low, high = cells.min(), max(cells.max(), cells.min() + 1e-9)
+    levels = np.round((cells - low) / (high - low) * (height - 1)).astype(int)
+    lines = []
+    for level in range(height - 1, -1, -1):
+        label = f"{math.exp(low + (high - low) * level / (height - 1)):7.3f}" if level % 3 == 0 else " " * 7
+        lines.append(f"{label} |" + "".join("*" if at == level else " " for at in levels))
+    lines.append(" " * 8 + f"+{'-' * len(levels)}  cross-entropy, steps {rows[0]['step']}-{rows[-1]['step']}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- schedule, checkpoints
+def learning_rate(config, step):
+    """Linear warm-up, then a cosine down to 2 % of the peak."""
+    warm = min(1.0, (step + 1) / max(config.warmup, 1))
+    progress = min(1.0, step / config.steps)
+    return config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimiser(model, config):
+    matrices = [p for p in model.trained_parameters() if p.ndim >= 2]
+    vectors = [p for p in model.trained_parameters() if p.ndim < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}], lr=config.lr, betas=(0.9, 0.98))
+
+
+def save_checkpoint(folder, model, facts, state=None):
+    """Writes beside the old folder and swaps, so that a kill at any moment leaves a whole one
+    (last/, or last.old/ for the instant between the two renames: see latest_checkpoint)."""
+    new, old = folder.with_suffix(".new"), folder.with_suffix(".old")
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new, **facts)
+    if state is not None:
+        torch.save(state, new / "state.pt")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def latest_checkpoint(out):
+    """last/, or its predecessor when a kill came between the renames; None in a fresh folder."""
+    return next((f for f in (out / "last", out / "last.old") if (f / "state.pt").exists()), None)
+
+
+# ---------------------------------------------------------------- one step, one validation
+def train_step(model, samples, config, optimiser, step, world, device, autocast):
+    """Forward and backward over this process's share of a batch -> (loss, ce, diversity, grad norm),
+    the same as if one process had seen the whole batch at once."""
+    bare = model.module if world > 1 else model
+    samples = [bare.with_features(sample) for sample in samples]
+    size = config.micro_batch or len(samples)
+    parts = [samples[i:i + size] for i in range(0, len(samples), size)]
+    tokens = sum(bare.answer_tokens(s) for s in samples)
+    pieces = sum(bare.diversity_parts(s) for s in samples)
+    tokens, pieces = summed([tokens, pieces], world, device)
+    totals = [0.0, 0.0]
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate(config, step)
+    for i, part in enumerate(parts):
+        waits = world > 1 and i + 1 < len(parts)             # gradients are exchanged once a step
+        with model.no_sync() if waits else nullcontext():
+            with autocast:
+                losses = model(part)
+            ce = losses["ce"] * losses["tokens"] / tokens
+            diversity = losses["diversity"] * losses["diversity_parts"] / max(pieces, 1)
+            # DDP averages over processes; the sum over them is wanted.
+            ((ce + bare.config.diversity * diversity) * world).backward()
+        totals[0] += ce.item()
+        totals[1] += diversity.item()
+    norm = torch.nn.utils.clip_grad_norm_(bare.trained_parameters(), config.clip).item()
+    ce, diversity = summed(totals, world, device)
+    loss = ce + bare.config.diversity * diversity
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise RuntimeError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr, or look at this "
+                           "batch's clips (the last checkpoint is untouched)")
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return loss, ce, diversity, norm
+
+
+@torch.no_grad()
+def validate(model, samples, batch, autocast):
+    """Mean cross-entropy a token on the held-out clips."""
+    model.eval()
+    total = count = 0
+    for start in range(0, len(samples), batch):
+        with autocast:
+            losses = model(samples[start:start + batch])
+        total, count = total + losses["ce"].item() * losses["tokens"], count + losses["tokens"]
+    model.train()
+    return total / max(count, 1)
+
+
+# ---------------------------------------------------------------- the run
+def main(config, argv):
+    rank, world, device = start_processes()
+    chief = rank == 0
+    say = print if chief else (lambda *_: None)
+    torch.set_num_threads(config.threads or max(1, cli.cores() // world))
+    torch.manual_seed(config.seed)
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    autocast = torch.autocast("cuda", torch.bfloat16) if dtype else nullcontext()
+    out = Path(config.out or f"runs/{config.model}")
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+
+    # data
+    if chief and Path(config.data) == Path(TrainConfig.data):
+        miniature.make(config.data, log=say)
+    if world > 1:
+        dist.barrier()
+    manifest = evaluation.find_manifest(config.data, "train")
+    records, held_out = split_records(data.read_manifest(manifest), config.val_share)
+
+    # model: frozen parts as they were pretrained, fresh aligner and LoRA
+    model = Favor.from_config(config.method(), dtype, device)
+    keep = config.keep_features if config.keep_features is not None else config.model == "tiny"
+    store = None
+    if keep:
+        if not chief:
+            dist.barrier()                                   # the first process computes, the others read
+        store = keep_features(model, records + held_out, manifest.parent / "features", log=say)
+        if chief and world > 1:
+            dist.barrier()
+        records, held_out = ([r for r in part if r.id in store] for part in (records, held_out))
+    say(parameter_table(model))
+    say(f"{len(records)} training questions, {len(held_out)} held out; {config.steps} steps of {config.batch} on "
+        f"{world} x {device.type}, weights {'bf16, trained parts fp32 (GPU)' if dtype else 'fp32 (CPU)'}")
+
+    # optimiser, and where a stopped run goes on
+    optimiser, first, best, rows = make_optimiser(model, config), 0, math.inf, []
+    facts = {"train": dataclasses.asdict(config), "commit": git_commit(), "command": " ".join(["train.py", *argv])}
+    resumed = latest_checkpoint(out)
+    if resumed:
+        state = torch.load(resumed / "state.pt", weights_only=True)
+        same = {k: v for k, v in state["config"].items() if k not in ("out", "threads", "test", "log_every")}
+        now = {k: v for k, v in dataclasses.asdict(config).items() if k in same}
+        if same != now:
+            different = {k: (same[k], now[k]) for k in same if same[k] != now[k]}
+            raise SystemExit(f"{out} holds a run with other settings, (then, now): {different}; choose another --out "
+                             "or remove the folder")
+        model.load_trained(resumed)
+        optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["rng"])
+        first, best = state["step"], state["best"]
+        log_file = out / "log.jsonl"
+        rows = [row for row in map(json.loads, log_file.read_text().splitlines()) if row["step"] <= first]
+        say(f"going on from {resumed}, step {first}")
+    if chief:
+        (out / "config.json").write_text(json.dumps({**facts, "method": dataclasses.asdict(model.config)}, indent=1))
+        (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ddp = DistributedDataParallel(model) if world > 1 else model
+    order = Order(records, config.seed)
+    val_samples = [evaluation.to_sample(model, r, store) for r in held_out[:400]]
+
+    def samples_of(step):
+        """This process's share of the batch of `step`."""
+        numbers = range(step * config.batch + rank, (step + 1) * config.batch, world)
+        picks = [(records[order(g)], drawn_mask(config, g)) for g in numbers]
+        return [evaluation.to_sample(model, record, store, mask) for record, mask in picks]
+
+    # loop
+    ddp.train()
+    loop_started = time.time()
+    for step in range(first, config.steps):
+        loss, ce, diversity, norm = train_step(ddp, samples_of(step), config, optimiser, step, world, device, autocast)
+        done = step + 1
+        row = {"step": done, "loss": loss, "ce": ce, "diversity": diversity, "lr": learning_rate(config, step),
+               "grad_norm": norm, "seconds": round(time.time() - started, 1)}
+        if done % config.val_every == 0 or done == config.steps:
+            row["val_ce"] = validate(model, val_samples, config.batch, autocast) if val_samples else ce
+        rows.append(row)
+        if chief:
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            if done % config.log_every == 0 or done == config.steps:
+                seconds = time.time() - loop_started
+                rate = (done - first) / seconds
+                say(f"step {done}/{config.steps}: loss {loss:.4f}, ce {ce:.4f}, query cosine {diversity:+.3f}, "
+                    f"lr {row['lr']:.1e}, grad {norm:.2f}, {rate * config.batch:.0f} samples/s, "
+                    f"ETA {(config.steps - done) / rate:.0f} s" + (f", held-out ce {row['val_ce']:.4f}" if "val_ce" in row else ""))
+        if chief and "val_ce" in row:
+            better = row["val_ce"] < best
+            best = min(best, row["val_ce"])
+            progress = {**facts, "step": done, "val_ce": row["val_ce"]}
+            if better:
+                save_checkpoint(out / "best", model, progress)
+            save_checkpoint(out / "last", model, progress, {
+                "step": done, "best": best, "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state(),
+                "config": dataclasses.asdict(config)})
+
+    # end: the curve and the table
+    if chief:
+        curve = draw_curve(rows) if rows else "no steps"
+        (out / "loss.txt").write_text(curve + "\n")
+        say(curve)
+        if config.test and (manifest.parent / "test.jsonl").exists():
+            tested = data.read_manifest(manifest.parent / "test.jsonl")
+            model.load_trained(out / "best")
+            store = keep_features(model, tested, manifest.parent / "features", log=say)
+            predictions, _ = evaluation.evaluate(model, [r for r in tested if r.id in store], store, log=say)
+            (out / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in predictions))
+            (out / "table.md").write_text(evaluation.table(predictions, tuple(evaluation.VIEWS)) + "\n")
+            say((out / "table.md").read_text())
+        say(f"{out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {out}/best   "
+            f"({time.time() - started:.0f} s in all)")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(cli.parse(TrainConfig, __doc__)[0], sys.argv[1:])
