@@ -59,6 +59,10 @@ class TrainConfig:
     threads: int = 0  # processor threads (0: all cores, shared among the processes)
     keep_features: bool | None = None  # encode every clip once and keep the result (default: tiny only)
     test: bool = True  # end with the table of eval.py on <data>/test.jsonl
+    # where the frozen parts come from: folders in the Hub's layout, or Hub repos (default: the preset's)
+    whisper: str | None = None  # e.g. openai/whisper-large-v2
+    instructblip: str | None = None  # ViT and Q-Former, e.g. Salesforce/instructblip-vicuna-7b
+    llm: str | None = None  # a LLaMA, or an InstructBLIP that holds one
     # switches of the method, see FavorConfig (default: what preset and variant say)
     sync: bool | None = None  # join the modalities every 0.5 s, Eq. (1)
     windows: int | None = None  # frames a window, 0 = one window a clip
@@ -75,7 +79,7 @@ class TrainConfig:
 
     def method(self):
         """The FavorConfig that this command line means."""
-        names = ("sync", "windows", "causal", "diversity", "queries", "fps")
+        names = ("whisper", "instructblip", "llm", "sync", "windows", "causal", "diversity", "queries", "fps")
         changes = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
         return preset(self.model, self.variant, **changes)
 
