@@ -78,13 +78,13 @@ def _fits(name, value):
 
 def _checked_record(values, where, folder):
     """dict -> Record; ValueError names `where`. Relative media paths are taken from `folder`."""
+    values = {name: value for name, value in values.items() if value is not None}
     missing = [f.name for f in fields(Record)
                if f.default is MISSING and f.default_factory is MISSING and f.name not in values]
     unknown = sorted(set(values) - set(WANTED))
     if missing or unknown:
         raise ValueError(f"{where}: missing {missing}, unknown {unknown}; the fields are "
                          f"{', '.join(WANTED)} (anything else belongs into meta)")
-    values = {name: value for name, value in values.items() if value is not None}
     for name, value in values.items():
         if not _fits(name, value):
             raise ValueError(f"{where}: {name} is {value!r}, wanted {WANTED[name]}; correct it")
@@ -148,6 +148,8 @@ def write_manifest(path, records):
             inside = media.is_relative_to(folder)
             values[name] = str(media.relative_to(folder) if inside else media)
         lines.append(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
+    if not lines:
+        raise ValueError(f"{path}: no records to write; an empty manifest would not read back")
     with _atomic(path) as temporary:
         Path(temporary).write_text("".join(lines), encoding="utf-8")
 
@@ -197,8 +199,9 @@ def _stream_end(container, stream):
     """Where the stream ends, by its header, else the container's, else by reading every packet."""
     if stream.duration and stream.start_time is not None:
         return float((stream.start_time + stream.duration) * stream.time_base - _origin(container))
-    if container.duration:
-        return container.duration / av.time_base
+    header = (container.duration or 0) / av.time_base - float(_origin(container))
+    if header > 0:                        # Matroska and FLV: the time at the end, not a length
+        return header
     last = total = 0.0
     for packet in container.demux(stream):
         seconds = float((packet.duration or 0) * stream.time_base)
@@ -245,7 +248,7 @@ def _timed_frames(container, stream, path, clock):
             if (packet := next(packets, None)) is None:
                 break
             decoded = packet.decode()
-        except av.InvalidDataError:       # one broken packet does not end a film
+        except av.FFmpegError:            # one broken packet does not end a film
             broken += 1
             if broken > 1000:
                 break
@@ -396,6 +399,8 @@ def read_image(path, size=224):
         stream = _stream(container, "video", path)
         if container.format.name not in ("gif", "apng") and not _is_image(container):
             raise MediaError(f"{path}: a video, wanted a still image; name it under 'video'")
+        if len(_streams(container, "video")) > 1:                 # HEIC of phones
+            raise MediaError(f"{path}: a picture in several parts (tiles); convert it to jpg")
         for _, _, frame in _timed_frames(container, stream, path, 0.0):
             return resize(_upright(frame, full_chroma=True), size)
     raise MediaError(f"{path}: no picture can be decoded; make it again or drop it")
@@ -410,13 +415,14 @@ class _Mono16k:
     only then through the resampler. The grid starts at a whole number of 10 ms (441 samples of
     44.1 kHz = 160 of 16 kHz), so a window has the very samples that the full track has."""
 
-    def __init__(self, rate, start):
+    def __init__(self, rate, start, stop):
         common = math.gcd(rate, AUDIO_RATE)
         block_in, block_out = rate // common, AUDIO_RATE // common
         blocks = max(0, math.floor((start - 0.1) * common))       # 0.1 s: the filter's own start
         self.rate, self.position, self.expected = rate, blocks * block_in, None
         self.skip = round(start * AUDIO_RATE) - blocks * block_out
         self.mixers, self.chunks = {}, []
+        self.limit = math.inf if stop == math.inf else math.ceil((stop + 0.1) * rate)
         # Floats, one channel to one channel: no gain here.
         self.resampler = av.AudioResampler(format="flt", layout="mono", rate=AUDIO_RATE)
 
@@ -432,9 +438,9 @@ class _Mono16k:
             if self.expected is not None and abs(place - self.expected) <= JITTER * self.rate:
                 place = self.expected
             self.expected = place + len(samples)
-            while place > self.position:                                   # a gap, in minutes
-                self._feed(np.zeros(min(place - self.position, 60 * self.rate), np.float32))
-            self._feed(samples[self.position - place:])
+            while (gap := min(place, self.limit) - self.position) > 0:         # a minute at a time
+                self._feed(np.zeros(min(gap, 60 * self.rate), np.float32))
+            self._feed(samples[max(0, self.position - place):])
             time += len(samples) / self.rate
 
     def _feed(self, samples):
@@ -460,7 +466,7 @@ def read_audio(path, start=None, end=None):
     stop = math.inf if end is None else float(end)                # MP3 headers are estimates
     track, reached = None, 0.0
     for time, seconds, frame in _decode(path, "audio", start):
-        track = track or _Mono16k(frame.sample_rate, start)
+        track = track or _Mono16k(frame.sample_rate, start, stop)
         track.add(time, frame)
         reached = time + seconds
         if reached > stop + 0.05:                                 # 50 ms more: the filter's tail
@@ -570,7 +576,7 @@ def write_video(path, frames, fps, audio=None, audio_rate=AUDIO_RATE):
         if audio is not None:
             samples = np.ascontiguousarray(audio, np.float32)[None]               # (1,S)
             sound = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
-            sound.sample_rate = audio_rate
+            sound.sample_rate, sound.time_base, sound.pts = audio_rate, Fraction(1, audio_rate), 0
             streams.append((container.add_stream("aac", rate=audio_rate, layout="mono"), [sound]))
         for stream, decoded in streams:
             for frame in [*decoded, None]:                                        # None: flush
