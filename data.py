@@ -179,8 +179,8 @@ def _streams(container, kind):
 def _stream(container, kind, path):
     """The first stream of that kind, on one thread: loader workers, not threads, fill the cores."""
     if not (found := _streams(container, kind)):
-        has = ", ".join(f"{s.type} ({s.codec_context.name})" for s in container.streams
-                        if s.type in ("video", "audio")) or "neither video nor audio"
+        has = ", ".join(f"{s.type} ({getattr(s.codec_context, 'name', 'unknown codec')})"
+                        for s in container.streams) or "nothing"
         raise MediaError(f"{path}: no {kind} stream, it holds {has}; name another file or drop it")
     if found[0].codec_context is None:
         raise MediaError(f"{path}: no decoder for its {kind}; convert it (ffmpeg -i in out.mp4)")
