@@ -478,14 +478,21 @@ class Favor(nn.Module):
         pieces = [rearrange(piece, "w q d -> (w q) d") + touched for piece in tokens.split(counts)]
         return pieces, queries
 
+    def length(self, sample):
+        """L: text tokens and clip vectors of a sample in the LLM."""
+        text = prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target)
+        return sum(map(len, text)) + self.window_count(sample) * self.config.queries
+
     def answer_tokens(self, sample):
         """How many tokens of a sample are learnt: its answer and </s>."""
         return len(prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target)[2])
 
     def diversity_parts(self, sample):
         """How many terms the mean of Eq. (4) has from this sample: its windows (with "sum": itself)."""
-        if self.config.diversity_reduction == "sum":
-            return 1
+        return 1 if self.config.diversity_reduction == "sum" else self.window_count(sample)
+
+    def window_count(self, sample):
+        """W of a sample whose features are known; with sync off both modalities have their own."""
         visual, audio = self.features_of(sample)
         frames = [0 if visual is None else len(visual),
                   0 if audio is None else math.ceil(len(audio) / self.audio_steps)]

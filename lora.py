@@ -59,7 +59,7 @@ class LoraLinear(nn.Module):
                                    "or model.eval()")
             return y
         x = F.dropout(x.to(self.lora_A.weight.dtype), self.config.dropout, self.training)
-        return y + (self.config.scale * self.lora_B(self.lora_A(x))).to(y.dtype)
+        return y + self.lora_B(self.config.scale * self.lora_A(x)).to(y.dtype)     # scaled where it is r wide
 
 
 def layers(model):

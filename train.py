@@ -46,7 +46,7 @@ class TrainConfig:
     out: str = ""  # run folder (default: runs/<model>)
     steps: int = 1500  # optimiser steps
     batch: int = 64  # samples a step, over all processes and accumulation
-    micro_batch: int = 0  # samples at a time and process (0: all of its share)
+    micro_batch: int = 32  # samples at a time and process (0: all of its share)
     lr: float = 1.5e-3  # peak learning rate (7b, 13b: try 1e-4)
     warmup: int = 100  # steps of linear warm-up, then a cosine down to 2 %
     weight_decay: float = 0.01  # on matrices
@@ -226,6 +226,7 @@ def train_step(model, samples, config, optimiser, step, world, device, autocast)
     the same as if one process had seen the whole batch at once."""
     bare = model.module if world > 1 else model
     samples = [bare.with_features(sample) for sample in samples]
+    samples.sort(key=bare.length)                             # micro-batches of like length: little padding
     size = config.micro_batch or len(samples)
     parts = [samples[i:i + size] for i in range(0, len(samples), size)]
     tokens = sum(bare.answer_tokens(s) for s in samples)
