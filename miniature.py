@@ -18,13 +18,13 @@ Public: make, COLOURS, SHAPES, SOUNDS, WORDS, TASKS, TRAIN_CLIPS, TEST_CLIPS."""
 import argparse
 import functools
 import json
-import multiprocessing
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+import cli
 
 HERE = Path(__file__).parent
 VOICES = HERE / "tiny" / "voices"
@@ -217,28 +217,31 @@ def sound(rng, name):
 
 
 @functools.cache
-def voice_bank(split):
-    """{voice: {word: float32 (S,)}} of the committed bank; test voices are never heard in training."""
-    from data import read_audio
+def voices(split):
+    """{voice: its entry in the committed bank's index}; test voices are never heard in training."""
     index = json.loads((VOICES / "index.json").read_text())
-    bank = {}
-    for voice, entry in index.items():
-        if entry["split"] == split:
-            audio = read_audio(VOICES / entry["file"]).numpy()
-            bank[voice] = {word: audio[a:b] for word, (a, b) in entry["words"].items()}
-    return bank
+    return {voice: entry for voice, entry in sorted(index.items()) if entry["split"] == split}
+
+
+@functools.cache
+def voice_words(split, voice):
+    """{word: float32 (S,)} of one voice."""
+    from data import read_audio
+    entry = voices(split)[voice]
+    audio = read_audio(VOICES / entry["file"]).numpy()
+    return {word: audio[a:b] for word, (a, b) in entry["words"].items()}
 
 
 def say(rng, word, split, voice):
     """float32 (S,): `word` by `voice`, at a random pace (+-8 %) and loudness."""
-    audio = voice_bank(split)[voice][word]
+    audio = voice_words(split, voice)[word]
     pace = rng.uniform(0.92, 1.08)
     audio = np.interp(np.arange(0, len(audio) - 1, pace), np.arange(len(audio)), audio)
     return (audio * rng.uniform(0.6, 1.0) / (abs(audio).max() + 1e-6) * 0.5).astype(np.float32)
 
 
 def choose_voice(rng, split):
-    return str(rng.choice(sorted(voice_bank(split))))
+    return str(rng.choice(list(voices(split))))
 
 
 def place(total, pieces):
@@ -522,10 +525,10 @@ def spoken_caption_scene(rng, split):
     """avm, image half: two objects in a still; the speech names one of them, or neither."""
     objects = choose_objects(rng, 2, split)
     spots = np.sort(rng.permutation(4)[:2])
-    colours = [c for c in COLOURS if c not in (objects[0][0], objects[1][0])]
-    shapes = [s for s in SHAPES if s not in (objects[0][1], objects[1][1])]
-    said = {"yes": objects[int(rng.integers(0, 2))],
-            "no": (str(rng.choice(colours)), str(rng.choice(shapes)))}
+    others = [(c, s) for c in COLOURS for s in SHAPES               # a held-out pair is not even heard
+              if c not in (objects[0][0], objects[1][0]) and s not in (objects[0][1], objects[1][1])
+              and not (split == "train" and _held_out_pair(c, s))]
+    said = {"yes": objects[int(rng.integers(0, 2))], "no": others[int(rng.integers(len(others)))]}
     caption = [word for pair in objects for word in pair]
     return Scene({"image": lambda: draw_still(rng, objects, spots),
                   "yes": lambda: speak(rng, said["yes"], split),
@@ -582,29 +585,30 @@ def _make_one(job):
     return records
 
 
-def make(folder, seed=0, scale=1.0, workers=None, splits=("train", "test"), log=print):
+def make(folder, seed=0, scale=1.0, workers=None, splits=("train", "test"), counts=None, log=print):
     """Writes the clips and <split>.jsonl into `folder`; a split whose manifest is there and was made
-    with the same settings is kept.  scale multiplies the number of training clips.
-    Same seed, same clips."""
+    with the same settings is kept.  scale multiplies the number of training clips; counts
+    {split: {scene: clips}} takes the place of TRAIN_CLIPS and TEST_CLIPS.  Same seed, same clips."""
     from data import write_manifest
     folder = Path(folder).resolve()
-    settings = {"seed": seed, "scale": scale, "version": 1}
+    counts = counts or {"test": TEST_CLIPS, "train": {
+        scene: max(1, round(n * scale)) for scene, n in TRAIN_CLIPS.items()}}
+    workers = workers or cli.cores()
     for split in splits:
+        settings = {"seed": seed, "clips": counts[split], "version": 2}
         stamp = folder / f"{split}.made.json"
         if stamp.exists() and json.loads(stamp.read_text()) == settings:
             continue
         (folder / split).mkdir(parents=True, exist_ok=True)
-        counts = TEST_CLIPS if split == "test" else {
-            scene: max(1, round(n * scale)) for scene, n in TRAIN_CLIPS.items()}
-        jobs = [(folder, split, scene, index, seed) for scene, n in counts.items() for index in range(n)]
+        jobs = [(folder, split, scene, index, seed)
+                for scene, n in counts[split].items() for index in range(n)]
         started, records = time.time(), []
-        with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count()) as pool:
-            for done, made in enumerate(pool.imap(_make_one, jobs, chunksize=16), 1):
-                records += made
-                if done % 500 == 0 or done == len(jobs):
-                    seconds = time.time() - started
-                    log(f"making {split} clips: {done}/{len(jobs)}, {seconds:.0f} s, "
-                        f"ETA {seconds / done * (len(jobs) - done):.0f} s")
+        for done, made in enumerate(cli.parallel(_make_one, jobs, workers), 1):
+            records += made
+            if done % 500 == 0 or done == len(jobs):
+                seconds = time.time() - started
+                log(f"making {split} clips: {done}/{len(jobs)}, {seconds:.0f} s, "
+                    f"ETA {seconds / done * (len(jobs) - done):.0f} s")
         write_manifest(folder / f"{split}.jsonl", records)
         stamp.write_text(json.dumps(settings))
     return folder
