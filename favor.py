@@ -273,9 +273,9 @@ def diversity_loss(queries, reduction="mean"):
     queries (W,Q,D) -> scalar: "mean" over pairs and windows (DIFF: lambda then does not depend on
     the clip's length), or the literal "sum"."""
     n = queries.shape[1]
-    unit = F.normalize(queries.float(), dim=-1, eps=1e-9)
-    similarity = unit @ unit.transpose(1, 2)                                            # (W,Q,Q)
-    off_diagonal = similarity.sum() - similarity.diagonal(dim1=1, dim2=2).sum()
+    unit = F.normalize(queries.float(), dim=-1, eps=1e-9)                               # (W,Q,D)
+    # The sum of u_i u_j over all i and j is |sum of u_i|^2; the matrix of products would be bf16 under autocast.
+    off_diagonal = unit.sum(dim=1).square().sum() - unit.square().sum()
     if reduction == "sum":
         return off_diagonal
     return off_diagonal / max(len(queries) * n * (n - 1), 1)
@@ -293,7 +293,8 @@ def prompt_ids(tokenizer, prompt, history=(), target=None, has_clip=True):
     before = [tokenizer.bos_id] + tokenizer.encode("USER: <Img>" if has_clip else "USER:")
     after = []
     for i, (question, answer) in enumerate(turns):
-        opening = ("</Img> " if has_clip else " ") if i == 0 else "USER: "
+        # Each segment starts with its own word boundary, so text alone reads "USER: {question}" as in Vicuna.
+        opening = ("</Img> " if has_clip else "") if i == 0 else "USER: "
         after += tokenizer.encode(f"{opening}{question}\nASSISTANT:")
         if answer is not None:
             after += [*tokenizer.encode(answer), tokenizer.eos_id]
@@ -334,7 +335,12 @@ class Favor(nn.Module):
             part.requires_grad_(False)
         visual.qformer.set_dropout(config.encoder_dropout)
         # positions a second / frames a second: 50 / 2 = 25
-        self.audio_steps = round(whisper.config.positions_hz / config.fps)
+        positions_hz = whisper.config.positions_hz
+        self.audio_steps = round(positions_hz / config.fps)
+        if abs(self.audio_steps * config.fps / positions_hz - 1) > 1e-3:
+            raise ValueError(f"fps={config.fps}: {positions_hz} audio steps a second are no whole number a frame, "
+                             "sound and picture would drift apart; wanted "
+                             f"{positions_hz}/n, such as {positions_hz / max(1, self.audio_steps):g}")
         audio_width, visual_width = whisper.config.width, visual.width
         self.audio_proj = nn.Linear(audio_width, visual_width)       # DIFF: the paper does not say; 1280 -> 768
         self.qformer = CausalQFormer(config, 2 * visual_width)
@@ -502,6 +508,8 @@ class Favor(nn.Module):
     # ---- Eq. (3) to (5)
     def llm_inputs(self, samples):
         """-> list of (embeddings (L,D_llm), ids to learn), and the queries."""
+        if not samples:
+            raise ValueError("an empty batch; wanted a list of at least one Sample")
         tokens, queries = self.audio_visual_tokens(samples)
         rows = []
         for sample, vectors in zip(samples, tokens, strict=True):
@@ -518,11 +526,11 @@ class Favor(nn.Module):
         loss = ce + lambda * diversity, Eq. (5); ce is the mean over all answer tokens of the batch.
         tokens, diversity_parts: how many ce and diversity are means of, so that train.py can form
         the mean over ranks; item_ce (B,): each sample's own mean, the same alone and in any batch."""
-        rows, queries = self.llm_inputs(samples)
         missing = [s.prompt for s in samples if s.target is None]
         if missing:
             raise ValueError(f"no target for {missing[0]!r}; model(batch) learns answers, "
                              "model.answer() gives them")
+        rows, queries = self.llm_inputs(samples)
         lengths = [len(embeds) for embeds, _ in rows]
         embeds = nn.utils.rnn.pad_sequence([embeds for embeds, _ in rows], batch_first=True)   # (B,L,D)
         keep = torch.arange(max(lengths), device=embeds.device) < torch.tensor(lengths, device=embeds.device)[:, None]
