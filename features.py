@@ -8,9 +8,9 @@ Public: FeatureStore, keep_features."""
 
 import hashlib
 import json
-import multiprocessing
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,13 +51,19 @@ class FeatureStore:
 
 
 def fingerprint(config, records):
-    """Hash of all that the features depend on: records, reading rules, encoder weights."""
+    """Hash of all that the features depend on: records, media files, reading rules, encoders.  A file
+    counts by its size and time, so clips or weights made again are encoded again."""
+    def stamp(path):
+        stat = Path(path).stat() if Path(path).exists() else None
+        return [str(path), *((stat.st_size, stat.st_mtime_ns) if stat else ())]
     parts = [config.fps, config.frame_times, config.audio_seconds]
     for source in (config.whisper, config.instructblip):
         root = Path(local_source(source))
-        files = sorted(root.glob("*.safetensors")) if root.is_dir() else []
-        parts += [source, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
-    parts += [(r.id, r.prompt, r.image, r.video, r.audio, r.start, r.end) for r in records]
+        parts += [source, *(stamp(f) for f in sorted(root.rglob("*")) if f.is_file())]
+    media = sorted({path for r in records for path in (r.image, r.video, r.audio) if path})
+    parts += [stamp(path) for path in media]
+    parts += sorted(([r.id, r.prompt, r.image, r.video, r.audio, r.start, r.end] for r in records),
+                    key=lambda part: part[0])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -66,7 +72,7 @@ _worker_model = None
 
 def _start_worker(config):
     global _worker_model
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)                               # as many processes as cores
     _worker_model = Favor.from_config(config)
 
 
@@ -86,7 +92,7 @@ def _encode(job, model=None):
 
 def keep_features(model, records, folder=None, workers=None, log=print):
     """Features of all records, from `folder` when they were kept there before, else computed (and
-    kept there).  On the CPU all cores encode; on a GPU this process does."""
+    kept there).  On the CPU all cores encode; a GPU, or a few clips, need this process only."""
     path = Path(folder) / f"{fingerprint(model.config, records)}.pt" if folder else None
     if path and path.exists():
         log(f"features: {path}")
@@ -96,10 +102,11 @@ def keep_features(model, records, folder=None, workers=None, log=print):
         clips.setdefault((record.image, record.video, record.audio, record.start, record.end), []).append(record)
     jobs, started = list(clips.values()), time.time()
     visual, audio, spans, skipped, v_end, a_end = [], [], {}, [], 0, 0
-    on_cpu = next(model.visual.parameters()).device.type == "cpu"
-    pool = multiprocessing.get_context("spawn").Pool(
-        workers or cli.cores(), _start_worker, (model.config,)) if on_cpu else None
-    encoded = pool.imap(_encode, jobs, chunksize=8) if pool else (_encode(job, model) for job in jobs)
+    if workers is None:
+        on_cpu = next(model.visual.parameters()).device.type == "cpu"
+        workers = cli.cores() if on_cpu and len(jobs) > 200 else 1
+    encode = _encode if workers > 1 else partial(_encode, model=model)
+    encoded = cli.parallel(encode, jobs, workers, _start_worker, (model.config,))
     for done, (job, (by_prompt, heard, is_image, missed)) in enumerate(zip(jobs, encoded, strict=True), 1):
         skipped += missed
         a0 = a_end
@@ -118,9 +125,6 @@ def keep_features(model, records, folder=None, workers=None, log=print):
             seconds = time.time() - started
             log(f"encoding clips: {done}/{len(jobs)}, {seconds:.0f} s, "
                 f"ETA {seconds / done * (len(jobs) - done):.0f} s")
-    if pool:
-        pool.close()
-        pool.join()
     if skipped:
         log(report_skipped(skipped, len(jobs)))
     if not spans:
