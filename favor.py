@@ -486,8 +486,9 @@ class Favor(nn.Module):
 
     def length(self, sample):
         """L: text tokens and clip vectors of a sample in the LLM."""
-        text = prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target)
-        return sum(map(len, text)) + self.window_count(sample) * self.config.queries
+        windows = self.window_count(sample)
+        text = prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target, has_clip=windows > 0)
+        return sum(map(len, text)) + windows * self.config.queries
 
     def answer_tokens(self, sample):
         """How many tokens of a sample are learnt: its answer and </s>."""
