@@ -12,6 +12,7 @@ import cli
 
 cli.quiet_threads()
 
+import dataclasses  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
@@ -67,48 +68,63 @@ def find_checkpoint(path):
 def find_manifest(path, split):
     """A manifest file, or <folder>/<split>.jsonl; the miniature's folder is filled when it is empty."""
     path = Path(path)
-    if path.suffix == ".jsonl":
+    if path.suffix == ".jsonl" and path.exists():
         return path
     if path == Path(EvalConfig.data) and not (path / f"{split}.jsonl").exists():
         miniature.make(path, splits=(split,))
+    if not (path / f"{split}.jsonl").exists():
+        raise SystemExit(f"{path / split}.jsonl: no such manifest; name a .jsonl file or a folder with {split}.jsonl "
+                         "(the miniature: python miniature.py make)")
     return path / f"{split}.jsonl"
 
 
-def answer_all(model, records, store, mask, batch=128, beams=0, log=None):
-    """Records -> {id: answer}; questions of like length go together."""
-    order = sorted(records, key=lambda r: (r.task, r.history != (), len(r.prompt)))
-    answers, started = {}, time.time()
-    for start in range(0, len(order), batch):
-        part = order[start:start + batch]
-        samples = [to_sample(model, r, store, mask) for r in part]
-        answers |= zip([r.id for r in part],
-                       model.generate(samples, **({"num_beams": beams} if beams else {})), strict=True)
-        if log and (start // batch) % 10 == 9:
-            seconds = time.time() - started
-            log(f"  {len(answers)}/{len(order)}, ETA {seconds / len(answers) * (len(order) - len(answers)):.0f} s")
-    return answers
+def readable_samples(model, records, store, mask=None, skipped=None):
+    """Records and their kept features (store None: their decoded clips) -> the records whose clip can
+    be read, their Samples; (id, reason) of each other one joins the list `skipped`."""
+    skipped, read, samples = [] if skipped is None else skipped, [], []
+    for r in records:
+        if store is not None:
+            features, clip, bad = store[r.id] if r.id in store else None, None, r.id not in store
+            if bad:
+                skipped.append((r.id, f"{r.id}: its clip could not be read when features were made"))
+        else:
+            features, clip = None, data.load_or_skip(r, skipped, fps=model.config.fps, size=model.visual.image_size,
+                                                     frame_times=model.config.frame_times)
+            bad = clip is None
+        if not bad:
+            read.append(r)
+            samples.append(Sample(r.prompt, r.target, clip, features, r.history, mask))
+    return read, samples
 
 
-def to_sample(model, record, store, mask=None):
-    """A record and its kept features (or its decoded clip) -> Sample."""
-    if store is not None:
-        return Sample(record.prompt, record.target, features=store[record.id], history=record.history, mask=mask)
-    clip = data.load_clip(record, fps=model.config.fps, size=model.visual.image_size,
-                          frame_times=model.config.frame_times)
-    return Sample(record.prompt, record.target, clip=clip, history=record.history, mask=mask)
-
-
+@torch.no_grad()
 def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, log=print):
-    """-> (predictions: one dict a question with its answer in every view, scores {task: {view: Score}})."""
+    """-> (predictions: one dict a question with its answer in every view, scores {task: {view: Score}}).
+    Questions about clips that cannot be read are left out and counted."""
     was_training = model.training
     model.eval()
-    answers = {}
-    for view in views:
-        log(f"answering {len(records)} questions: {view}")
-        answers[view] = answer_all(model, records, store, VIEWS[view], batch, beams, log)
+    order = sorted(records, key=lambda r: (r.task, r.history != (), len(r.prompt)))       # of like length together
+    answers, skipped, started = {}, [], time.time()
+    settings = {"num_beams": beams} if beams else {}
+    log(f"answering {len(records)} questions, each {len(views)} times: {', '.join(views)}")
+    for start in range(0, len(order), batch):
+        part, samples = readable_samples(model, order[start:start + batch], store, skipped=skipped)
+        samples = [model.with_features(sample) for sample in samples]                  # decoded once for all views
+        for view in views if part else ():
+            masked = [dataclasses.replace(sample, mask=VIEWS[view]) for sample in samples]
+            for record, answer in zip(part, model.generate(masked, **settings), strict=True):
+                answers.setdefault(record.id, {})[view] = answer
+        done = min(start + batch, len(order))
+        if (start // batch) % 5 == 4 or done == len(order):
+            seconds = time.time() - started
+            log(f"  {done}/{len(order)}, {seconds:.0f} s, ETA {seconds / done * (len(order) - done):.0f} s")
     model.train(was_training)
+    if skipped:
+        log(data.report_skipped(skipped, len(records)))
+    if not answers:
+        raise SystemExit("none of the questions' clips can be read; look at the reasons above")
     predictions = [{"id": r.id, "task": r.task, "prompt": r.prompt, "references": list(r.refs or (r.target,)),
-                    **{view: answers[view][r.id] for view in views}, "meta": r.meta} for r in records]
+                    **answers[r.id], "meta": r.meta} for r in records if r.id in answers]
     scores = {task: {view: score_of(task, rows, view) for view in views}
               for task, rows in by_task(predictions).items()}
     return predictions, scores
@@ -157,21 +173,19 @@ def table(predictions, views):
 def main(config, argv):
     checkpoint = find_checkpoint(config.checkpoint)
     manifest = find_manifest(config.data, "test")
-    records = [r for r in data.read_manifest(manifest) if r.task in config.tasks]
+    records = [r for r in data.read_manifest(manifest) if config.task == "all" or r.task in config.tasks]
     if config.limit:
         seen = {}
         records = [r for r in records if seen.setdefault(r.task, []).append(r) or len(seen[r.task]) <= config.limit]
     if not records:
         raise SystemExit(f"{manifest}: no questions of task {config.task}")
+    unanswered = [r.id for r in records if r.target is None and not r.refs]
+    if unanswered:
+        raise SystemExit(f"{manifest}: {unanswered[0]} has neither target nor refs to score against")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Favor.from_pretrained(checkpoint, torch.bfloat16 if device == "cuda" else None, device)
     print(f"{checkpoint} on {manifest}, {len(records)} questions, {device}")
     store = keep_features(model, records, manifest.parent / "features") if config.keep_features else None
-    if store is not None:
-        missing = len(records)
-        records = [r for r in records if r.id in store]
-        if missing - len(records):
-            print(f"not scored: {missing - len(records)} questions about unreadable clips")
     predictions, _ = evaluate(model, records, store, config.views, config.batch, config.beams)
     own = checkpoint.resolve() != (HERE / "tiny" / "favor").resolve()
     out = Path(config.out or (checkpoint if own else Path("runs/tiny-committed")) / "predictions.jsonl")

@@ -21,8 +21,11 @@ import shutil  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
+import zlib  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
+from datetime import timedelta  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -32,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import hub  # noqa: E402
 import miniature  # noqa: E402
 from favor import Favor, preset  # noqa: E402
 from features import keep_features  # noqa: E402
@@ -75,6 +79,11 @@ class TrainConfig:
         for name in ("steps", "batch", "lr", "log_every", "val_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; wanted more than 0")
+        for name, limit in (("micro_batch", math.inf), ("warmup", math.inf), ("threads", math.inf),
+                            ("seed", math.inf), ("mask_share", 1), ("val_share", 1)):
+            if not 0 <= getattr(self, name) < limit:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; wanted 0 or more"
+                                 + (", less than 1" if limit == 1 else ""))
         self.method()                                            # unknown presets and switches fail here
 
     def method(self):
@@ -92,10 +101,11 @@ TASK_WEIGHTS = {"asr": 1.3, "ac": 1.0, "ic": 0.8, "ocr": 0.8, "vqa": 0.5, "video
 
 # ---------------------------------------------------------------- the data's order
 def split_records(records, share):
-    """(train, validation) by clip, so that no clip is on both sides; the same for every run."""
+    """(train, validation) by clip, so that no clip is on both sides; the same for every run, also
+    where the data lies in another folder (the last two parts of the path count)."""
     def held_out(record):
-        name = str(record.video or record.image or record.audio or record.id)
-        return int.from_bytes(name.encode()[-9:-4], "big") * 2654435761 % 1000 < 1000 * share
+        name = "/".join(Path(record.video or record.image or record.audio or record.id).parts[-2:])
+        return zlib.crc32(name.encode()) < share * 2 ** 32
     kept = [r for r in records if not held_out(r)]
     return kept, [r for r in records if held_out(r)]
 
@@ -113,6 +123,8 @@ class Order:
     """Global sample number g -> record index, the same for any number of processes."""
 
     def __init__(self, records, seed):
+        if not records:
+            raise ValueError("no training questions; lower --val-share, or look at what was skipped")
         self.records, self.seed, self.ends, self.epochs = records, seed, [0], {}
 
     def __call__(self, g):
@@ -143,7 +155,9 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(local)
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Long: all wait while the first process makes clips and features.  When a process dies,
+        # torchrun ends the others at once.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=24))
     return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
@@ -208,11 +222,18 @@ def save_checkpoint(folder, model, facts, state=None):
     model.save_pretrained(new, **facts)
     if state is not None:
         torch.save(state, new / "state.pt")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if folder.exists():                                      # else .old is the only whole one
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path, text):
+    """Atomically: a kill leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def latest_checkpoint(out):
@@ -258,15 +279,19 @@ def train_step(model, samples, config, optimiser, step, world, device, autocast)
 
 
 @torch.no_grad()
-def validate(model, samples, batch, autocast):
-    """Mean cross-entropy a token on the held-out clips."""
+def validate(model, records, store, batch, world, device, autocast):
+    """Mean cross-entropy a token on the held-out questions, of which each process has its share."""
     model.eval()
     total = count = 0
-    for start in range(0, len(samples), batch):
+    for start in range(0, len(records), batch):
+        samples = evaluation.readable_samples(model, records[start:start + batch], store)[1]
+        if not samples:
+            continue
         with autocast:
-            losses = model(samples[start:start + batch])
+            losses = model(samples)
         total, count = total + losses["ce"].item() * losses["tokens"], count + losses["tokens"]
     model.train()
+    total, count = summed([total, count], world, device)
     return total / max(count, 1)
 
 
@@ -274,7 +299,9 @@ def validate(model, samples, batch, autocast):
 def main(config, argv):
     rank, world, device = start_processes()
     chief = rank == 0
-    say = print if chief else (lambda *_: None)
+    say = partial(print, flush=True) if chief else (lambda *_: None)
+    if config.batch < world:
+        raise SystemExit(f"--batch {config.batch} for {world} processes; wanted a sample for each at least")
     torch.set_num_threads(config.threads or max(1, cli.cores() // world))
     torch.manual_seed(config.seed)
     dtype = torch.bfloat16 if device.type == "cuda" else None
@@ -311,7 +338,7 @@ def main(config, argv):
     facts = {"train": dataclasses.asdict(config), "commit": git_commit(), "command": " ".join(["train.py", *argv])}
     resumed = latest_checkpoint(out)
     if resumed:
-        state = torch.load(resumed / "state.pt", weights_only=True)
+        state = torch.load(resumed / "state.pt", map_location="cpu", weights_only=True)
         same = {k: v for k, v in state["config"].items() if k not in ("out", "threads", "test", "log_every")}
         now = {k: v for k, v in dataclasses.asdict(config).items() if k in same}
         if same != now:
@@ -320,34 +347,46 @@ def main(config, argv):
                              "or remove the folder")
         model.load_trained(resumed)
         optimiser.load_state_dict(state["optimiser"])
-        torch.set_rng_state(state["rng"])
         first, best = state["step"], state["best"]
-        log_file = out / "log.jsonl"
-        rows = [row for row in map(json.loads, log_file.read_text().splitlines()) if row["step"] <= first]
+        # A row a step; what comes after the checkpoint's, perhaps torn in mid-line, is done again.
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[:first]]
+        started -= rows[-1]["seconds"] if rows else 0
         say(f"going on from {resumed}, step {first}")
     if chief:
-        (out / "config.json").write_text(json.dumps({**facts, "method": dataclasses.asdict(model.config)}, indent=1))
-        (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        hub.write_json(out / "config.json", {**facts, "method": dataclasses.asdict(model.config)})
+        write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     ddp = DistributedDataParallel(model) if world > 1 else model
     order = Order(records, config.seed)
-    val_samples = [evaluation.to_sample(model, r, store) for r in held_out[:400]]
+    # at most 400, of all tasks: a manifest is often sorted by task
+    chosen = [held_out[i] for i in np.random.default_rng(0).permutation(len(held_out))[:400]]
+    val_batch, unreadable = config.micro_batch or math.ceil(config.batch / world), []
+
+    def sample_of(g):
+        """Sample number g of the run; in the place of an unreadable clip, the next record."""
+        for k in range(100):
+            record = records[(order(g) + k) % len(records)]
+            found = evaluation.readable_samples(model, [record], store, drawn_mask(config, g), unreadable)[1]
+            if found:
+                return found[0]
+            print(f"process {rank}, {len(unreadable)} times skipped: {unreadable[-1][1]}", flush=True)
+        raise SystemExit("100 clips in a row cannot be read; look at the reasons above")
 
     def samples_of(step):
         """This process's share of the batch of `step`."""
-        numbers = range(step * config.batch + rank, (step + 1) * config.batch, world)
-        picks = [(records[order(g)], drawn_mask(config, g)) for g in numbers]
-        return [evaluation.to_sample(model, record, store, mask) for record, mask in picks]
+        return [sample_of(g) for g in range(step * config.batch + rank, (step + 1) * config.batch, world)]
 
     # loop
     ddp.train()
     loop_started = time.time()
     for step in range(first, config.steps):
+        torch.manual_seed((config.seed * config.steps + step) * world + rank)     # dropout, also after a stop
         loss, ce, diversity, norm = train_step(ddp, samples_of(step), config, optimiser, step, world, device, autocast)
         done = step + 1
         row = {"step": done, "loss": loss, "ce": ce, "diversity": diversity, "lr": learning_rate(config, step),
                "grad_norm": norm, "seconds": round(time.time() - started, 1)}
         if done % config.val_every == 0 or done == config.steps:
-            row["val_ce"] = validate(model, val_samples, config.batch, autocast) if val_samples else ce
+            row["val_ce"] = ce if not chosen else validate(
+                model, chosen[rank::world], store, val_batch, world, device, autocast)
         rows.append(row)
         if chief:
             with open(out / "log.jsonl", "a") as file:
@@ -365,27 +404,27 @@ def main(config, argv):
             if better:
                 save_checkpoint(out / "best", model, progress)
             save_checkpoint(out / "last", model, progress, {
-                "step": done, "best": best, "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state(),
+                "step": done, "best": best, "optimiser": optimiser.state_dict(),
                 "config": dataclasses.asdict(config)})
 
-    # end: the curve and the table
+    # end: the curve and the table, by the first process; the others may go
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
     if chief:
         curve = draw_curve(rows) if rows else "no steps"
-        (out / "loss.txt").write_text(curve + "\n")
+        write_text(out / "loss.txt", curve + "\n")
         say(curve)
         if config.test and (manifest.parent / "test.jsonl").exists():
             tested = data.read_manifest(manifest.parent / "test.jsonl")
             model.load_trained(out / "best")
-            store = keep_features(model, tested, manifest.parent / "features", log=say)
-            predictions, _ = evaluation.evaluate(model, [r for r in tested if r.id in store], store, log=say)
-            (out / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in predictions))
-            (out / "table.md").write_text(evaluation.table(predictions, tuple(evaluation.VIEWS)) + "\n")
+            store = keep_features(model, tested, manifest.parent / "features", log=say) if keep else None
+            predictions, _ = evaluation.evaluate(model, tested, store, log=say)
+            write_text(out / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+            write_text(out / "table.md", evaluation.table(predictions, tuple(evaluation.VIEWS)) + "\n")
             say((out / "table.md").read_text())
         say(f"{out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {out}/best   "
             f"({time.time() - started:.0f} s in all)")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
