@@ -94,13 +94,16 @@ def keep_features(model, records, folder=None, workers=None, log=print):
     """Features of all records, from `folder` when they were kept there before, else computed (and
     kept there).  On the CPU all cores encode; a GPU, or a few clips, need this process only."""
     path = Path(folder) / f"{fingerprint(model.config, records)}.pt" if folder else None
-    if path and path.exists():
-        log(f"features: {path}")
-        return FeatureStore.load(path)
     clips = {}
     for record in records:
         clips.setdefault((record.image, record.video, record.audio, record.start, record.end), []).append(record)
     jobs, started = list(clips.values()), time.time()
+    if path and path.exists():
+        store = FeatureStore.load(path)
+        log(f"features: {path}")
+        if store.skipped:
+            log(report_skipped(store.skipped, len(jobs)))
+        return store
     visual, audio, spans, skipped, v_end, a_end = [], [], {}, [], 0, 0
     if workers is None:
         on_cpu = next(model.visual.parameters()).device.type == "cpu"
