@@ -1,4 +1,4 @@
-"""Tests run offline, on the CPU, one thread (two threads spin against each other on small operations)."""
+"""Tests run offline, on the CPU, one thread (two spin against each other on small operations)."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def small_miniature(tmp_path_factory):
-    """Folder of a miniature with 4 training and 2 test clips a scene, made once (real .mp4, .wav, .png)."""
+    """Folder of a miniature with 4 training and 2 test clips a scene, made once: real files."""
     import miniature
     folder = tmp_path_factory.mktemp("miniature")
     counts = {split: dict.fromkeys(miniature.SCENES, n) for split, n in (("train", 4), ("test", 2))}
@@ -32,8 +32,8 @@ def small_miniature(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_parts(tmp_path_factory):
-    """Folder with whisper/, instructblip/ and llama/ in the Hub's layout: random weights, hardly any
-    width, sizes of frame and chunk as in tiny/."""
+    """Folder with whisper/, instructblip/ and llama/ in the Hub's layout: random weights, hardly
+    any width, sizes of frame and chunk as in tiny/."""
     import io
 
     import sentencepiece
@@ -47,16 +47,18 @@ def small_parts(tmp_path_factory):
     root = tmp_path_factory.mktemp("parts")
     (root / "llama").mkdir()
     (root / "instructblip" / "qformer_tokenizer").mkdir(parents=True)
-    words = " ".join([*world.WORDS, *world.COLOURS, *world.SHAPES, *world.SOUNDS, *world.PROMPTS.values()])
+    words = " ".join([*world.WORDS, *world.COLOURS, *world.SHAPES, *world.SOUNDS,
+                      *world.PROMPTS.values()])
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([words, "USER: <Img> </Img> ASSISTANT:"] * 20), model_writer=model,
-        model_type="bpe", vocab_size=400, hard_vocab_limit=False, byte_fallback=True, unk_id=0, bos_id=1,
-        eos_id=2, pad_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        minloglevel=2)
+        model_type="bpe", vocab_size=400, hard_vocab_limit=False, byte_fallback=True, unk_id=0,
+        bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2)
     (root / "llama" / "tokenizer.model").write_bytes(model.getvalue())
     vocabulary = pretrain.qformer_vocabulary()
-    (root / "instructblip" / "qformer_tokenizer" / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    (root / "instructblip" / "qformer_tokenizer" / "vocab.txt").write_text(
+        "\n".join(vocabulary) + "\n")
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "TINY", root)
@@ -66,7 +68,7 @@ def small_parts(tmp_path_factory):
             width=16, layers=1, heads=2, ffn=32, max_source_positions=100, n_fft=512, hop=400)))
         encoder = VisualEncoder(
             ViTConfig(width=16, layers=1, heads=2, ffn=32, image_size=64, patch_size=16),
-            QFormerConfig(width=16, layers=2, heads=2, ffn=32, vocab_size=len(vocabulary), max_positions=128,
-                          encoder_width=16), 4)
+            QFormerConfig(width=16, layers=2, heads=2, ffn=32, vocab_size=len(vocabulary),
+                          max_positions=128, encoder_width=16), 4)
         pretrain.save_instructblip(encoder, nn.Linear(16, 32))
     return root

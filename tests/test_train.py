@@ -1,0 +1,821 @@
+"""train.py, eval.py, demo.py and features.py end to end, on a miniature of a few clips and parts of
+random weights: runs, two processes = one, resume = no stop, kept features = fresh ones."""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import cli
+import data
+import demo
+import eval as evaluation
+import favor
+import features
+import miniature
+import train
+from favor import Favor, Features, Sample
+
+ROOT = Path(train.__file__).parent
+quiet = lambda *_: None                                                          # noqa: E731
+
+
+# ---- running ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def command(small_parts, small_miniature):
+    """command(out, **flags) -> words of a train.py command line: 6 small steps, or as flags say."""
+    def command(out, *words, **flags):
+        flags = {"data": small_miniature, "out": out, "steps": 6, "batch": 8, "val_every": 2,
+                 "log_every": 2,
+                 "warmup": 2, "threads": 1, "val_share": 0.1, **{
+                     name: small_parts / folder for name, folder in
+                     (("whisper", "whisper"), ("instructblip", "instructblip"),
+                      ("llm", "llama"))}} | flags
+        named = [part for k, v in flags.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+        return [*named, *(words or ["--no-test"])]
+    return command
+
+
+def run(words):
+    """train.py in this process."""
+    train.main(cli.parse(train.TrainConfig, train.__doc__, words)[0], words)
+
+
+def run_forked(work, processes=1, seconds=60):
+    """work(rank) in forked processes that know each other as under torchrun -> their exit codes.  A
+    process that hangs is killed and fails the test."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(rank):
+        if processes > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                           "GLOO_SOCKET_IFNAME": "lo"}
+        try:
+            work(rank)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=start, args=(rank,)) for rank in range(processes)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(seconds)
+    hung = [child for child in children if child.is_alive()]
+    for child in hung:
+        child.kill()
+        child.join()
+    assert not hung, f"{len(hung)} of {processes} processes hung"
+    return [child.exitcode for child in children]
+
+
+def program(*words, cwd=None, seconds=100):
+    """A program of ours in a process of its own."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True,
+                          text=True, timeout=seconds)
+
+
+def log_of(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out, *names):
+    return [[row[name] for name in names or ("loss", "ce", "diversity", "grad_norm")]
+            for row in log_of(out)]
+
+
+def weights(folder):
+    """{name: tensor} of the trained parts of a checkpoint."""
+    from safetensors.torch import load_file
+    return {**load_file(folder / "model.safetensors"),
+            **load_file(folder / "lora" / "adapter_model.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    """(run folder, what was printed) of `python train.py`, with the table at its end."""
+    out = tmp_path_factory.mktemp("runs") / "full"
+    done = program(ROOT / "train.py", *command(out, "--test"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, done.stdout
+
+
+@pytest.fixture(scope="module")
+def unbroken(command, tmp_path_factory):
+    """Folder of the same run in this process."""
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    run(command(out))
+    return out
+
+
+def test_a_run(finished, unbroken, small_parts):
+    out, printed = finished
+    rows = log_of(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert {*rows[0]} == {"step", "loss", "ce", "diversity", "lr", "grad_norm", "seconds"}
+    assert ["val_ce" in row for row in rows] == [False, True] * 3
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["ce"] + 0.01 * row["diversity"], abs=1e-6)
+    assert losses(out) == losses(unbroken)                       # the seed decides everything
+    lowest = min((row["val_ce"], row["step"]) for row in rows if "val_ce" in row)
+    for name, step in (("best", lowest[1]), ("last", 6)):
+        model = Favor.from_pretrained(out / name)
+        facts = json.loads((out / name / "favor.json").read_text())
+        assert not model.training and facts["step"] == step
+        assert facts["train"]["steps"] == 6 and "--steps 6" in facts["command"]
+        assert len(facts["commit"]) == 40
+        assert isinstance(model.answer(None, "yes"), str)
+    assert (out / "last" / "state.pt").exists() and not (out / "best" / "state.pt").exists()
+    assert not [path.name for path in out.iterdir() if path.suffix in (".new", ".old", ".tmp")]
+    config = json.loads((out / "config.json").read_text())
+    assert config["method"]["whisper"] == str(small_parts / "whisper")
+    assert config["train"]["batch"] == 8
+    assert "step 2/6: loss" in printed and "ETA" in printed and "| qformer | " in printed
+    assert "cross-entropy, steps 1-6" in (out / "loss.txt").read_text()
+    table = (out / "table.md").read_text()
+    assert table in printed
+    for task in miniature.TASKS:
+        assert f"| **{task}** " in table
+    answered = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert len(answered) == 36 and {*evaluation.VIEWS} < {*answered[0]}
+
+
+def test_flags_reach_the_method(command, tmp_path):
+    run(command(tmp_path, "--no-test", "--no-sync", steps=1, windows=2, queries=3, causal="none",
+                diversity=0.5))
+    model = Favor.from_pretrained(tmp_path / "last")
+    assert dataclasses.astuple(model.config)[4:9] == ("paper", False, 2, "none", 0.5)
+    assert model.qformer.queries.shape[1] == 3
+    row = log_of(tmp_path)[0]
+    assert row["loss"] == pytest.approx(row["ce"] + 0.5 * row["diversity"], abs=1e-6)
+
+
+def test_training_learns(command, tmp_path):
+    """The committed parts load, and in 40 steps on a few clips the loss falls."""
+    parts = [ROOT / "tiny" / name for name in ("whisper", "instructblip", "llama")]
+    if not all((part / "model.safetensors").exists() for part in parts):
+        pytest.skip("the pretrained parts in tiny/ are not there yet")
+    run(command(tmp_path, steps=40, batch=16, val_every=40, warmup=5, mask_share=0,
+                **dict(zip(("whisper", "instructblip", "llm"), parts, strict=True))))
+    ce = [row["ce"] for row in log_of(tmp_path)]
+    print(f"cross-entropy {np.mean(ce[:3]):.2f} -> {np.mean(ce[-8:]):.2f}")
+    assert np.mean(ce[-8:]) < 0.7 * np.mean(ce[:3])
+
+
+# ---- two processes = one ------------------------------------------------------------------------
+
+def two_processes(words, patch=quiet):
+    def work(rank):
+        patch()
+        run(words)
+    assert run_forked(work, processes=2) == [0, 0]
+
+
+@pytest.mark.parametrize("batch, micro_batch", [(8, 0), (9, 2)])     # 5 samples in 3 parts, 4 in 2
+def test_two_processes_are_one(command, tmp_path, batch, micro_batch):
+    flags = {"steps": 4, "batch": batch, "mask_share": 0.5}
+    run(command(tmp_path / "one", **flags))
+    two_processes(command(tmp_path / "two", micro_batch=micro_batch, **flags))
+    one, two = (np.array(losses(tmp_path / name, "loss", "ce", "diversity"))
+                for name in ("one", "two"))
+    print(f"largest difference of a loss: {abs(one - two).max():.1e}")
+    assert abs(one - two).max() < 1e-5
+    held_out = [[row["val_ce"] for row in log_of(tmp_path / name) if "val_ce" in row]
+                for name in ("one", "two")]
+    assert held_out[0] == pytest.approx(held_out[1], abs=1e-5)
+    # the gradients' norm is the same too: nothing was scaled by the number of processes
+    norms = np.array([losses(tmp_path / name, "grad_norm") for name in ("one", "two")])
+    assert np.allclose(norms[0], norms[1], rtol=1e-3)
+
+
+def test_accumulation_changes_nothing(command, tmp_path, unbroken):
+    run(command(tmp_path, micro_batch=3))
+    assert np.allclose(losses(tmp_path, "loss", "ce", "diversity"),
+                       losses(unbroken, "loss", "ce", "diversity"),
+                       atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_sided(small_miniature, tmp_path_factory):
+    """A manifest whose rows 0, 2, 4 ... (process 0) and 1, 3, 5 ... (process 1) are, step by step
+    of 4 samples: text / image, sound / video, image / text, text / text, sound / both."""
+    records = data.read_manifest(small_miniature / "train.jsonl")
+    by_kind = {"text": [data.Record("t", "ic", f"say {w}", w) for w in ("red", "blue", "the cone")]}
+    for kind, task in (("image", "vqa"), ("sound", "asr"), ("video", "videoqa"), ("both", "isqa")):
+        by_kind[kind] = [r for r in records if r.task == task]
+    rows = []
+    for pair in (("text", "image"), ("sound", "video"), ("image", "text"), ("text", "text"),
+                 ("sound", "both")):
+        for kind in pair * 2:
+            rows.append(dataclasses.replace(by_kind[kind][len(rows) % 3], id=f"row {len(rows)}"))
+    path = tmp_path_factory.mktemp("one-sided") / "train.jsonl"
+    data.write_manifest(path, rows)
+    return path
+
+
+@pytest.mark.parametrize("words", [["--no-test"], ["--no-test", "--no-sync"]],
+                         ids=["sync", "no sync"])
+def test_processes_with_different_samples(command, one_sided, tmp_path, words, monkeypatch):
+    monkeypatch.setattr(train, "epoch_order", lambda records, seed, epoch: np.arange(len(records)))
+    flags = {"data": one_sided, "steps": 5, "batch": 4, "val_share": 0, "mask_share": 0}
+    run(command(tmp_path / "one", *words, **flags))
+    two_processes(command(tmp_path / "two", *words, **flags))
+    one, two = (np.array(losses(tmp_path / name)) for name in ("one", "two"))
+    assert len(one) == 5 and np.allclose(one, two, atol=1e-5, rtol=1e-3)
+    ours, theirs = (weights(tmp_path / name / "last") for name in ("one", "two"))
+    far = {name: (ours[name] - theirs[name]).abs().max().item() for name in ours}
+    assert max(far.values()) < 1e-3, max(far, key=far.get)
+
+
+def test_torchrun(command, unbroken, tmp_path):
+    done = program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                   ROOT / "train.py", *command(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert np.allclose(losses(tmp_path / "two", "loss"), losses(unbroken, "loss"), atol=1e-5)
+    assert done.stdout.count("step 6/6") == 1                     # one of them speaks
+
+
+def test_when_one_process_dies_the_other_ends(command, tmp_path):
+    whole_step = train.train_step
+
+    def work(rank):
+        def broken_step(*args):
+            if rank == 1 and args[4] == 1:
+                raise RuntimeError("broken on purpose")
+            return whole_step(*args)
+        train.train_step = broken_step
+        run(command(tmp_path))
+    assert run_forked(work, processes=2, seconds=30) == [1, 1]
+    assert len(log_of(tmp_path)) == 1
+
+
+def test_too_small_a_batch(command, tmp_path):
+    def work(rank):
+        with pytest.raises(SystemExit, match="--batch 1 for 2 processes"):
+            run(command(tmp_path, batch=1))
+    assert run_forked(work, processes=2) == [0, 0]
+
+
+# ---- resume = no stop ---------------------------------------------------------------------------
+
+def killed_at(step):
+    """Makes the process kill itself in the middle of that step (counted from 0)."""
+    whole_step = train.train_step
+
+    def train_step(*args):
+        result = whole_step(*args)
+        if args[4] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    train.train_step = train_step
+
+
+def test_resume_is_no_stop(command, tmp_path, monkeypatch):
+    """Killed in the fourth and again in the last step, with dropout on: the log and the weights are
+    those of the unbroken run, digit by digit."""
+    wild = dataclasses.replace(favor.PRESETS["tiny"], dropout=0.2, lora_dropout=0.2)
+    monkeypatch.setitem(favor.PRESETS, "tiny", wild)
+    run(command(tmp_path / "whole"))
+    out = tmp_path / "stopped"
+    for step, complete in ((3, 3), (5, 5)):
+        def work(rank, step=step):
+            killed_at(step)
+            run(command(out))
+        assert run_forked(work) == [-signal.SIGKILL]
+        assert len(log_of(out)) == complete
+        with open(out / "log.jsonl", "a") as file:              # a kill in the middle of a line
+            file.write('{"step": 99, "lo')
+    run(command(out))
+    assert losses(out) == losses(tmp_path / "whole")
+    assert [row["step"] for row in log_of(out)] == [1, 2, 3, 4, 5, 6]
+    seconds = [row["seconds"] for row in log_of(out)]
+    assert seconds == sorted(seconds)                           # the time before the stops counts
+    for name in ("best", "last"):
+        ours, theirs = weights(out / name), weights(tmp_path / "whole" / name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_finished_run_is_not_run_again(unbroken, command, capsys):
+    before = (unbroken / "log.jsonl").read_text()
+    run(command(unbroken))
+    assert (unbroken / "log.jsonl").read_text() == before
+    assert "step 6" in capsys.readouterr().out
+
+
+def test_other_settings_are_refused(unbroken, command):
+    with pytest.raises(SystemExit,
+                       match=r"other settings.*'lr': \(0.0015, 0.002\).*choose another --out"):
+        run(command(unbroken, lr=0.002))
+    run(command(unbroken, log_every=1))                         # what changes no number may change
+
+
+@pytest.fixture
+def small_model(small_parts):
+    config = favor.preset("tiny", whisper=str(small_parts / "whisper"),
+                          llm=str(small_parts / "llama"),
+                          instructblip=str(small_parts / "instructblip"))
+    return Favor.from_config(config)
+
+
+def saved_step(folder):
+    """Step of a whole checkpoint: state, aligner and adapters, which must open."""
+    assert Favor.from_pretrained(folder)
+    return torch.load(folder / "state.pt", weights_only=True)["step"]
+
+
+@pytest.mark.parametrize("moment",
+                         ["aligner", "adapters", "state", "first rename", "second rename"])
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_model, tmp_path, monkeypatch, moment):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    def half_written(_, path, **__):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    real = Path.rename
+    breaks = {
+        "aligner": lambda m: m.setattr(favor, "save_file", half_written),
+        "adapters": lambda m: m.setattr(favor.lora, "save_file", half_written),
+        "state": lambda m: m.setattr(torch, "save", half_written),
+        "first rename": lambda m: m.setattr(Path, "rename", killed),
+        "second rename": lambda m: m.setattr(
+            Path, "rename", lambda self, to: killed() if self.suffix == ".new" else real(self, to))}
+    assert train.latest_checkpoint(tmp_path) is None
+    train.save_checkpoint(tmp_path / "last", small_model, {}, {"step": 1})
+    # the second time perhaps without last/
+    for _ in range(2):
+        with monkeypatch.context() as broken, contextlib.suppress(KeyboardInterrupt):
+            breaks[moment](broken)
+            train.save_checkpoint(tmp_path / "last", small_model, {}, {"step": 2})
+        assert saved_step(train.latest_checkpoint(tmp_path)) == 1
+    train.save_checkpoint(tmp_path / "last", small_model, {}, {"step": 3})
+    assert train.latest_checkpoint(tmp_path) == tmp_path / "last"
+    assert saved_step(tmp_path / "last") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+# ---- a step -------------------------------------------------------------------------------------
+
+def test_the_loss_of_a_step_is_the_batch_mean(small_model, small_miniature):
+    """Over answer tokens, not over samples or parts, and whatever the size of the parts."""
+    records = data.read_manifest(small_miniature / "train.jsonl")[::9]
+    store = features.keep_features(small_model, records, log=quiet)
+    _, samples = evaluation.readable_samples(small_model, records, store)
+    with torch.no_grad():
+        wanted = small_model(samples)
+    for micro_batch in (0, 1, 4):
+        model = Favor.from_config(small_model.config)
+        model.load_state_dict(small_model.state_dict())
+        config = train.TrainConfig(micro_batch=micro_batch, warmup=0, steps=10)
+        optimiser = train.make_optimiser(model, config)
+        loss, ce, diversity, norm = train.train_step(
+            model, samples, config, optimiser, 0, 1, torch.device("cpu"), contextlib.nullcontext())
+        assert [loss, ce, diversity] == pytest.approx(
+            [wanted[name].item() for name in ("loss", "ce", "diversity")], abs=1e-5)
+        assert optimiser.param_groups[0]["lr"] == pytest.approx(1.5e-3) and norm > 0
+        assert all(p.grad is None for p in model.parameters())
+        frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+        ours, before = model.state_dict(), small_model.state_dict()
+        assert all(torch.equal(ours[name], before[name]) for name in frozen)
+        moved = [n for n, p in model.named_parameters() if p.requires_grad
+                 and not torch.equal(p, before[n])]
+        assert {"lora_B", "audio_proj"} <= {part for name in moved for part in name.split(".")}
+
+
+def test_a_broken_step_stops_the_run(small_model):
+    with torch.no_grad():
+        small_model.llm_proj.bias[0] = torch.nan
+    config = train.TrainConfig()
+    optimiser = train.make_optimiser(small_model, config)
+    sample = Sample("what", "red", features=Features(torch.zeros(2, 4, 16)))
+    with pytest.raises(RuntimeError, match="step 8: loss nan.*lower --lr"):
+        train.train_step(small_model, [sample], config, optimiser, 7, 1, torch.device("cpu"),
+                         contextlib.nullcontext())
+
+
+def test_learning_rate():
+    config = train.TrainConfig(steps=1000, warmup=100, lr=1.0)
+    rates = [train.learning_rate(config, step) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01, abs=1e-6) and max(rates) == pytest.approx(1, abs=0.03)
+    assert rates[49] == pytest.approx(0.5, abs=0.01) and rates[:95] == sorted(rates[:95])
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[-1] == pytest.approx(0.02, abs=1e-3)
+    assert rates[500] == pytest.approx(0.51, abs=0.01)
+    assert train.learning_rate(train.TrainConfig(steps=10, warmup=0, lr=1.0), 0) == pytest.approx(1)
+
+
+def test_weight_decay_is_for_matrices(small_model):
+    optimiser = train.make_optimiser(small_model, train.TrainConfig(weight_decay=0.3))
+    matrices, vectors = optimiser.param_groups
+    assert matrices["weight_decay"] == 0.3 and vectors["weight_decay"] == 0
+    assert {p.ndim for p in vectors["params"]} == {1}
+    assert min(p.ndim for p in matrices["params"]) == 2
+    count = len(matrices["params"]) + len(vectors["params"])
+    assert count == len([p for p in small_model.parameters() if p.requires_grad])
+
+
+# ---- the data's order ---------------------------------------------------------------------------
+
+def record(number, task="vqa", **media):
+    return data.Record(f"{task}-{number}", task, "what", "red", **media)
+
+
+def test_split_is_by_clip():
+    kinds = (("parade", "mp4", "video"), ("still", "png", "image"), ("speech", "wav", "audio"))
+    records = [record(f"{kind}-{k}-{q}", **{field: f"/x/train/{kind}_{k:05d}.{suffix}"})
+               for kind, suffix, field in kinds for k in range(1500) for q in range(3)]
+    for share in (0.02, 0.1, 0.5):
+        kept, held_out = train.split_records(records, share)
+        assert len(kept) + len(held_out) == len(records)
+        assert len(held_out) / len(records) == pytest.approx(share, rel=0.25)
+        clips = [{r.video or r.image or r.audio for r in part} for part in (kept, held_out)]
+        assert not clips[0] & clips[1]
+        for kind, *_ in kinds:                                    # of each kind its share
+            part = sum(kind in r.id for r in held_out) / 4500
+            assert part == pytest.approx(share, rel=0.35)
+    numbers = [{Path(r.video or r.image or r.audio).stem[-5:] for r in held_out if kind in r.id}
+               for kind, *_ in kinds]
+    # not the same numbers of every kind
+    assert len(numbers[0] & numbers[1]) < 0.7 * len(numbers[0])
+    moved = [dataclasses.replace(r, **{f: getattr(r, f).replace("/x/", "/elsewhere/")
+                                       for f in data.MEDIA
+                                       if getattr(r, f)}) for r in records]
+    assert [r.id for r in train.split_records(moved, 0.5)[1]] == [r.id for r in held_out]
+    assert train.split_records(records, 0) == (records, [])
+    # an image with two sounds is one clip
+    both = [record(k, image="/x/train/a.png", audio=f"/x/train/a_{k}.wav") for k in range(40)]
+    assert 0 in map(len, train.split_records(both, 0.5))
+
+
+def test_epochs_follow_the_weights():
+    records = [record(k, task) for task in ("vqa", "isqa", "mine") for k in range(200)]
+    counts = np.zeros(len(records))
+    for epoch in range(50):
+        order = train.epoch_order(records, seed=3, epoch=epoch)
+        assert (order == train.epoch_order(records, 3, epoch)).all()
+        times = np.bincount(order, minlength=len(records))
+        for part, weight in ((times[:200], 0.5), (times[200:400], 1.6), (times[400:], 1.0)):
+            assert part.min() >= int(weight) and part.max() <= int(np.ceil(weight))
+        counts += times
+    assert train.TASK_WEIGHTS["vqa"] == 0.5 and train.TASK_WEIGHTS["isqa"] == 1.6
+    assert counts.reshape(3, 200).mean(1) / 50 == pytest.approx([0.5, 1.6, 1.0], abs=0.03)
+    first, second = train.epoch_order(records, 3, 0), train.epoch_order(records, 3, 1)
+    assert list(first[:20]) != list(second[:20]) and list(first) != sorted(first)
+    assert list(first[:20]) != list(train.epoch_order(records, 4, 0)[:20])
+
+
+def test_order_is_a_function_of_the_number():
+    records = [record(k, task) for task in ("vqa", "isqa") for k in range(10)]
+    order = train.Order(records, seed=1)
+    epochs = np.concatenate([train.epoch_order(records, 1, epoch) for epoch in range(4)])
+    whole = [order(g) for g in range(len(epochs) - 5)]
+    assert whole == list(epochs[:-5])
+    # a resumed run asks for a late one first
+    late = train.Order(records, seed=1)
+    assert [late(g) for g in (50, 51, 3)] == [whole[50], whole[51], whole[3]]
+    # the processes' shares of a batch are the batch
+    batch, world, step = 7, 3, 2
+    shares = [range(step * batch + rank, (step + 1) * batch, world) for rank in range(world)]
+    assert sorted(g for share in shares for g in share) == list(range(14, 21))
+    with pytest.raises(ValueError, match="no training questions"):
+        train.Order([], seed=0)
+
+
+def test_masks_are_drawn_at_their_rate():
+    config = train.TrainConfig(mask_share=0.3)
+    drawn = [train.drawn_mask(config, g) for g in range(4000)]
+    assert drawn == [train.drawn_mask(config, g) for g in range(4000)]
+    assert np.mean([mask is not None for mask in drawn]) == pytest.approx(0.3, abs=0.03)
+    for mask in ("audio", "visual", "both"):
+        assert np.mean([m == mask for m in drawn]) == pytest.approx(0.1, abs=0.02)
+    assert not any(train.drawn_mask(train.TrainConfig(mask_share=0), g) for g in range(200))
+    assert drawn != [train.drawn_mask(train.TrainConfig(mask_share=0.3, seed=1), g)
+                     for g in range(4000)]
+
+
+# ---- kept features ------------------------------------------------------------------------------
+
+def same(a, b, tolerance):
+    """Two Features hold the same, None where None."""
+    for name in ("visual", "audio"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None), name
+        if x is not None:
+            assert x.shape == y.shape and (x.float() - y.float()).abs().max() <= tolerance, name
+    assert a.is_image == b.is_image
+
+
+@pytest.fixture(scope="module")
+def mixed_records(small_miniature, tmp_path_factory):
+    """Two records a task, copied into a folder of their own, and a text."""
+    folder, picked = tmp_path_factory.mktemp("media"), {}
+    for r in data.read_manifest(small_miniature / "train.jsonl"):
+        if len(picked.setdefault(r.task, [])) < 2:
+            picked[r.task].append(dataclasses.replace(r, **{
+                kind: shutil.copy(getattr(r, kind), folder) for kind in data.MEDIA
+                if getattr(r, kind)}))
+    return [*(r for rs in picked.values() for r in rs),
+            data.Record("text", "mine", "say yes", "yes")]
+
+
+def test_kept_features_are_fresh_ones(small_model, mixed_records, tmp_path, monkeypatch):
+    logged = []
+    store = features.keep_features(small_model, mixed_records, tmp_path, workers=1,
+                                   log=logged.append)
+    assert len({*store.spans}) == len(mixed_records) and not store.skipped
+    for r in mixed_records:
+        clip = data.load_clip(r, size=small_model.visual.image_size)
+        same(store[r.id], small_model.encode(clip, [r.prompt])[0], tolerance=2e-3)       # fp16
+    assert store["text"] == Features(None, None, False)
+    # again: from disk, without touching a clip, whatever the records' order
+    def encode(*_, **__):
+        raise AssertionError("encoded again")
+    monkeypatch.setattr(features, "_encode", encode)
+    again = features.keep_features(small_model, mixed_records[::-1], tmp_path, workers=1,
+                                   log=logged.append)
+    for r in mixed_records:
+        same(again[r.id], store[r.id], tolerance=0)
+    assert len([*tmp_path.iterdir()]) == 1
+    with pytest.raises(AssertionError, match="encoded again"):
+        features.keep_features(small_model, mixed_records[1:], tmp_path, workers=1, log=quiet)
+
+
+def test_features_made_by_other_processes(small_model, mixed_records, monkeypatch):
+    alone = features.keep_features(small_model, mixed_records, workers=1, log=quiet)
+    fork = multiprocessing.get_context("fork")                    # spawned ones: test_cli.py
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+    shared = features.keep_features(small_model, mixed_records, workers=2, log=quiet)
+    for r in mixed_records:
+        same(shared[r.id], alone[r.id], tolerance=1e-3)
+
+
+def test_fingerprint(small_parts, mixed_records, tmp_path):
+    for name in ("whisper", "instructblip"):
+        shutil.copytree(small_parts / name, tmp_path / name)
+    config = favor.preset("tiny", whisper=str(tmp_path / "whisper"),
+                          instructblip=str(tmp_path / "instructblip"))
+    seen = {features.fingerprint(config, mixed_records)}
+
+    def changed(config=config, records=mixed_records):
+        mark = features.fingerprint(config, records)
+        new = mark not in seen
+        seen.add(mark)
+        return new
+
+    assert not changed() and not changed(records=mixed_records[::-1])
+    assert not changed(records=[dataclasses.replace(r, target="other") for r in mixed_records])
+    assert changed(records=mixed_records[1:])
+    for field, value in (("prompt", "other"), ("start", 0.5), ("end", 2.0), ("id", "other")):
+        first = dataclasses.replace(mixed_records[0], **{field: value})
+        assert changed(records=[first, *mixed_records[1:]]), field
+    for field, value in (("fps", 4.0), ("frame_times", "ends"), ("audio_seconds", 30.0)):
+        assert changed(dataclasses.replace(config, **{field: value})), field
+    for path in (Path(mixed_records[0].audio or mixed_records[0].image or mixed_records[0].video),
+                 tmp_path / "whisper" / "model.safetensors",
+                 tmp_path / "whisper" / "preprocessor_config.json",
+                 tmp_path / "instructblip" / "qformer_tokenizer" / "vocab.txt"):
+        path.write_bytes(path.read_bytes() + b"\n")               # made again
+        assert changed(), path
+
+
+@pytest.fixture(scope="module")
+def broken_manifest(small_miniature, tmp_path_factory):
+    """Folder with train.jsonl and test.jsonl in which one clip in four is cut off or missing."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "bad.mp4").write_bytes(b"no film")
+    for split in ("train", "test"):
+        records = [r for r in data.read_manifest(small_miniature / f"{split}.jsonl")
+                   if r.task in ("asr", "vqa", "avsr", "avssd")]
+        bad = [r for k, r in enumerate(records) if k % 4 == 1]
+        bad = [data.Record(r.id, r.task, r.prompt, r.target, meta=r.meta, refs=r.refs,
+                           video=str(folder / ("bad.mp4" if k % 2 else "missing.mp4")))
+               for k, r in enumerate(bad)]
+        data.write_manifest(folder / f"{split}.jsonl",
+                            [r for k, r in enumerate(records) if k % 4 != 1] + bad)
+    return folder
+
+
+def test_broken_clips_are_skipped_and_counted(small_model, broken_manifest, tmp_path):
+    records = data.read_manifest(broken_manifest / "train.jsonl")
+    bad = [r.id for r in records if "broken" in (r.video or "")]
+    logged = []
+    store = features.keep_features(small_model, records, tmp_path, log=logged.append)
+    assert {r.id for r in records if r.id not in store} == {*bad} and len(bad) > 3
+    told = next(line for line in logged if line.startswith("skipped"))
+    assert "skipped 2 of" in told
+    assert "bad.mp4: not readable" in told and "missing.mp4: no such file" in told
+    again = features.keep_features(small_model, records, tmp_path, log=quiet)
+    assert again.skipped == store.skipped
+    with pytest.raises(ValueError,
+                       match="none of 2 clips could be read; first reason: .*bad.mp4|missing.mp4"):
+        features.keep_features(small_model, [r for r in records if r.id in bad], log=quiet)
+
+
+def test_features_are_written_whole(small_model, mixed_records, tmp_path, monkeypatch):
+    def half_written(_, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken, contextlib.suppress(KeyboardInterrupt):
+        broken.setattr(torch, "save", half_written)
+        features.keep_features(small_model, mixed_records[:2], tmp_path, log=quiet)
+    store = features.keep_features(small_model, mixed_records[:2], tmp_path, log=quiet)
+    assert len(features.keep_features(small_model, mixed_records[:2], tmp_path,
+                                      log=quiet).spans) == 2
+    same(store[mixed_records[0].id], store[mixed_records[0].id], 0)
+
+
+# ---- without kept features ----------------------------------------------------------------------
+
+def test_training_without_kept_features(command, unbroken, tmp_path):
+    run(command(tmp_path, "--no-test", "--no-keep-features", steps=6))
+    ours, kept = (np.array(losses(folder, "loss", "ce")) for folder in (tmp_path, unbroken))
+    assert abs(ours - kept).max() < 5e-3                          # fp16 on disk
+
+
+@pytest.mark.parametrize("keep", ["--keep-features", "--no-keep-features"])
+def test_a_run_goes_on_past_broken_clips(command, broken_manifest, tmp_path, capsys, keep):
+    run(command(tmp_path, keep, "--test", data=broken_manifest, steps=4))
+    assert len(log_of(tmp_path)) == 4
+    printed = capsys.readouterr().out
+    assert "bad.mp4: not readable" in printed or "missing.mp4: no such file" in printed
+    answered = [json.loads(line)
+                for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    tested = data.read_manifest(broken_manifest / "test.jsonl")
+    assert {row["id"] for row in answered} == {r.id for r in tested
+                                               if "broken" not in (r.video or "")}
+
+
+def test_nothing_readable_is_an_error(command, broken_manifest, tmp_path, capsys):
+    records = [r for r in data.read_manifest(broken_manifest / "train.jsonl")
+               if "broken" in (r.video or "")]
+    data.write_manifest(tmp_path / "train.jsonl", records)
+    with pytest.raises(SystemExit, match="in a row cannot be read"):
+        run(command(tmp_path / "run", "--no-test", "--no-keep-features", data=tmp_path,
+                    val_share=0))
+    with pytest.raises(SystemExit, match="nowhere.*no such manifest"):
+        run(command(tmp_path / "run", data=tmp_path / "nowhere"))
+
+
+# ---- eval.py ------------------------------------------------------------------------------------
+
+def test_eval_one_task(finished, small_miniature, tmp_path):
+    out, _ = finished
+    done = program(ROOT / "eval.py", "--task", "videoqa", "--checkpoint", out / "best", "--data",
+                   small_miniature,
+                   "--out", tmp_path / "answers.jsonl")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    records = [r for r in data.read_manifest(small_miniature / "test.jsonl") if r.task == "videoqa"]
+    assert [row["id"] for row in rows] == [r.id for r in records]
+    for row, r in zip(rows, records, strict=True):
+        assert {*row} == {"id", "task", "prompt", "references", "meta", *evaluation.VIEWS}
+        assert (row["references"], row["prompt"], row["meta"]) == ([r.target], r.prompt, r.meta)
+    assert "| task | n | both | audio only | visual only | blind | chance |" in done.stdout
+    assert "| **videoqa** % ↑ | 4 | " in done.stdout and "| 25.0 |" in done.stdout
+    assert "**asr**" not in done.stdout
+    # the same answers one by one, and as train.py gave them
+    model = Favor.from_pretrained(out / "best")
+    assert rows[0]["both"] == model.answer(records[0].video, records[0].prompt)
+    trained = {row["id"]: row
+               for row in map(json.loads, (out / "predictions.jsonl").read_text().splitlines())}
+    assert all(row == trained[row["id"]] for row in rows)
+
+
+def evaluate(*words):
+    evaluation.main(cli.parse(evaluation.EvalConfig, "", [*map(str, words)])[0], [])
+
+
+def test_eval_without_kept_features_and_with_views(finished, small_miniature, tmp_path, capsys):
+    words = ["--task", "avm,isqa", "--checkpoint", finished[0] / "best", "--data", small_miniature,
+             "--limit", 3,
+             "--batch", 2, "--out", tmp_path / "a.jsonl"]
+    evaluate(*words, "--no-keep-features", "--views", "both", "blind")
+    fresh = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert sorted(row["task"] for row in fresh) == ["avm"] * 3 + ["isqa"] * 2
+    assert "| task | n | both | blind | chance |" in capsys.readouterr().out
+    evaluate(*words)
+    kept = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["both"] for row in kept] == [row["both"] for row in fresh]
+
+
+def test_eval_leaves_broken_clips_out(finished, broken_manifest, tmp_path, capsys):
+    for keep in ("--keep-features", "--no-keep-features"):
+        evaluate("--checkpoint", finished[0] / "best", "--data", broken_manifest, keep, "--out",
+                 tmp_path / keep)
+        printed = capsys.readouterr().out
+        assert "skipped" in printed and ".mp4" in printed
+        rows = (tmp_path / keep).read_text().splitlines()
+        assert 0 < len(rows) < len(data.read_manifest(broken_manifest / "test.jsonl"))
+
+
+def test_eval_errors(finished, small_miniature, tmp_path):
+    with pytest.raises(SystemExit,
+                       match="no checkpoint in .*nowhere.*make one with: python train.py"):
+        evaluate("--checkpoint", tmp_path / "nowhere")
+    with pytest.raises(SystemExit, match="no questions of task ocr"):
+        data.write_manifest(tmp_path / "test.jsonl", [r for r in data.read_manifest(
+            small_miniature / "test.jsonl") if r.task == "asr"])
+        evaluate("--task", "ocr", "--checkpoint", finished[0] / "best", "--data", tmp_path)
+    with pytest.raises(SystemExit, match="neither target nor refs"):
+        data.write_manifest(tmp_path / "test.jsonl", [data.Record("x", "asr", "what")])
+        evaluate("--checkpoint", finished[0] / "best", "--data", tmp_path)
+
+
+def test_which_checkpoint(tmp_path, monkeypatch):
+    """The last own run, else the committed one, else what to do."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "HERE", tmp_path / "repo")
+    with pytest.raises(SystemExit, match="python train.py"):
+        evaluation.find_checkpoint("")
+    for folder in (tmp_path / "repo" / "tiny" / "favor", Path("runs/tiny/best")):
+        folder.mkdir(parents=True)
+        (folder / "favor.json").write_text("{}")
+        assert evaluation.find_checkpoint("") == folder
+
+
+def test_table():
+    """Scores and chance by hand; a kind a line; across and within windows apart."""
+    def row(task, answer, reference, **meta):
+        return {"task": task, "references": [reference], "both": answer, "blind": "x", "meta": meta}
+    rows = [row("videoqa", "red", "red", chance=0.25, type="after", one_window=True),
+            row("videoqa", "Red.", "red", chance=0.25, type="before", one_window=False),
+            row("videoqa", "blue", "red", chance=0.25, type="before", one_window=False),
+            row("asr", "a b", "a c"), row("mine", "yes", "yes")]
+    lines = evaluation.table(rows, ("both", "blind")).splitlines()
+    assert lines[0] == "| task | n | both | blind | chance |"
+    assert lines[2].startswith("| **asr** WER % ↓ | 1 | 50.0 [")
+    assert lines[2].endswith("| 100.0 | - |")
+    assert lines[3].startswith("| **videoqa** % ↑ | 3 | 66.7 [20.8, 93.9] | 0.0 | 25.0 |")
+    assert lines[4].startswith("| **mine** % ↑ | 1 | 100.0 [")
+    parts = {line.split("|")[1].strip(): line for line in lines[5:]}
+    assert {*parts} == {f"videoqa: {k}"
+                        for k in ("after", "before", "within one window", "across windows")}
+    assert "| 2 | 50.0 [" in parts["videoqa: across windows"]
+    assert "| 1 | 100.0 [" in parts["videoqa: after"]
+
+
+# ---- demo.py ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def media(small_miniature):
+    """A file of each kind."""
+    records = {r.task: r for r in data.read_manifest(small_miniature / "test.jsonl")}
+    return SimpleNamespace(mp4=records["avssd"].video, silent=records["videoqa"].video,
+                           wav=records["asr"].audio,
+                           png=records["isqa"].image, question=records["isqa"].audio)
+
+
+def test_demo_answers_about_any_file(finished, media, capsys):
+    checkpoint = ["--checkpoint", str(finished[0] / "best")]
+    model = Favor.from_pretrained(finished[0] / "best")
+    for words, told in [([media.mp4], "10 frames, 5.00 s of sound"),
+                        ([media.silent], "10 frames, no sound"),
+                        ([media.wav], "0 frames, "), ([media.png], "an image, no sound"),
+                        ([media.png, "--audio", media.question], "an image, "),
+                        ([media.mp4, "--start", "1", "--end", "3"], "4 frames, 2.00 s of sound")]:
+        demo.main([words[0], "What is it?", *words[1:], *checkpoint])
+        printed = capsys.readouterr()
+        assert told in printed.err and printed.out.endswith("\n")
+        if len(words) == 1:
+            # streamed = whole
+            assert printed.out.strip() == model.answer(words[0], "What is it?")
+    demo.main([media.mp4, "What is it?", "--beams", "3", "--mask", "audio", *checkpoint])
+    assert capsys.readouterr().out.strip() == model.answer(media.mp4, "What is it?", mask="audio",
+                                                           num_beams=3)
+
+
+def test_demo_errors(finished, media, tmp_path):
+    checkpoint = ["--checkpoint", finished[0] / "best"]
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(Path(media.mp4).read_bytes()[:3000])
+    for words, message in [([str(broken)], "broken.mp4: not readable as media"),
+                           (["no.mp4"], "no.mp4: no such file"),
+                           ([media.mp4, "--start", "9"], "start 9.0 s is beyond its end"),
+                           ([media.wav, "--audio", media.wav], "sound too")]:
+        # a text: exit status 1, no traceback
+        with pytest.raises(SystemExit, match=message) as error:
+            demo.main([words[0], "What?", *words[1:], *map(str, checkpoint)])
+        assert isinstance(error.value.code, str)
+    with pytest.raises(SystemExit, match="no checkpoint in"):
+        demo.main([media.mp4, "What?", "--checkpoint", str(tmp_path)])
