@@ -183,11 +183,8 @@ def test_training_learns(command, tmp_path):
 
 # ---- two processes = one ------------------------------------------------------------------------
 
-def two_processes(words, patch=quiet):
-    def work(rank):
-        patch()
-        run(words)
-    assert run_forked(work, processes=2) == [0, 0]
+def two_processes(words):
+    assert run_forked(lambda rank: run(words), processes=2) == [0, 0]
 
 
 @pytest.mark.parametrize("batch, micro_batch", [(8, 0), (9, 2)])     # 5 samples in 3 parts, 4 in 2
@@ -205,6 +202,23 @@ def test_two_processes_are_one(command, tmp_path, batch, micro_batch):
     # the gradients' norm is the same too: nothing was scaled by the number of processes
     norms = np.array([losses(tmp_path / name, "grad_norm") for name in ("one", "two")])
     assert np.allclose(norms[0], norms[1], rtol=1e-3)
+
+
+def test_the_processes_share_the_batch(command, tmp_path, monkeypatch):
+    whole_step = train.train_step
+
+    def train_step(model, samples, config, optimiser, step, *rest):
+        share = [f"{s.prompt} {s.target} {s.mask}" for s in samples]
+        (tmp_path / f"{config.out[-3:]} {step} {os.getpid()}").write_text(json.dumps(share))
+        return whole_step(model, samples, config, optimiser, step, *rest)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    run(command(tmp_path / "one", steps=2, batch=9))
+    two_processes(command(tmp_path / "two", steps=2, batch=9))
+    for step in (0, 1):
+        one, two = ([json.loads(path.read_text()) for path in tmp_path.glob(f"{name} {step} *")]
+                    for name in ("one", "two"))
+        assert sorted(map(len, two)) == [4, 5] and sorted(sum(two, [])) == sorted(*one)
 
 
 def test_accumulation_changes_nothing(command, tmp_path, unbroken):
