@@ -38,6 +38,7 @@ COLOURS = {"red": (225, 30, 30), "green": (30, 190, 40), "blue": (40, 70, 250),
            "orange": (250, 135, 15), "cyan": (40, 215, 230)}
 SHAPES = ("ball", "box", "cone", "star", "ring", "cross")
 SOUNDS = ("beep", "bell", "buzz", "knock", "whistle", "hiss", "chirp", "drum")
+NOTHING = "nothing"                          # the word for an empty place
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 # What is spoken, in groups that look alike on the lips: the ear must tell "red", "right" and "ring"
 # apart, the eye "red" from "blue".
@@ -149,14 +150,12 @@ def draw(image, pair, x, y, radius, lit=False):
 
 
 def draw_number(rng, digits):
-    """uint8 (64,64,3): three digits, 2 or 3 pixels a dot, anywhere in the picture."""
+    """uint8 (64,64,3): three digits, 3 pixels a dot, about the middle of the picture."""
     image, ink = background(rng.integers(15, 60)), COLOURS[rng.choice(list(COLOURS))]
-    dot = int(rng.integers(2, 4))
-    step = 6 * dot
-    x, y = rng.integers(0, SIZE - 3 * step + 1), rng.integers(0, SIZE - 7 * dot + 1)
+    x, y = rng.integers(0, SIZE - 54 + 1), rng.integers(14, 30)
     for k, digit in enumerate(digits):
-        glyph = np.kron(GLYPHS[digit], np.ones((dot, dot), bool))
-        image[y:y + 7 * dot, x + k * step:x + k * step + 5 * dot][glyph] = ink
+        glyph = np.kron(GLYPHS[digit], np.ones((3, 3), bool))                          # (21,15)
+        image[y:y + 21, x + 18 * k:x + 18 * k + 15][glyph] = ink
     return image
 
 
@@ -310,6 +309,12 @@ def spread(words):
     return [heard for word in words for heard in ([word], [])]
 
 
+def by_quarter(objects, spots):
+    """A still in words: colour and shape of each quarter in reading order, NOTHING where it is empty."""
+    at = dict(zip(spots, objects, strict=True))
+    return [word for quarter in range(4) for word in at.get(quarter, (NOTHING, NOTHING))]
+
+
 def speech_scene(rng, split):
     """asr: two to five words, a voice, a little noise."""
     words = choose_words(rng, int(rng.integers(2, 6)), split)
@@ -344,7 +349,7 @@ def still_scene(rng, split):
     caption = ("ic", PROMPTS["ic"], listing(map(name, objects)), {"chance": 0.0})
     questions = still_questions(rng, objects, [PLACES[spot] for spot in spots])
     return Scene({"image": lambda: draw_still(rng, objects, spots)},
-                 [([word for pair in objects for word in pair], [])], [caption, *questions],
+                 [(by_quarter(objects, spots), [])], [caption, *questions],
                  lambda: [draw_still(rng, objects, spots)])
 
 
@@ -458,7 +463,7 @@ def spoken_question_scene(rng, split):
         words, answer, chance = ["what", "colour", "is", "the", shape], colour, 1 / 8
     else:
         words, answer, chance = ["what", "shape", "is", colour], shape, 1 / 6
-    caption = [word for pair in objects for word in pair]
+    caption = by_quarter(objects, spots)
     return Scene(
         {"image": lambda: draw_still(rng, objects, spots),
          "audio": lambda: speak(rng, words, split, gap=(0.03, 0.1))},
@@ -529,7 +534,7 @@ def spoken_caption_scene(rng, split):
               if c not in (objects[0][0], objects[1][0]) and s not in (objects[0][1], objects[1][1])
               and not (split == "train" and _held_out_pair(c, s))]
     said = {"yes": objects[int(rng.integers(0, 2))], "no": others[int(rng.integers(len(others)))]}
-    caption = [word for pair in objects for word in pair]
+    caption = by_quarter(objects, spots)
     return Scene({"image": lambda: draw_still(rng, objects, spots),
                   "yes": lambda: speak(rng, said["yes"], split),
                   "no": lambda: speak(rng, said["no"], split)},

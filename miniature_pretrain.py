@@ -26,11 +26,11 @@ import hub
 import miniature as world
 from favor import prompt_ids
 from llama import Llama, LlamaConfig, Tokenizer
-from vit_qformer import QFormerConfig, QFormerTokenizer, ViTConfig, VisualEncoder, normalise
+from vit_qformer import QFormerConfig, QFormerTokenizer, ViTConfig, VisualEncoder, preprocess
 from whisper_enc import WhisperConfig, WhisperEncoder, log_mel_spectrogram
 
 TINY = Path(__file__).parent / "tiny"
-NOTHING = "nothing"                               # the word for a query that has no more to say
+NOTHING = world.NOTHING                           # also the word for a query that has no more to say
 
 
 def train_loop(name, steps, parameters, batch_loss, lr, log_every=200):
@@ -97,7 +97,24 @@ def mel_of(audio):
     return log_mel_spectrogram(audio, WHISPER.chunk_samples, WHISPER.n_fft, WHISPER.hop, WHISPER.n_mels)
 
 
-def pretrain_whisper(steps=3000, batch=32, seed=1):
+def other_voices(mel):
+    """(B,M,T) -> as if spoken by others: the frequency axis stretched by up to 14 % (a longer or shorter
+    vocal tract), tilted, and up to twelve neighbouring bands silenced."""
+    B, M, T = mel.shape
+    band = torch.arange(M) * torch.empty(B, 1).uniform_(0.87, 1.15)                      # (B,M)
+    low = band.long().clamp(max=M - 1)
+    part = (band - low).clamp(0, 1)[..., None]
+    rows = lambda index: mel.gather(1, index[..., None].expand(-1, -1, T))               # noqa: E731
+    mel = (1 - part) * rows(low) + part * rows((low + 1).clamp(max=M - 1))
+    mel = mel + torch.empty(B, 1, 1).uniform_(-0.4, 0.4) * torch.linspace(-1, 1, M)[:, None]
+    first, count = torch.randint(0, M, (B, 1)), torch.randint(0, 13, (B, 1))
+    silenced = (torch.arange(M) >= first) & (torch.arange(M) < first + count)            # (B,M)
+    return torch.where(silenced[..., None], mel.amin(dim=(1, 2), keepdim=True), mel)
+
+
+def pretrain_whisper(steps=3000, varied_steps=1500, batch=32, seed=1):
+    """First the voices as they are, then `varied_steps` with other_voices, without which the test
+    voices are understood much worse."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     encoder, head = WhisperEncoder(WHISPER), nn.Linear(WHISPER.width, len(HEARD))
@@ -108,14 +125,17 @@ def pretrain_whisper(steps=3000, batch=32, seed=1):
         return (mel_of(torch.from_numpy(np.stack([c[0] for c in clips]))),
                 torch.from_numpy(np.stack([c[1] for c in clips])))
 
-    def loss(step):
-        mel, labels = batch_of("train", batch)
-        logits = head(encoder(mel))                                                   # (B,P,classes)
-        right = (logits.argmax(-1) == labels)[labels > 0].float().mean()
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), {"frames right": right.item()}
+    def loss_of(change):
+        def loss(step):
+            mel, labels = batch_of("train", batch)
+            logits = head(encoder(change(mel)))                                       # (B,P,classes)
+            right = (logits.argmax(-1) == labels)[labels > 0].float().mean()
+            return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), {"frames right": right.item()}
+        return loss
 
     parameters = [p for m in (encoder, head) for p in m.parameters() if p.requires_grad]
-    train_loop("whisper", steps, parameters, loss, lr=2e-3)
+    train_loop("whisper", steps, parameters, loss_of(lambda mel: mel), lr=2e-3)
+    train_loop("whisper, varied", varied_steps, parameters, loss_of(other_voices), lr=1e-3)
     save_whisper(encoder)
     encoder.eval()
     with torch.no_grad():                                              # how good it is alone
@@ -163,6 +183,7 @@ def told_in_words(rng, scene, question):
     for seen, heard in scene.facts:
         heard = heard[extras["audio"]] if isinstance(heard, dict) else heard
         shown = seen if every and len(seen) <= 3 or seen != last else []
+        shown = [word for word in shown if word != NOTHING]
         words += shown + heard or ([NOTHING] if every else [])
         last = seen
     return words
@@ -236,8 +257,8 @@ def pretrain_llama(steps=4000, batch=48, seed=2):
 
 
 # ---------------------------------------------------------------- instructblip: stills, instructions
-VIT = ViTConfig(width=96, layers=3, heads=4, ffn=384, image_size=64, patch_size=16)
-N_QUERIES = 8
+VIT = ViTConfig(width=96, layers=3, heads=4, ffn=384, image_size=32, patch_size=8)
+CAPTION, ANSWER = 8, 2                            # queries that say what is there, and the answer
 
 
 def qformer_vocabulary():
@@ -253,23 +274,23 @@ def qformer_vocabulary():
 
 
 def looking_samples(rng, split, n):
-    """n (image (64,64,3), instruction, words to say): a question's answer on stills, else the caption
-    of the frame, whatever the instruction is about."""
+    """n (image (64,64,3), instruction, words for the 10 queries): the caption of the picture, and behind
+    it the answer where the picture alone gives it."""
     scenes = [s for s in world.SCENES if s not in ("speech", "sounds")]
     weights = np.array([3.0 if s in ("still", "number") else 1.0 for s in scenes])
     out = []
     while len(out) < n:
         scene = world.SCENES[str(rng.choice(scenes, p=weights / weights.sum()))](rng, split)
-        questions = [q for q in scene.questions if q[0] not in ("ic", "ocr")] or scene.questions
-        if scene.questions[0][0] == "ic":
-            questions = scene.questions
-        picks = scene.stills()
-        chosen = range(len(picks)) if len(picks) == 1 else rng.permutation(len(picks))[:5]
-        for k in chosen:
-            for question in (questions if len(picks) == 1 else [questions[int(rng.integers(len(questions)))]]):
-                words = question[2].split() if question[0] == "vqa" else scene.facts[k][0]
-                shift = tuple(rng.integers(-2, 3, 2)) if len(picks) > 1 else (0, 0)
-                out.append((np.roll(picks[k], shift, (0, 1)), question[1], words))
+        pictures = scene.stills()
+        for k in rng.permutation(len(pictures))[:5]:
+            question = scene.questions[int(rng.integers(len(scene.questions)))]
+            if scene.questions[-1][0] == "vqa":             # a still: all its questions
+                question = scene.questions[len(out) % len(scene.questions)]
+            caption = (scene.facts[k][0] + [NOTHING] * CAPTION)[:CAPTION]
+            answer = question[2].split() if question[0] == "vqa" else []
+            shift = tuple(rng.integers(-2, 3, 2)) if len(pictures) > 1 else (0, 0)
+            out.append((np.roll(pictures[k], shift, (0, 1)), question[1],
+                        caption + (answer + [NOTHING] * ANSWER)[:ANSWER]))
     return out[:n]
 
 
@@ -277,9 +298,20 @@ SAYABLE = (NOTHING, *world.COLOURS, *world.SHAPES, *world.LIPS, *"0123456789", "
            "right", "lit", "dark")
 
 
-def pretrain_instructblip(steps=4000, batch=64, seed=3):
-    """Query i learns to say word i of the answer, first through a head of its own, at the end, all else
-    frozen, through language_projection and the LLaMA's lm_head."""
+def say_loss(logits, wanted):
+    """Cross-entropy of (F,V,words) in which NOTHING, most of what there is to say, weighs less."""
+    weight = 0.15 + 0.85 * (wanted > 0).float()
+    ce = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+    right = (logits.argmax(-1) == wanted)
+    numbers = {"caption words": right[:, :CAPTION][wanted[:, :CAPTION] > 0].float().mean().item()}
+    if wanted.shape[1] > CAPTION:
+        numbers["answer words"] = right[:, CAPTION:][wanted[:, CAPTION:] > 0].float().mean().item()
+    return (ce * weight.flatten()).sum() / weight.sum(), numbers
+
+
+def pretrain_instructblip(vit_steps=1500, steps=2500, batch=64, seed=3):
+    """In three stages, as InstructBLIP was made: the ViT alone (captions, read from all its tokens), the
+    Q-Former on the frozen ViT (query i says word i), the projection to the frozen LLaMA."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     folder = TINY / "instructblip"
@@ -289,29 +321,33 @@ def pretrain_instructblip(steps=4000, batch=64, seed=3):
     tokenizer = QFormerTokenizer.from_pretrained(folder)
     qformer = QFormerConfig(width=96, layers=4, heads=4, ffn=384, vocab_size=len(vocabulary),
                             max_positions=128, encoder_width=VIT.width)
-    encoder, head = VisualEncoder(VIT, qformer, N_QUERIES), nn.Linear(qformer.width, len(SAYABLE))
+    encoder, head = VisualEncoder(VIT, qformer, CAPTION + ANSWER), nn.Linear(qformer.width, len(SAYABLE))
     initialise(encoder)
+    flat_head = nn.Linear((VIT.n_patches + 1) * VIT.width, CAPTION * len(SAYABLE))
 
     def batch_of(split, n):
         samples = looking_samples(rng, split, n)
-        pixels = normalise(torch.from_numpy(np.stack([s[0] for s in samples])).permute(0, 3, 1, 2))
+        pixels = preprocess(np.stack([s[0] for s in samples]), VIT.image_size)
         pixels = pixels + 0.05 * torch.randn_like(pixels)             # 3 of 255: what a codec may do
-        ids, mask = tokenizer([s[1] for s in samples])
-        words = [(s[2] + [NOTHING] * N_QUERIES)[:N_QUERIES] for s in samples]
-        return pixels, ids, mask, torch.tensor([[SAYABLE.index(w) for w in row] for row in words]), samples
+        return pixels, *tokenizer([s[1] for s in samples]), torch.tensor(
+            [[SAYABLE.index(word) for word in s[2]] for s in samples]), samples
 
-    def loss_of(read_out):
+    def vit_loss(step):
+        pixels, _, _, wanted, _ = batch_of("train", batch)
+        logits = flat_head(encoder.encode_image(pixels).flatten(1)).unflatten(1, (CAPTION, -1))
+        return say_loss(logits, wanted[:, :CAPTION])
+
+    def qformer_loss(read_out):
         def loss(step):
             pixels, ids, mask, wanted, _ = batch_of("train", batch)
-            logits = read_out(encoder(pixels, ids, mask))                             # (F,V,words)
-            right = (logits.argmax(-1) == wanted)[wanted > 0].float().mean().item()
-            weight = 0.15 + 0.85 * (wanted > 0).float()          # NOTHING is most of what there is to say
-            ce = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
-            return (ce * weight.flatten()).sum() / weight.sum(), {"words right": right}
+            with torch.no_grad():
+                image = encoder.encode_image(pixels)
+            return say_loss(read_out(encoder.query(image, ids, mask)), wanted)            # (F,V,words)
         return loss
 
-    parameters = [p for m in (encoder, head) for p in m.parameters()]
-    train_loop("instructblip", steps, parameters, loss_of(head), lr=1.5e-3)
+    train_loop("vit", vit_steps, [*encoder.vit.parameters(), *flat_head.parameters()], vit_loss, lr=2e-3)
+    parameters = [p for m in (encoder.qformer, head) for p in m.parameters()] + [encoder.query_tokens]
+    train_loop("qformer", steps, parameters, qformer_loss(head), lr=1.5e-3)
     encoder.eval().requires_grad_(False)
     llm = Llama.from_pretrained(TINY / "llama").requires_grad_(False)
     words = [Tokenizer.from_pretrained(TINY / "llama").encode(word)[-1] for word in SAYABLE]
@@ -320,25 +356,28 @@ def pretrain_instructblip(steps=4000, batch=64, seed=3):
     def say(queries):
         return llm.lm_head(projection(queries))[..., words]
 
-    train_loop("language_projection", 400, list(projection.parameters()), loss_of(say), lr=5e-3)
+    train_loop("language_projection", 400, list(projection.parameters()), qformer_loss(say), lr=5e-3)
     save_instructblip(encoder, projection)
     with torch.no_grad():                                              # how good it is alone
         for split in ("train", "test"):
             tally = {}
             for _ in range(20):
                 pixels, ids, mask, wanted, samples = batch_of(split, 100)
-                right = (say(encoder(pixels, ids, mask)).argmax(-1) == wanted).all(-1)
-                for sample, ok in zip(samples, right.tolist(), strict=True):
-                    tally.setdefault(sample[1].split(" the ")[0][:40], []).append(ok)
+                right = say(encoder(pixels, ids, mask)).argmax(-1) == wanted
+                for (_, prompt, words_), ok in zip(samples, right, strict=True):
+                    task = next((k for k, v in world.PROMPTS.items() if v == prompt), prompt.split(" the ")[0])
+                    answers = words_[CAPTION] != NOTHING
+                    tally.setdefault(task, []).append((ok[CAPTION:] if answers else ok[:CAPTION]).all().item())
             print(f"instructblip alone, {split} scenes, all words right: " + "; ".join(
-                f"{prompt} {100 * np.mean(v):.1f} % ({len(v)})" for prompt, v in sorted(tally.items())), flush=True)
+                f"{task} {100 * np.mean(v):.1f} % ({len(v)})" for task, v in sorted(tally.items())), flush=True)
 
 
 def initialise(encoder):
-    """BERT's and ViT's usual start: N(0, 0.02) matrices."""
+    """N(0, 1/fan-in) matrices, embeddings of a size that positions can be told apart by."""
     for name, parameter in encoder.named_parameters():
         if parameter.ndim >= 2 and "patch" not in name:
-            nn.init.normal_(parameter, std=0.02 if "qformer" in name or "query" in name else 0.04)
+            embedding = any(word in name for word in ("embedding", "query_tokens"))
+            nn.init.normal_(parameter, std=0.5 if embedding else parameter.shape[-1] ** -0.5)
 
 
 def save_instructblip(encoder, projection):
