@@ -17,6 +17,7 @@ import json  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
@@ -36,7 +37,7 @@ class EvalConfig:
     checkpoint: str = ""  # folder that train.py wrote (default: runs/tiny/best, else the committed tiny/favor)
     data: str = "media/miniature"  # a manifest (.jsonl), or a folder with test.jsonl; the miniature is made if missing
     views: tuple = tuple(VIEWS)  # "both" "audio only" "visual only" "blind"
-    out: str = ""  # predictions (default: <checkpoint>/predictions.jsonl, beside it for the committed one)
+    out: str = ""  # predictions (default: <checkpoint>/predictions.jsonl; runs/tiny-committed/ for the committed one)
     batch: int = 128  # questions answered at a time
     limit: int = 0  # at most so many questions a task (0: all)
     keep_features: bool = True  # encode each clip once and keep the features beside the manifest
@@ -186,7 +187,8 @@ def main(config, argv):
     model = Favor.from_pretrained(checkpoint, torch.bfloat16 if device == "cuda" else None, device)
     print(f"{checkpoint} on {manifest}, {len(records)} questions, {device}")
     store = keep_features(model, records, manifest.parent / "features") if config.keep_features else None
-    predictions, _ = evaluate(model, records, store, config.views, config.batch, config.beams)
+    predictions, _ = evaluate(model, records, store, config.views, config.batch, config.beams,
+                              log=partial(print, flush=True))
     own = checkpoint.resolve() != (HERE / "tiny" / "favor").resolve()
     out = Path(config.out or (checkpoint if own else Path("runs/tiny-committed")) / "predictions.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -419,7 +419,7 @@ def main(config, argv):
             tested = data.read_manifest(manifest.parent / "test.jsonl")
             model.load_trained(out / "best")
             store = keep_features(model, tested, manifest.parent / "features", log=say) if keep else None
-            predictions, _ = evaluation.evaluate(model, tested, store, log=say)
+            predictions, _ = evaluation.evaluate(model, tested, store, batch=4 * val_batch, log=say)
             write_text(out / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
             write_text(out / "table.md", evaluation.table(predictions, tuple(evaluation.VIEWS)) + "\n")
             say((out / "table.md").read_text())
