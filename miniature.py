@@ -288,6 +288,7 @@ class Scene:
     media: dict
     facts: list                       # [(words seen, words heard)] by frame of 0.5 s
     questions: list
+    ask: object = None                # function -> other questions about the same clip, where there are more
     stills: object = None             # function -> list of (64,64,3), one a fact: the pictures at 2 Hz
 
 
@@ -347,9 +348,12 @@ def still_scene(rng, split):
     objects = choose_objects(rng, 3, split)
     spots = np.sort(rng.permutation(4)[:3])
     caption = ("ic", PROMPTS["ic"], listing(map(name, objects)), {"chance": 0.0})
-    questions = still_questions(rng, objects, [PLACES[spot] for spot in spots])
+
+    def ask():
+        return still_questions(rng, objects, [PLACES[spot] for spot in spots])
+
     return Scene({"image": lambda: draw_still(rng, objects, spots)},
-                 [(by_quarter(objects, spots), [])], [caption, *questions],
+                 [(by_quarter(objects, spots), [])], [caption, *ask()], ask,
                  lambda: [draw_still(rng, objects, spots)])
 
 
@@ -359,7 +363,7 @@ def number_scene(rng, split):
     words = [str(digit) for digit in digits]
     return Scene({"image": lambda: draw_number(rng, digits)}, [(words, [])],
                  [("ocr", PROMPTS["ocr"], " ".join(words), {"chance": 0.001})],
-                 lambda: [draw_number(rng, digits)])
+                 stills=lambda: [draw_number(rng, digits)])
 
 
 def parade_scene(rng, split):
@@ -382,22 +386,25 @@ def parade_scene(rng, split):
         return out
 
     starts = [0, *cuts.tolist(), FRAMES]
-    questions = []
-    for attribute in (0, 1):                              # asked for the colour, or for the shape
+
+    def question(attribute):                              # for the colour (0) or for the shape (1)
         step = int(rng.choice((-1, 1)))
         event = int(rng.integers(0, 4)) if step == 1 else int(rng.integers(1, 5))
-        options = rng.permutation([o[attribute] for k, o in enumerate(objects) if k != event]).tolist()
+        options = [o[attribute] for k, o in enumerate(objects) if k != event]
+        options = rng.permutation(options).tolist()
         boundary = starts[max(event, event + step)]       # first frame of the later of the two
-        asked, thing = ("colour", objects[event][1]) if attribute == 0 else ("shape", objects[event][0])
+        asked, thing = (("colour", objects[event][1]), ("shape", objects[event][0]))[attribute]
         when = "after" if step == 1 else "before"
-        questions.append((
-            "videoqa", f"What {asked} comes right {when} the {thing} object? "
-                       f"Choose one from: {listing(options)}.", objects[event + step][attribute],
-            {"chance": 1 / 4, "options": options, "type": when,
-             "one_window": one_window(boundary - 1, boundary)}))
+        return ("videoqa", f"What {asked} comes right {when} the {thing} object? "
+                           f"Choose one from: {listing(options)}.", objects[event + step][attribute],
+                {"chance": 1 / 4, "options": options, "type": when,
+                 "one_window": one_window(boundary - 1, boundary)})
+
     dense = ("caption", PROMPTS["video"], listing(map(name, objects)), {})
-    facts = [(list(pair), []) for pair, length in zip(objects, lengths, strict=True) for _ in range(length)]
-    return Scene({"video": lambda: to_video(stills(), rng)}, facts, [*questions, dense], stills)
+    facts = [(list(pair), []) for pair, length in zip(objects, lengths, strict=True)
+             for _ in range(length)]
+    ask = lambda: [question(0), question(1)]                                     # noqa: E731
+    return Scene({"video": lambda: to_video(stills(), rng)}, facts, [*ask(), dense], ask, stills)
 
 
 def lips_scene(rng, split):
@@ -416,7 +423,7 @@ def lips_scene(rng, split):
 
     facts = [([LIPS_OF[word]], heard) for word in words for heard in ([word], [])]
     return Scene({"video": lambda: to_video(stills()), "audio": audio}, facts,
-                 [("avsr", PROMPTS["avsr"], " ".join(words), {"chance": 0.0})], stills)
+                 [("avsr", PROMPTS["avsr"], " ".join(words), {"chance": 0.0})], stills=stills)
 
 
 def concert_scene(rng, split):
@@ -439,19 +446,21 @@ def concert_scene(rng, split):
             draw(out[-1], (colour, shape), x, y, 14)
         return out
 
-    k = int(rng.integers(0, 3))
     first = ("Which sounds are heard?", listing(names))
-    at = (f"What colour is the object at the {names[k]}?", colours[frames[k]])
-    after = ("And what colour is it right after that?", colours[frames[k] + 1])
     both = listing(f"{sound_} {colours[frame]}" for sound_, frame in zip(names, frames, strict=True))
-    questions = [
-        ("avsd", *at, {"history": (first,), "chance": 1 / 8, "type": "at"}),
-        ("avsd", *after, {"history": (first, at), "chance": 1 / 8, "type": "after",
-                          "one_window": one_window(frames[k], frames[k] + 1)}),
-        ("caption", *first, {}), ("caption", PROMPTS["both"], both, {})]
+
+    def ask():
+        k = int(rng.integers(0, 3))
+        at = (f"What colour is the object at the {names[k]}?", colours[frames[k]])
+        after = ("And what colour is it right after that?", colours[frames[k] + 1])
+        return [("avsd", *at, {"history": (first,), "chance": 1 / 8, "type": "at"}),
+                ("avsd", *after, {"history": (first, at), "chance": 1 / 8, "type": "after",
+                                  "one_window": one_window(frames[k], frames[k] + 1)})]
+
+    questions = [*ask(), ("caption", *first, {}), ("caption", PROMPTS["both"], both, {})]
     facts = [([colour, shape], heard.get(frame, [])) for frame, colour in enumerate(colours)]
-    return Scene({"video": lambda: to_video(stills(), rng), "audio": lambda: events(rng, frames, names)},
-                 facts, questions, stills)
+    return Scene({"video": lambda: to_video(stills(), rng),
+                  "audio": lambda: events(rng, frames, names)}, facts, questions, ask, stills)
 
 
 def spoken_question_scene(rng, split):
@@ -471,7 +480,7 @@ def spoken_question_scene(rng, split):
         [("isqa", PROMPTS["isqa"], answer, {"chance": chance, "type": words[1]}),
          ("caption", PROMPTS["asr"], " ".join(words), {}),
          ("caption", PROMPTS["ic"], listing(map(name, objects)), {})],
-        lambda: [draw_still(rng, objects, spots)])
+        stills=lambda: [draw_still(rng, objects, spots)])
 
 
 def lamps_scene(rng, split):
@@ -498,7 +507,7 @@ def lamps_scene(rng, split):
     return Scene({"video": lambda: to_video(stills(), rng, shake=1),
                   "audio": lambda: events(rng, frames, [noise] * 2)}, facts,
                  [("avssd", PROMPTS["avssd"], name(objects[source]), {"chance": 1 / 48}),
-                  ("caption", "Which objects light up?", dense, {})], stills)
+                  ("caption", "Which objects light up?", dense, {})], stills=stills)
 
 
 def flash_scene(rng, split):
@@ -523,7 +532,7 @@ def flash_scene(rng, split):
                   "yes": lambda: events(rng, when["yes"], kind),
                   "no": lambda: events(rng, when["no"], kind)}, facts,
                  [("avm", PROMPTS["avm-video"], answer, {"audio": answer, "chance": 1 / 2, "type": "video"})
-                  for answer in ("yes", "no")], stills)
+                  for answer in ("yes", "no")], stills=stills)
 
 
 def spoken_caption_scene(rng, split):
@@ -540,7 +549,8 @@ def spoken_caption_scene(rng, split):
                   "no": lambda: speak(rng, said["no"], split)},
                  [(caption, {answer: [said[answer][k]] for answer in said}) for k in (0, 1)],
                  [("avm", PROMPTS["avm-image"], answer, {"audio": answer, "chance": 1 / 2, "type": "image"})
-                  for answer in ("yes", "no")], lambda: [draw_still(rng, objects, spots)] * 2)
+                  for answer in ("yes", "no")],
+                 stills=lambda: [draw_still(rng, objects, spots)] * 2)
 
 
 SCENES = {"speech": speech_scene, "sounds": sounds_scene, "still": still_scene, "number": number_scene,
