@@ -454,7 +454,7 @@ def concert_scene(rng, split):
         at = (f"What colour is the object at the {names[k]}?", colours[frames[k]])
         after = ("And what colour is it right after that?", colours[frames[k] + 1])
         return [("avsd", *at, {"history": (first,), "chance": 1 / 8, "type": "at"}),
-                ("avsd", *after, {"history": (first, at), "chance": 1 / 8, "type": "after",
+                ("avsd", *after, {"history": (first, at), "chance": 1 / 7, "type": "after",      # not `at` again
                                   "one_window": one_window(frames[k], frames[k] + 1)})]
 
     questions = [*ask(), ("caption", *first, {}), ("caption", PROMPTS["both"], both, {})]

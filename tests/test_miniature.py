@@ -227,7 +227,7 @@ def majority(answers):
     ("still", "vqa", "colour", 1 / 8), ("still", "vqa", "shape", 1 / 6),
     ("still", "vqa", "place", 1 / 4),
     ("spoken_question", "isqa", "colour", 1 / 8), ("spoken_question", "isqa", "shape", 1 / 6),
-    ("concert", "avsd", "at", 1 / 8), ("concert", "avsd", "after", 1 / 8),
+    ("concert", "avsd", "at", 1 / 8), ("concert", "avsd", "after", 1 / 7),
     ("lamps", "avssd", None, 1 / 48), ("flash", "avm", "video", 1 / 2),
     ("spoken_caption", "avm", "image", 1 / 2),
     ("number", "ocr", None, 0.001), ("still", "ic", None, 0), ("speech", "asr", None, 0),
