@@ -1,6 +1,6 @@
-"""Pretrains the three frozen parts of the miniature, as the paper starts from pretrained parts, each
-saved in the Hub's folder layout with the Hub's tensor names (fp16).  Training voices and training
-scenes only: what miniature.py holds out stays unseen here too.
+"""Pretrains the three frozen parts of the miniature, as the paper starts from pretrained parts,
+each saved in the Hub's folder layout with the Hub's tensor names (fp16).  Training voices and
+training scenes only: what miniature.py holds out stays unseen here too.
 
      llama         reads a clip told in words, answers questions about it      -> tiny/llama
      whisper       says at every 50 ms which word or sound is heard            -> tiny/whisper
@@ -26,11 +26,11 @@ import hub
 import miniature as world
 from favor import prompt_ids
 from llama import Llama, LlamaConfig, Tokenizer
-from vit_qformer import QFormerConfig, QFormerTokenizer, ViTConfig, VisualEncoder, preprocess
+from vit_qformer import QFormerConfig, QFormerTokenizer, VisualEncoder, ViTConfig, preprocess
 from whisper_enc import WhisperConfig, WhisperEncoder, log_mel_spectrogram
 
 TINY = Path(__file__).parent / "tiny"
-NOTHING = world.NOTHING                           # also the word for a query that has no more to say
+NOTHING = world.NOTHING                         # also the word for a query with no more to say
 
 
 def train_loop(name, steps, parameters, batch_loss, lr, log_every=200):
@@ -38,7 +38,8 @@ def train_loop(name, steps, parameters, batch_loss, lr, log_every=200):
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     started = time.time()
     for step in range(steps):
-        scale = min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        scale = min(1, (step + 1) / 100) * (
+            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimiser.param_groups:
             group["lr"] = lr * scale
         loss, numbers = batch_loss(step)
@@ -65,11 +66,12 @@ def read_out(labels, silence=0):
 
 # ---------------------------------------------------------------- whisper: words and sounds
 HEARD = ("silence", *world.WORDS, *world.SOUNDS)
-WHISPER = WhisperConfig(width=96, layers=3, heads=4, ffn=384, max_source_positions=100, n_fft=512, hop=400)
+WHISPER = WhisperConfig(width=96, layers=3, heads=4, ffn=384,
+                        max_source_positions=100, n_fft=512, hop=400)
 
 
 def listening_clip(rng, split):
-    """5 s of words or sounds in quiet or noise -> audio (80000,), labels (100,): one every 50 ms."""
+    """5 s of words or sounds, quiet or noisy -> audio (80000,), labels (100,), one every 50 ms."""
     total, at, pieces = WHISPER.chunk_samples, int(rng.uniform(0, 0.8) * world.RATE), []
     labels = np.zeros(WHISPER.max_source_positions, np.int64)
     speech, voice = rng.random() < 0.65, world.choose_voice(rng, split)
@@ -94,12 +96,13 @@ def listening_clip(rng, split):
 
 
 def mel_of(audio):
-    return log_mel_spectrogram(audio, WHISPER.chunk_samples, WHISPER.n_fft, WHISPER.hop, WHISPER.n_mels)
+    return log_mel_spectrogram(audio, WHISPER.chunk_samples, WHISPER.n_fft, WHISPER.hop,
+                               WHISPER.n_mels)
 
 
 def other_voices(mel):
-    """(B,M,T) -> as if spoken by others: the frequency axis stretched by up to 14 % (a longer or shorter
-    vocal tract), tilted, and up to twelve neighbouring bands silenced."""
+    """(B,M,T) -> as if spoken by others: the frequency axis stretched by up to 14 % (a longer or
+    shorter vocal tract), tilted, and up to twelve neighbouring bands silenced."""
     B, M, T = mel.shape
     band = torch.arange(M) * torch.empty(B, 1).uniform_(0.87, 1.15)                      # (B,M)
     low = band.long().clamp(max=M - 1)
@@ -128,9 +131,10 @@ def pretrain_whisper(steps=3000, varied_steps=1500, batch=32, seed=1):
     def loss_of(change):
         def loss(step):
             mel, labels = batch_of("train", batch)
-            logits = head(encoder(change(mel)))                                       # (B,P,classes)
+            logits = head(encoder(change(mel)))                                      # (B,P,classes)
             right = (logits.argmax(-1) == labels)[labels > 0].float().mean()
-            return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), {"frames right": right.item()}
+            return (F.cross_entropy(logits.flatten(0, 1), labels.flatten()),
+                    {"frames right": right.item()})
         return loss
 
     parameters = [p for m in (encoder, head) for p in m.parameters() if p.requires_grad]
@@ -150,32 +154,36 @@ def pretrain_whisper(steps=3000, varied_steps=1500, batch=32, seed=1):
                     from metrics import edit_distance
                     ours, theirs = read_out(ours), read_out(theirs)
                     errors, spoken = errors + edit_distance(ours, theirs), spoken + len(theirs)
-            print(f"whisper alone, {split} voices: {100 * right / total:.1f} % of the sounding 50 ms "
-                  f"frames right, word error rate {100 * errors / spoken:.1f} %", flush=True)
+            print(f"whisper alone, {split} voices: {100 * right / total:.1f} % of the sounding "
+                  f"50 ms frames right, word error rate {100 * errors / spoken:.1f} %", flush=True)
 
 
 def save_whisper(encoder):
     c = encoder.config
-    hub.save_folder(TINY / "whisper", {f"model.encoder.{n}": t.half() for n, t in encoder.state_dict().items()}, {
-        "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper",
-        "num_mel_bins": c.n_mels, "d_model": c.width, "encoder_layers": c.layers,
-        "encoder_attention_heads": c.heads, "encoder_ffn_dim": c.ffn, "activation_function": "gelu",
-        "max_source_positions": c.max_source_positions, "torch_dtype": "float16"})
+    hub.save_folder(
+        TINY / "whisper",
+        {f"model.encoder.{n}": t.half() for n, t in encoder.state_dict().items()},
+        {"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper",
+         "num_mel_bins": c.n_mels, "d_model": c.width, "encoder_layers": c.layers,
+         "encoder_attention_heads": c.heads, "encoder_ffn_dim": c.ffn,
+         "activation_function": "gelu", "max_source_positions": c.max_source_positions,
+         "torch_dtype": "float16"})
     hub.write_json(TINY / "whisper" / "preprocessor_config.json", {
         "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": c.n_mels,
         "sampling_rate": c.sample_rate, "hop_length": c.hop, "n_fft": c.n_fft,
         "chunk_length": c.chunk_samples // c.sample_rate, "n_samples": c.chunk_samples,
-        "nb_max_frames": 2 * c.max_source_positions, "padding_side": "right", "padding_value": 0.0})
+        "nb_max_frames": 2 * c.max_source_positions, "padding_side": "right",
+        "padding_value": 0.0})
 
 
 # ---------------------------------------------------------------- llama: the miniature's language
-LLAMA = dict(width=128, layers=4, heads=4, kv_heads=4, ffn=352, max_positions=1024)
+LLAMA = {"width": 128, "layers": 4, "heads": 4, "kv_heads": 4, "ffn": 352, "max_positions": 1024}
 CONTENT_NOISE = 0.5        # clips will speak in vectors near words, not in words: train for that
 
 
 def told_in_words(rng, scene, question):
-    """A scene's facts as the words that stand in for the clip's vectors: frame by frame what is seen,
-    then what is heard; every frame, or changes only."""
+    """A scene's facts as the words that stand in for the clip's vectors: frame by frame what is
+    seen, then what is heard; every frame, or changes only."""
     task, _, target, extras = question
     if task == "vqa" and (extras["type"] == "place" or rng.random() < 0.7):
         return target.split()                             # the Q-Former has answered already
@@ -204,12 +212,13 @@ def train_tokenizer(rng):
     lines = [text for words, prompt, history, target in language(rng, 20000)
              for text in ("USER: <Img>", " ".join(words), f"</Img> {prompt}\nASSISTANT:", target,
                           *(t for turn in history for t in turn))]
-    lines += [*world.COLOURS, *world.SHAPES, *world.SOUNDS, *world.WORDS, *world.LIPS, *world.PLACES,
-              NOTHING, "lit", "dark", "hello", "yes", "no"] * 200
+    lines += [*world.COLOURS, *world.SHAPES, *world.SOUNDS, *world.WORDS, *world.LIPS,
+              *world.PLACES, NOTHING, "lit", "dark", "hello", "yes", "no"] * 200
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=640,
-        byte_fallback=True, split_digits=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        byte_fallback=True, split_digits=True, character_coverage=1.0,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
         normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
         required_chars="abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?!'-:;")
     (TINY / "llama").mkdir(parents=True, exist_ok=True)
@@ -256,26 +265,27 @@ def pretrain_llama(steps=4000, batch=48, seed=2):
     print(f"llama alone: {100 * right:.1f} % of the answer tokens right, from words", flush=True)
 
 
-# ---------------------------------------------------------------- instructblip: stills, instructions
+# ---------------------------------------------------------------- instructblip: stills, questions
 VIT = ViTConfig(width=96, layers=3, heads=4, ffn=384, image_size=32, patch_size=8)
 CAPTION, ANSWER = 8, 2                            # queries that say what is there, and the answer
 
 
 def qformer_vocabulary():
     """WordPiece entries: the specials, whole words, and letters so that any text has ids."""
-    prompts = " ".join([*world.PROMPTS.values(), "What colour shape comes right after before the object "
-                        "at and is it that Choose one from Where Which sounds are heard objects light up"])
-    words = {w for w in "".join(c if c.isalpha() else " " for c in prompts.lower()).split()}
-    words |= {*world.COLOURS, *world.SHAPES, *world.SOUNDS, *world.WORDS, *world.LIPS, "top", "left",
-              "right", "bottom", "lit", "dark", NOTHING}
+    prompts = " ".join([
+        *world.PROMPTS.values(), "What colour shape comes right after before the object "
+        "at and is it that Choose one from Where Which sounds are heard objects light up"])
+    words = set("".join(c if c.isalpha() else " " for c in prompts.lower()).split())
+    words |= {*world.COLOURS, *world.SHAPES, *world.SOUNDS, *world.WORDS, *world.LIPS,
+              "top", "left", "right", "bottom", "lit", "dark", NOTHING}
     letters = [chr(c) for c in range(97, 123)] + [str(d) for d in range(10)]
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,?!'-:;()", *letters,
             *("##" + c for c in letters), *sorted(words - set(letters)), "[DEC]"]
 
 
 def looking_samples(rng, split, n):
-    """n (image (64,64,3), instruction, words for the 10 queries): the caption of the picture, and behind
-    it the answer where the picture alone gives it."""
+    """n (image (64,64,3), instruction, words for the 10 queries): the caption of the picture, and
+    behind it the answer where the picture alone gives it."""
     scenes = [s for s in world.SCENES if s not in ("speech", "sounds")]
     weights = np.array([3.0 if s in ("still", "number") else 1.0 for s in scenes])
     out = []
@@ -294,8 +304,8 @@ def looking_samples(rng, split, n):
     return out[:n]
 
 
-SAYABLE = (NOTHING, *world.COLOURS, *world.SHAPES, *world.LIPS, *"0123456789", "top", "bottom", "left",
-           "right", "lit", "dark")
+SAYABLE = (NOTHING, *world.COLOURS, *world.SHAPES, *world.LIPS, *"0123456789",
+           "top", "bottom", "left", "right", "lit", "dark")
 
 
 def say_loss(logits, wanted):
@@ -310,8 +320,9 @@ def say_loss(logits, wanted):
 
 
 def pretrain_instructblip(vit_steps=1500, steps=2500, batch=64, seed=3):
-    """In three stages, as InstructBLIP was made: the ViT alone (captions, read from all its tokens), the
-    Q-Former on the frozen ViT (query i says word i), the projection to the frozen LLaMA."""
+    """In three stages, as InstructBLIP was made: the ViT alone (captions, read from all its
+    tokens), the Q-Former on the frozen ViT (query i says word i), the projection to the frozen
+    LLaMA."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     folder = TINY / "instructblip"
@@ -321,14 +332,15 @@ def pretrain_instructblip(vit_steps=1500, steps=2500, batch=64, seed=3):
     tokenizer = QFormerTokenizer.from_pretrained(folder)
     qformer = QFormerConfig(width=96, layers=4, heads=4, ffn=384, vocab_size=len(vocabulary),
                             max_positions=128, encoder_width=VIT.width)
-    encoder, head = VisualEncoder(VIT, qformer, CAPTION + ANSWER), nn.Linear(qformer.width, len(SAYABLE))
+    encoder, head = (VisualEncoder(VIT, qformer, CAPTION + ANSWER),
+                     nn.Linear(qformer.width, len(SAYABLE)))
     initialise(encoder)
     flat_head = nn.Linear((VIT.n_patches + 1) * VIT.width, CAPTION * len(SAYABLE))
 
     def batch_of(split, n):
         samples = looking_samples(rng, split, n)
         pixels = preprocess(np.stack([s[0] for s in samples]), VIT.image_size)
-        pixels = pixels + 0.05 * torch.randn_like(pixels)             # 3 of 255: what a codec may do
+        pixels = pixels + 0.05 * torch.randn_like(pixels)            # 3 of 255: what a codec may do
         return pixels, *tokenizer([s[1] for s in samples]), torch.tensor(
             [[SAYABLE.index(word) for word in s[2]] for s in samples]), samples
 
@@ -342,11 +354,13 @@ def pretrain_instructblip(vit_steps=1500, steps=2500, batch=64, seed=3):
             pixels, ids, mask, wanted, _ = batch_of("train", batch)
             with torch.no_grad():
                 image = encoder.encode_image(pixels)
-            return say_loss(read_out(encoder.query(image, ids, mask)), wanted)            # (F,V,words)
+            return say_loss(read_out(encoder.query(image, ids, mask)), wanted)        # (F,V,words)
         return loss
 
-    train_loop("vit", vit_steps, [*encoder.vit.parameters(), *flat_head.parameters()], vit_loss, lr=2e-3)
-    parameters = [p for m in (encoder.qformer, head) for p in m.parameters()] + [encoder.query_tokens]
+    train_loop("vit", vit_steps, [*encoder.vit.parameters(), *flat_head.parameters()], vit_loss,
+               lr=2e-3)
+    parameters = [p for m in (encoder.qformer, head)
+                  for p in m.parameters()] + [encoder.query_tokens]
     train_loop("qformer", steps, parameters, qformer_loss(head), lr=1.5e-3)
     encoder.eval().requires_grad_(False)
     llm = Llama.from_pretrained(TINY / "llama").requires_grad_(False)
@@ -356,7 +370,8 @@ def pretrain_instructblip(vit_steps=1500, steps=2500, batch=64, seed=3):
     def say(queries):
         return llm.lm_head(projection(queries))[..., words]
 
-    train_loop("language_projection", 400, list(projection.parameters()), qformer_loss(say), lr=5e-3)
+    train_loop("language_projection", 400, list(projection.parameters()), qformer_loss(say),
+               lr=5e-3)
     save_instructblip(encoder, projection)
     with torch.no_grad():                                              # how good it is alone
         for split in ("train", "test"):
@@ -365,11 +380,14 @@ def pretrain_instructblip(vit_steps=1500, steps=2500, batch=64, seed=3):
                 pixels, ids, mask, wanted, samples = batch_of(split, 100)
                 right = say(encoder(pixels, ids, mask)).argmax(-1) == wanted
                 for (_, prompt, words_), ok in zip(samples, right, strict=True):
-                    task = next((k for k, v in world.PROMPTS.items() if v == prompt), prompt.split(" the ")[0])
+                    task = next((k for k, v in world.PROMPTS.items() if v == prompt),
+                                prompt.split(" the ")[0])
                     answers = words_[CAPTION] != NOTHING
-                    tally.setdefault(task, []).append((ok[CAPTION:] if answers else ok[:CAPTION]).all().item())
+                    tally.setdefault(task, []).append(
+                        (ok[CAPTION:] if answers else ok[:CAPTION]).all().item())
             print(f"instructblip alone, {split} scenes, all words right: " + "; ".join(
-                f"{task} {100 * np.mean(v):.1f} % ({len(v)})" for task, v in sorted(tally.items())), flush=True)
+                f"{task} {100 * np.mean(v):.1f} % ({len(v)})"
+                for task, v in sorted(tally.items())), flush=True)
 
 
 def initialise(encoder):
@@ -391,8 +409,8 @@ def save_instructblip(encoder, projection):
         "num_query_tokens": encoder.n_queries, "torch_dtype": "float16",
         "vision_config": {"hidden_size": vit.width, "intermediate_size": vit.ffn,
                           "num_hidden_layers": vit.layers, "num_attention_heads": vit.heads,
-                          "image_size": vit.image_size, "patch_size": vit.patch_size, "hidden_act": "gelu",
-                          "layer_norm_eps": vit.eps, "qkv_bias": True},
+                          "image_size": vit.image_size, "patch_size": vit.patch_size,
+                          "hidden_act": "gelu", "layer_norm_eps": vit.eps, "qkv_bias": True},
         "qformer_config": {"hidden_size": q.width, "num_hidden_layers": q.layers,
                            "num_attention_heads": q.heads, "intermediate_size": q.ffn,
                            "vocab_size": q.vocab_size, "max_position_embeddings": q.max_positions,
@@ -402,7 +420,8 @@ def save_instructblip(encoder, projection):
         "text_config": json.loads((TINY / "llama" / "config.json").read_text())})
 
 
-PARTS = {"llama": pretrain_llama, "whisper": pretrain_whisper, "instructblip": pretrain_instructblip}
+PARTS = {"llama": pretrain_llama, "whisper": pretrain_whisper,
+         "instructblip": pretrain_instructblip}
 
 
 def pretrain(parts=()):
