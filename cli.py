@@ -1,4 +1,4 @@
-"""The command line is the dataclass: one flag a field, its comment as help.  And the processor's cores.
+"""The command line is the dataclass: one flag a field, its comment as help.  And the cores in use.
 
 Public: parse, quiet_threads, cores, parallel."""
 
@@ -54,7 +54,8 @@ def _comments(cls):
 def parse(cls, doc, argv=None):
     """Command line -> (instance of dataclass `cls`, the set of fields that were given).
     Booleans are --x / --no-x, tuples are repeated words; unknown flags fail."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)         # --window must not mean --windows
     comments, kinds = _comments(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
