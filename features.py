@@ -51,8 +51,8 @@ class FeatureStore:
 
 
 def fingerprint(config, records):
-    """Hash of all that the features depend on: records, media files, reading rules, encoders.  A file
-    counts by its size and time, so clips or weights made again are encoded again."""
+    """Hash of all that the features depend on: records, media files, reading rules, encoders.  A
+    file counts by its size and time, so clips or weights made again are encoded again."""
     def stamp(path):
         stat = Path(path).stat() if Path(path).exists() else None
         return [str(path), *((stat.st_size, stat.st_mtime_ns) if stat else ())]
@@ -96,7 +96,8 @@ def keep_features(model, records, folder=None, workers=None, log=print):
     path = Path(folder) / f"{fingerprint(model.config, records)}.pt" if folder else None
     clips = {}
     for record in records:
-        clips.setdefault((record.image, record.video, record.audio, record.start, record.end), []).append(record)
+        clips.setdefault((record.image, record.video, record.audio, record.start, record.end),
+                         []).append(record)
     jobs, started = list(clips.values()), time.time()
     if path and path.exists():
         store = FeatureStore.load(path)
@@ -110,7 +111,8 @@ def keep_features(model, records, folder=None, workers=None, log=print):
         workers = cli.cores() if on_cpu and len(jobs) > 200 else 1
     encode = _encode if workers > 1 else partial(_encode, model=model)
     encoded = cli.parallel(encode, jobs, workers, _start_worker, (model.config,))
-    for done, (job, (by_prompt, heard, is_image, missed)) in enumerate(zip(jobs, encoded, strict=True), 1):
+    for done, (job, (by_prompt, heard, is_image, missed)) in enumerate(
+            zip(jobs, encoded, strict=True), 1):
         skipped += missed
         a0 = a_end
         if heard is not None:
@@ -123,7 +125,8 @@ def keep_features(model, records, folder=None, workers=None, log=print):
                 visual.append(torch.from_numpy(seen))
                 v_end += len(seen)
             where[prompt] = (v0, v_end)
-        spans |= {r.id: (*where[r.prompt], a0, a_end, int(is_image)) for r in job if r.prompt in where}
+        spans |= {r.id: (*where[r.prompt], a0, a_end, int(is_image))
+                  for r in job if r.prompt in where}
         if done % 1000 == 0 or done == len(jobs):
             seconds = time.time() - started
             log(f"encoding clips: {done}/{len(jobs)}, {seconds:.0f} s, "
@@ -133,8 +136,8 @@ def keep_features(model, records, folder=None, workers=None, log=print):
     if not spans:
         raise ValueError(f"none of {len(jobs)} clips could be read; first reason: {skipped[0][1]}")
     empty = torch.empty(0, dtype=torch.float16)
-    store = FeatureStore(torch.cat(visual) if visual else empty, torch.cat(audio) if audio else empty,
-                         spans, skipped)
+    store = FeatureStore(torch.cat(visual) if visual else empty,
+                         torch.cat(audio) if audio else empty, spans, skipped)
     if path:
         store.save(path)
         log(f"features: {path}, {path.stat().st_size / 1e6:.0f} MB")
