@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ERROR_RATES = ("asr", "ac", "avsr")               # tasks scored by WER (less is better), others by accuracy
+ERROR_RATES = ("asr", "ac", "avsr")       # scored by WER (less is better), the others by accuracy
 
 
 def normalise(text):
@@ -39,7 +39,7 @@ def exact_match(answer, references):
 
 @dataclass(frozen=True)
 class Score:
-    """In percent, with a 95 % interval: Wilson's for accuracies, over utterances for error rates."""
+    """In percent, with a 95 % interval: Wilson's for accuracy, over utterances for error rates."""
     value: float
     low: float
     high: float
@@ -58,8 +58,10 @@ def score(task, answers, references):
     if task in ERROR_RATES:
         errors, words = word_error_rate(answers, [r[0] for r in references]).T
         rate = errors.sum() / max(words.sum(), 1)
-        spread = np.std(errors - rate * words, ddof=min(1, n - 1)) * math.sqrt(n) / max(words.sum(), 1)
-        return Score(100 * rate, 100 * max(0, rate - 1.96 * spread), 100 * (rate + 1.96 * spread), n)
+        spread = (np.std(errors - rate * words, ddof=min(1, n - 1)) * math.sqrt(n)
+                  / max(words.sum(), 1))
+        return Score(100 * rate, 100 * max(0, rate - 1.96 * spread),
+                     100 * (rate + 1.96 * spread), n)
     right = np.mean([exact_match(a, r) for a, r in zip(answers, references, strict=True)])
     z2 = 1.96 ** 2
     centre = (right + z2 / (2 * n)) / (1 + z2 / n)
