@@ -1,5 +1,6 @@
-"""Draws the sheet of clips in the README: one test clip of each task as the model gets it (frames at
-2 Hz, log-mel of the sound) with its questions.  Run by `python miniature.py sheet` (needs matplotlib)."""
+"""Draws the sheet of clips in the README: one test clip of each task as the model gets it (frames
+at 2 Hz, log-mel of the sound) with its questions.  Run by `python miniature.py sheet` (needs
+matplotlib)."""
 
 import textwrap
 from pathlib import Path
@@ -22,7 +23,8 @@ SECONDS = 5
 def strip(clip):
     """uint8 (64, 10*66, 3): the frames side by side, an image once."""
     canvas = np.full((SIZE, 10 * (SIZE + 2), 3), 255, np.uint8)
-    for i, frame in enumerate([] if clip.frames is None else clip.frames.permute(0, 2, 3, 1).numpy()):
+    for i, frame in enumerate(
+            [] if clip.frames is None else clip.frames.permute(0, 2, 3, 1).numpy()):
         canvas[:, i * (SIZE + 2):i * (SIZE + 2) + SIZE] = frame
     return canvas
 
@@ -47,8 +49,8 @@ def draw_sheet(path, folder="media/miniature"):
         if clip.audio is not None:
             mel = log_mel_spectrogram(clip.audio, SECONDS * 16000)[0]
             seconds = len(clip.audio) / 16000
-            row[1].imshow(mel[:, :round(seconds * 100)], origin="lower", aspect="auto", cmap="magma",
-                          extent=(0, seconds, 0, 80))
+            row[1].imshow(mel[:, :round(seconds * 100)], origin="lower", aspect="auto",
+                          cmap="magma", extent=(0, seconds, 0, 80))
             row[1].set_xlim(0, SECONDS)
         lines = []
         for record in same[-2:]:
