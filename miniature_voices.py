@@ -1,9 +1,11 @@
-"""Renders the miniature's spoken words with espeak-ng, once: every word by every voice -> one small
-Opus file a voice and tiny/voices/index.json with each word's place in it (samples at 16 kHz).
+"""Renders the miniature's spoken words with espeak-ng, once: every word by every voice -> one
+small Opus file a voice and tiny/voices/index.json with each word's place in it (samples at 16 kHz).
 
-No test speaker is heard in training, and one of the two test accents neither.  (Scottish test voices
-were tried: espeak's vowels differ so much there that the tiny Whisper, trained without them, misses 44 %
-of single clean words, against 14 % for the received pronunciation.)  Run by `python miniature.py voices`."""
+No test speaker is heard in training, and one of the two test accents neither.  (Scottish test
+voices were tried: espeak's vowels differ so much there that the tiny Whisper, trained without them,
+misses 44 % of single clean words, against 14 % for the received pronunciation.)
+
+Run by `python miniature.py voices`."""
 
 import json
 import shutil
@@ -32,7 +34,8 @@ def render(word, voice, speed):
         subprocess.run(["espeak-ng", "-v", voice, "-s", str(speed), "-w", path, word], check=True)
         with wave.open(str(path)) as file:
             rate = file.getframerate()
-            audio = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
+            audio = np.frombuffer(
+                file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
     loud = np.flatnonzero(abs(audio) > 0.02 * abs(audio).max())
     audio = audio[max(0, loud[0] - 100):loud[-1] + 400]
     return resample(torch.from_numpy(audio), rate).numpy()
@@ -54,8 +57,8 @@ def write_opus(path, audio):
 
 def make_voices(folder=VOICES):
     if not shutil.which("espeak-ng"):
-        raise SystemExit("espeak-ng is not installed (apt install espeak-ng); the committed word bank "
-                         f"in {folder} needs no rendering")
+        raise SystemExit("espeak-ng is not installed (apt install espeak-ng); the committed word "
+                         f"bank in {folder} needs no rendering")
     folder.mkdir(parents=True, exist_ok=True)
     index, gap = {}, np.zeros(RATE // 10, np.float32)
     for split, (accents, speakers) in SPLITS.items():
