@@ -23,7 +23,8 @@ def folder(source):
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    looks_like_path = path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1
+    looks_like_path = (path.is_absolute() or str(source).startswith(".")
+                       or str(source).count("/") != 1)
     if looks_like_path:
         raise FileNotFoundError(
             f"{source}: no such folder; wanted a folder in the Hub's layout (config.json + "
@@ -34,8 +35,9 @@ def folder(source):
             "*.json", "*.safetensors", "tokenizer.model", "qformer_tokenizer/*"]))
     except Exception as error:
         raise FileNotFoundError(
-            f"{source}: neither a local folder nor reachable on the Hub ({type(error).__name__}: "
-            f"{error}); download it once where there is a network, or pass a local folder") from error
+            f"{source}: neither a local folder nor reachable on the Hub "
+            f"({type(error).__name__}: {error}); download it once where there is a network, "
+            "or pass a local folder") from error
 
 
 def read_json(path):
@@ -43,13 +45,15 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing; wanted a model folder in the Hub's layout") from None
+        raise FileNotFoundError(
+            f"{path}: missing; wanted a model folder in the Hub's layout") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download or save the file again") from None
+        raise ValueError(
+            f"{path}: not valid JSON ({error}); download or save the file again") from None
 
 
 def open_tensors(root):
-    """{tensor name: zero-argument reader} of all safetensors in folder `root`; nothing is read yet."""
+    """{tensor name: zero-argument reader} of the safetensors in `root`; nothing is read yet."""
     root = Path(root)
     index = root / "model.safetensors.index.json"
     if index.exists():
@@ -63,7 +67,8 @@ def open_tensors(root):
     readers = {}
     for shard in shards:
         if not (root / shard).exists():
-            raise FileNotFoundError(f"{root / shard}: listed in {index.name} but missing; download it again")
+            raise FileNotFoundError(
+                f"{root / shard}: listed in {index.name} but missing; download it again")
         try:
             file = safe_open(root / shard, framework="pt")
         except Exception as error:
@@ -107,11 +112,13 @@ def load_into(module, root, prefix="", rename=(), rows=None, only=("",)):
             continue
         with torch.no_grad():
             target.copy_(tensor)
-    problems = [f"{label}: {', '.join(sorted(names)[:8])}{' …' if len(names) > 8 else ''} ({len(names)})"
+    problems = [f"{label}: {', '.join(sorted(names)[:8])}{' …' if len(names) > 8 else ''} "
+                f"({len(names)})"
                 for label, names in [("missing", list(wanted)), ("unknown", unknown),
                                      ("wrong shape", wrong)] if names]
     if problems:
-        raise ValueError(f"{root}: weights do not fit {type(module).__name__}; " + "; ".join(problems))
+        raise ValueError(f"{root}: weights do not fit {type(module).__name__}; "
+                         + "; ".join(problems))
     return module
 
 
