@@ -1,12 +1,13 @@
-"""AVEB in miniature: the benchmark's eleven tasks on generated clips, written as real .mp4, .wav and
-.png files with a JSONL manifest, and read back through data.py like anybody's data.
+"""AVEB in miniature: the benchmark's eleven tasks on generated clips, written as real .mp4, .wav
+and .png files with a JSONL manifest, and read back through data.py like anybody's data.
 
-     world: coloured shapes, drawn digits, lips, sound events, spoken words      (this file)
-     make:  scene -> frames (F,64,64,3) at 8 Hz + audio (S,) at 16 kHz -> files + questions
-     pretrain: the tiny Whisper, InstructBLIP and LLaMA that FAVOR starts from   (miniature_pretrain.py)
+     world:    coloured shapes, drawn digits, lips, sound events, spoken words
+     make:     scene -> frames (F,64,64,3) at 8 Hz + audio (S,) at 16 kHz -> files + questions
+     pretrain: the tiny Whisper, InstructBLIP and LLaMA of FAVOR (in miniature_pretrain.py)
 
-Time runs in frames of 0.5 s, FAVOR's video rate.  Everything that happens, happens inside one frame.
-Held out for testing: ten espeak voices, word orders, pairs of colour and shape, numbers (see `_held_out_*`).
+Time runs in frames of 0.5 s, FAVOR's video rate.  Everything that happens, happens inside one
+frame.  Held out for testing: ten espeak voices, word orders, pairs of colour and shape, numbers
+(see `_held_out_*`).
 
    python miniature.py make       train and test clips into media/miniature (2-3 minutes on 2 cores)
    python miniature.py sheet      a picture of one clip of each task, with its questions
@@ -171,9 +172,9 @@ def draw_still(rng, objects, spots):
 def draw_lips(rng, lips, image):
     """A mouth into `image`: width, height and teeth or tongue tell the eight classes apart."""
     width, height, extra = {
-        "flat": (24, 4, None), "shut": (20, 0, None), "wide": (27, 10, None), "round": (11, 12, None),
-        "teeth": (22, 12, (240, 240, 240)), "pout": (7, 6, None), "tongue": (20, 12, (250, 60, 60)),
-        "open": (17, 22, None)}[lips]
+        "flat": (24, 4, None), "shut": (20, 0, None), "wide": (27, 10, None),
+        "round": (11, 12, None), "teeth": (22, 12, (240, 240, 240)), "pout": (7, 6, None),
+        "tongue": (20, 12, (250, 60, 60)), "open": (17, 22, None)}[lips]
     x, y = 32 + rng.uniform(-3, 3), 32 + rng.uniform(-3, 3)
     outer = ((_X - x) / (width + 4)) ** 2 + ((_Y - y) / (height + 4)) ** 2 < 1
     image[outer] = (190, 90, 90)
@@ -255,7 +256,8 @@ def place(total, pieces):
 def add_noise(rng, audio, decibels):
     """Adds white noise at a signal-to-noise ratio over the sounding part."""
     signal = np.sqrt(np.mean(audio[abs(audio) > 0.01] ** 2) + 1e-9)
-    return audio + (signal * 10 ** (-decibels / 20) * rng.standard_normal(len(audio))).astype(np.float32)
+    return audio + (signal * 10 ** (-decibels / 20)
+                    * rng.standard_normal(len(audio))).astype(np.float32)
 
 
 def speak(rng, words, split, gap=(0.06, 0.2)):
@@ -275,7 +277,8 @@ def events(rng, at_frames, names):
     for frame, name in zip(at_frames, names, strict=True):
         audio = sound(rng, name)
         pieces.append((frame * FRAME + int(rng.uniform(0.02, 0.14) * RATE), audio))
-    return place(FRAMES * FRAME, pieces) + 0.003 * rng.standard_normal(FRAMES * FRAME).astype(np.float32)
+    return (place(FRAMES * FRAME, pieces)
+            + 0.003 * rng.standard_normal(FRAMES * FRAME).astype(np.float32))
 
 
 # ---------------------------------------------------------------- scenes: media, facts, questions
@@ -288,8 +291,8 @@ class Scene:
     media: dict
     facts: list                       # [(words seen, words heard)] by frame of 0.5 s
     questions: list
-    ask: object = None                # function -> other questions about the same clip, where there are more
-    stills: object = None             # function -> list of (64,64,3), one a fact: the pictures at 2 Hz
+    ask: object = None                # function -> other questions about the same clip
+    stills: object = None             # function -> list of (64,64,3), one a fact: what 2 Hz shows
 
 
 def listing(words):
@@ -311,7 +314,7 @@ def spread(words):
 
 
 def by_quarter(objects, spots):
-    """A still in words: colour and shape of each quarter in reading order, NOTHING where it is empty."""
+    """A still in words: colour and shape of each quarter in reading order, NOTHING where empty."""
     at = dict(zip(spots, objects, strict=True))
     return [word for quarter in range(4) for word in at.get(quarter, (NOTHING, NOTHING))]
 
@@ -319,7 +322,8 @@ def by_quarter(objects, spots):
 def speech_scene(rng, split):
     """asr: two to five words, a voice, a little noise."""
     words = choose_words(rng, int(rng.integers(2, 6)), split)
-    return Scene({"audio": lambda: speak(rng, words, split)}, [([], heard) for heard in spread(words)],
+    return Scene({"audio": lambda: speak(rng, words, split)},
+                 [([], heard) for heard in spread(words)],
                  [("asr", PROMPTS["asr"], " ".join(words), {"chance": 0.0})])
 
 
@@ -334,13 +338,15 @@ def sounds_scene(rng, split):
 
 
 def still_questions(rng, objects, places):
-    """One question of each kind about a still with three objects: what colour, what shape, where."""
+    """One question of each kind about a still with three objects: which colour, shape, place."""
     c, s, p = rng.integers(0, len(objects), 3)
     return [
-        ("vqa", f"What colour is the {objects[c][1]}?", objects[c][0], {"chance": 1 / 8, "type": "colour"}),
+        ("vqa", f"What colour is the {objects[c][1]}?", objects[c][0],
+         {"chance": 1 / 8, "type": "colour"}),
         ("vqa", f"What shape is the {objects[s][0]} object?", objects[s][1],
          {"chance": 1 / 6, "type": "shape"}),
-        ("vqa", f"Where is the {objects[p][1]}?", places[p], {"chance": 1 / 4, "type": "place"})]
+        ("vqa", f"Where is the {objects[p][1]}?", places[p],
+         {"chance": 1 / 4, "type": "place"})]
 
 
 def still_scene(rng, split):
@@ -396,7 +402,8 @@ def parade_scene(rng, split):
         asked, thing = (("colour", objects[event][1]), ("shape", objects[event][0]))[attribute]
         when = "after" if step == 1 else "before"
         return ("videoqa", f"What {asked} comes right {when} the {thing} object? "
-                           f"Choose one from: {listing(options)}.", objects[event + step][attribute],
+                           f"Choose one from: {listing(options)}.",
+                objects[event + step][attribute],
                 {"chance": 1 / 4, "options": options, "type": when,
                  "one_window": one_window(boundary - 1, boundary)})
 
@@ -416,8 +423,8 @@ def lips_scene(rng, split):
 
     def audio():
         voice = choose_voice(rng, split)
-        pieces = [(2 * k * FRAME + int(rng.uniform(0.02, 0.2) * RATE), say(rng, word, split, voice))
-                  for k, word in enumerate(words)]
+        pieces = [(2 * k * FRAME + int(rng.uniform(0.02, 0.2) * RATE),
+                   say(rng, word, split, voice)) for k, word in enumerate(words)]
         noisy = add_noise(rng, place(2 * len(words) * FRAME, pieces), rng.uniform(-6, 0))
         return noisy / max(1.0, abs(noisy).max())
 
@@ -447,14 +454,16 @@ def concert_scene(rng, split):
         return out
 
     first = ("Which sounds are heard?", listing(names))
-    both = listing(f"{sound_} {colours[frame]}" for sound_, frame in zip(names, frames, strict=True))
+    both = listing(f"{sound_} {colours[frame]}"
+                   for sound_, frame in zip(names, frames, strict=True))
 
     def ask():
         k = int(rng.integers(0, 3))
         at = (f"What colour is the object at the {names[k]}?", colours[frames[k]])
         after = ("And what colour is it right after that?", colours[frames[k] + 1])
         return [("avsd", *at, {"history": (first,), "chance": 1 / 8, "type": "at"}),
-                ("avsd", *after, {"history": (first, at), "chance": 1 / 7, "type": "after",      # not `at` again
+                ("avsd", *after, {"history": (first, at),
+                                  "chance": 1 / 7, "type": "after",        # not `at` again
                                   "one_window": one_window(frames[k], frames[k] + 1)})]
 
     questions = [*ask(), ("caption", *first, {}), ("caption", PROMPTS["both"], both, {})]
@@ -488,7 +497,7 @@ def lamps_scene(rng, split):
     looking alone leaves four, listening alone all of them."""
     objects = choose_objects(rng, 4, split)
     source = int(rng.integers(0, 4))
-    lit = rng.permutation([0, 0, 1, 1, 2, 2, 3, 3, -1, -1]).tolist()       # which one is lit, by frame
+    lit = rng.permutation([0, 0, 1, 1, 2, 2, 3, 3, -1, -1]).tolist()    # which one is lit, by frame
     frames = [frame for frame, now in enumerate(lit) if now == source]
     noise = str(rng.choice(SOUNDS))
 
@@ -531,7 +540,8 @@ def flash_scene(rng, split):
     return Scene({"video": lambda: to_video(stills(), rng, shake=1),
                   "yes": lambda: events(rng, when["yes"], kind),
                   "no": lambda: events(rng, when["no"], kind)}, facts,
-                 [("avm", PROMPTS["avm-video"], answer, {"audio": answer, "chance": 1 / 2, "type": "video"})
+                 [("avm", PROMPTS["avm-video"], answer,
+                   {"audio": answer, "chance": 1 / 2, "type": "video"})
                   for answer in ("yes", "no")], stills=stills)
 
 
@@ -539,8 +549,9 @@ def spoken_caption_scene(rng, split):
     """avm, image half: two objects in a still; the speech names one of them, or neither."""
     objects = choose_objects(rng, 2, split)
     spots = np.sort(rng.permutation(4)[:2])
-    others = [(c, s) for c in COLOURS for s in SHAPES               # a held-out pair is not even heard
-              if c not in (objects[0][0], objects[1][0]) and s not in (objects[0][1], objects[1][1])
+    others = [(c, s) for c in COLOURS for s in SHAPES           # a held-out pair is not even heard
+              if c not in (objects[0][0], objects[1][0])
+              and s not in (objects[0][1], objects[1][1])
               and not (split == "train" and _held_out_pair(c, s))]
     said = {"yes": objects[int(rng.integers(0, 2))], "no": others[int(rng.integers(len(others)))]}
     caption = by_quarter(objects, spots)
@@ -548,19 +559,22 @@ def spoken_caption_scene(rng, split):
                   "yes": lambda: speak(rng, said["yes"], split),
                   "no": lambda: speak(rng, said["no"], split)},
                  [(caption, {answer: [said[answer][k]] for answer in said}) for k in (0, 1)],
-                 [("avm", PROMPTS["avm-image"], answer, {"audio": answer, "chance": 1 / 2, "type": "image"})
+                 [("avm", PROMPTS["avm-image"], answer,
+                   {"audio": answer, "chance": 1 / 2, "type": "image"})
                   for answer in ("yes", "no")],
                  stills=lambda: [draw_still(rng, objects, spots)] * 2)
 
 
-SCENES = {"speech": speech_scene, "sounds": sounds_scene, "still": still_scene, "number": number_scene,
-          "parade": parade_scene, "lips": lips_scene, "concert": concert_scene,
-          "spoken_question": spoken_question_scene, "lamps": lamps_scene, "flash": flash_scene,
-          "spoken_caption": spoken_caption_scene}
-TRAIN_CLIPS = {"speech": 2400, "sounds": 1000, "still": 1000, "number": 1600, "parade": 1400, "lips": 1600,
-               "concert": 1500, "spoken_question": 1600, "lamps": 1500, "flash": 700, "spoken_caption": 700}
-TEST_CLIPS = {"speech": 500, "sounds": 500, "still": 500, "number": 500, "parade": 300, "lips": 500,
-              "concert": 300, "spoken_question": 500, "lamps": 500, "flash": 150, "spoken_caption": 150}
+SCENES = {"speech": speech_scene, "sounds": sounds_scene, "still": still_scene,
+          "number": number_scene, "parade": parade_scene, "lips": lips_scene,
+          "concert": concert_scene, "spoken_question": spoken_question_scene,
+          "lamps": lamps_scene, "flash": flash_scene, "spoken_caption": spoken_caption_scene}
+TRAIN_CLIPS = {"speech": 2400, "sounds": 1000, "still": 1000, "number": 1600, "parade": 1400,
+               "lips": 1600, "concert": 1500, "spoken_question": 1600, "lamps": 1500, "flash": 700,
+               "spoken_caption": 700}
+TEST_CLIPS = {"speech": 500, "sounds": 500, "still": 500, "number": 500, "parade": 300,
+              "lips": 500, "concert": 300, "spoken_question": 500, "lamps": 500, "flash": 150,
+              "spoken_caption": 150}
 
 
 # ---------------------------------------------------------------- making the files
@@ -569,7 +583,8 @@ def _make_one(job):
     number of workers changes nothing."""
     from data import Record, write_png, write_video, write_wav
     folder, split, scene, index, seed = job
-    rng = np.random.default_rng([seed, ("train", "test").index(split), list(SCENES).index(scene), index])
+    rng = np.random.default_rng(
+        [seed, ("train", "test").index(split), list(SCENES).index(scene), index])
     plan = SCENES[scene](rng, split)
     media = {kind: render() for kind, render in plan.media.items()}
     stem, files = folder / split / f"{scene}_{index:05d}", {}
@@ -593,17 +608,18 @@ def _make_one(job):
             continue                                     # dense captions only help the training
         meta = {key: extras[key] for key in ("chance", "type", "one_window") if key in extras}
         records.append(Record(
-            id=f"{split}-{scene}-{index:05d}-{k}", task=task, prompt=prompt, target=target, refs=(target,),
-            image=path("image"), video=path("video"),
-            audio=path(extras.get("audio", "audio")),
-            options=tuple(extras.get("options", ())), history=extras.get("history", ()), meta=meta))
+            id=f"{split}-{scene}-{index:05d}-{k}", task=task, prompt=prompt,
+            target=target, refs=(target,),
+            image=path("image"), video=path("video"), audio=path(extras.get("audio", "audio")),
+            options=tuple(extras.get("options", ())), history=extras.get("history", ()),
+            meta=meta))
     return records
 
 
 def make(folder, seed=0, scale=1.0, workers=None, splits=("train", "test"), counts=None, log=print):
-    """Writes the clips and <split>.jsonl into `folder`; a split whose manifest is there and was made
-    with the same settings is kept.  scale multiplies the number of training clips; counts
-    {split: {scene: clips}} takes the place of TRAIN_CLIPS and TEST_CLIPS.  Same seed, same clips."""
+    """Writes the clips and <split>.jsonl into `folder`; a split whose manifest is there and was
+    made with the same settings is kept.  scale multiplies the number of training clips; counts
+    {split: {scene: clips}} replaces TRAIN_CLIPS and TEST_CLIPS.  Same seed, same clips."""
     from data import write_manifest
     folder = Path(folder).resolve()
     counts = counts or {"test": TEST_CLIPS, "train": {
@@ -630,12 +646,15 @@ def make(folder, seed=0, scale=1.0, workers=None, splits=("train", "test"), coun
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("make", "sheet", "voices", "pretrain"))
-    parser.add_argument("parts", nargs="*", help="pretrain: llama, whisper, instructblip (default: all)")
+    parser.add_argument("parts", nargs="*",
+                        help="pretrain: llama, whisper, instructblip (default: all)")
     parser.add_argument("--out", default="media/miniature", help="folder of the clips (make)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same clips")
-    parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of training clips")
+    parser.add_argument("--scale", type=float, default=1.0,
+                        help="times the usual number of training clips")
     args = parser.parse_args()
     if args.command == "make":
         make(args.out, args.seed, args.scale)
