@@ -59,7 +59,8 @@ class LoraLinear(nn.Module):
                                    "or model.eval()")
             return y
         x = F.dropout(x.to(self.lora_A.weight.dtype), self.config.dropout, self.training)
-        return y + self.lora_B(self.config.scale * self.lora_A(x)).to(y.dtype)     # scaled where it is r wide
+        # scaled where it is r wide
+        return y + self.lora_B(self.config.scale * self.lora_A(x)).to(y.dtype)
 
 
 def layers(model):
