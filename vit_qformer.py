@@ -232,8 +232,8 @@ class QFormer(nn.Module):
             for i in range(config.layers))})
 
     def set_dropout(self, p):
-        """BERT's dropout, of embeddings, attention weights and outputs; 0 unless set, and in train()
-        mode only. Published models were trained with 0.1; a frozen one needs none."""
+        """BERT's dropout, of embeddings, attention weights and outputs; 0 unless set, and in
+        train() mode only. Published models were trained with 0.1; a frozen one needs none."""
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = p
