@@ -23,21 +23,24 @@ def test_each_equation_link_points_at_its_line():
     for number, file, line in rows:
         lines = (ROOT / file).read_text().splitlines()
         near = "\n".join(lines[int(line) - 1:int(line) + 6])
-        assert f"Eq. {number}" in near, f"{file}:{line} does not show Eq. {number}; it shows\n{near}"
+        assert f"Eq. {number}" in near, (
+            f"{file}:{line} does not show Eq. {number}; it shows\n{near}")
 
 
 def test_every_departure_in_the_code_has_its_row():
     """Each DIFF names a subject that the README's table of departures has a row for."""
-    subjects = {"lora": "LoRA", "order": "order of the joint", "future": "causal mask", "layer": "causal attention",
-                "key": "padded positions", "kept": "padded positions", "mean": "diversity loss",
-                "projection": "audio width", "1280": "audio width", "dropout": "frozen Q-Former",
-                "30 s": "length of audio"}
-    found = [line for path in ROOT.glob("*.py") for line in path.read_text().splitlines() if "DIFF" in line]
+    subjects = {"lora": "LoRA", "order": "order of the joint", "future": "causal mask",
+                "layer": "causal attention", "key": "padded positions", "kept": "padded positions",
+                "mean": "diversity loss", "projection": "audio width", "1280": "audio width",
+                "dropout": "frozen Q-Former", "30 s": "length of audio"}
+    found = [line for path in ROOT.glob("*.py")
+             for line in path.read_text().splitlines() if "DIFF" in line]
     assert len(found) >= 8
     table = README[README.index("departures"):]
     for line in found:
         rows = {row for word, row in subjects.items() if word in line.lower() or word in line}
-        assert rows and any(row in table for row in rows), f"no row of the README covers: {line.strip()}"
+        assert rows and any(row in table for row in rows), (
+            f"no row of the README covers: {line.strip()}")
 
 
 def test_ci_runs_the_readme_command():
@@ -49,13 +52,16 @@ def test_ci_runs_the_readme_command():
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "demo.py", "miniature.py"])
 def test_the_commands_explain_themselves(script):
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, ROOT / script, "--help"],
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "python " in done.stdout, done.stderr
 
 
 def test_the_flags_in_the_readme_exist():
     """Every --flag that the README mentions is one of train.py's, eval.py's or demo.py's."""
-    known = "".join(subprocess.run([sys.executable, ROOT / s, "--help"], capture_output=True, text=True,
-                                   timeout=120).stdout for s in ("train.py", "eval.py", "demo.py", "miniature.py"))
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--nproc_per_node", "--nproc"}:
+    known = "".join(subprocess.run([sys.executable, ROOT / s, "--help"],
+                                   capture_output=True, text=True, timeout=120).stdout
+                    for s in ("train.py", "eval.py", "demo.py", "miniature.py"))
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {
+            "--nproc_per_node", "--nproc"}:
         assert flag in known, f"the README mentions {flag}, which no script knows"
