@@ -1,22 +1,24 @@
 """FAVOR: fine-grained audio-visual joint representations for an LLM.  Paper Sec. 3.
 
-     frames (F,3,224,224) --ViT, Q-Former + instruction--> (F,V,768)                        frozen
-     audio  (S,) 16 kHz   --Whisper encoder--> (50 a second,1280) --Linear--> (.,768)       Linear trained
-     both   --synchronise, every 0.5 s--> (F,N,1536)                                        Eq. (1)
-            --windows of K frames--> (W,K*N,1536) --causal Q-Former--> (W,Q,768)            Eq. (2)
+     frames (F,3,224,224) --ViT, Q-Former + instruction--> (F,V,768)                  frozen
+     audio  (S,) 16 kHz   --Whisper encoder--> (50 Hz,1280) --Linear--> (50 Hz,768)   Linear trained
+     both   --synchronise, every 0.5 s--> (F,N,1536)                                  Eq. (1)
+            --windows of K frames--> (W,K*N,1536) --causal Q-Former--> (W,Q,768)      Eq. (2)
             --Linear--> (W*Q,D_llm) --[<s> USER: <Img> . </Img> question ASSISTANT:]--> LLM + LoRA
-     loss = cross-entropy on the answer + lambda * diversity of the queries                 Eq. (3)-(5)
+     loss = cross-entropy on the answer + lambda * diversity of the queries           Eq. (3)-(5)
 
 Shape alphabet of the whole repo:
-     B batch | F video frames, also synchronised frames (seconds x 2) | P patch tokens 257 = (224/14)^2 + 1
-     V visual vectors a frame 32 | S audio samples or steps | A audio steps a frame 25 = 50 Hz / 2 Hz
-     N joint vectors a frame max(V,A) = 32 | M mel bins 80 | W windows ceil(F/K) | K frames a window 10 (5 s)
-     Q queries a window 32 | T text tokens | L LLM sequence T + W*Q
+     B batch                       F video frames, also synchronised frames: seconds x 2
+     P patch tokens a frame 257 = (224/14)^2 + 1         V visual vectors a frame 32
+     S audio samples or steps      A audio steps a frame 25 = 50 Hz / 2 Hz
+     M mel bins 80                 N joint vectors a frame 32 = max(V,A)
+     W windows ceil(F/K)           K frames a window 10 = 5 s         Q queries a window 32
+     T text tokens                 L LLM sequence T + W*Q
      D width: 1280 audio, 1408 ViT, 768 Q-Former, 1536 joint, 4096/5120 LLM
 Masks are bool, True = keep.
 
-Public: FavorConfig, PRESETS, Favor, Sample, Features, synchronise, split_windows, block_causal_mask,
-CausalQFormer, diversity_loss, prompt_ids."""
+Public: FavorConfig, PRESETS, Favor, Sample, Features, synchronise, split_windows,
+block_causal_mask, CausalQFormer, diversity_loss, prompt_ids."""
 
 import dataclasses
 import math
@@ -59,7 +61,7 @@ class FavorConfig:
     diversity_reduction: str = "mean"       # over pairs and windows; "sum" is Eq. (4) to the letter
     fps: float = 2.0
     # how clips are read (rows of the table of departures in the README)
-    frame_times: str = "regular"            # 0, 0.5, 1.0 s ...; "ends": first and last frame of a second
+    frame_times: str = "regular"            # 0, 0.5, 1.0 s ...; "ends": a second's first and last
     audio_seconds: float | None = None      # None: the true length; 30.0: always exactly 30 s
     image_frames: int = 1                   # frames that an image alone becomes
     mask_padding: bool = True               # False: only rows that fill the last window are masked,
@@ -73,7 +75,7 @@ class FavorConfig:
     ffn: int = 3072
     dropout: float = 0.1
     max_positions: int = 4096               # joint vectors in one window
-    encoder_dropout: float = 0.0            # of the frozen Q-Former while training (released code: 0.1)
+    encoder_dropout: float = 0.0            # of the frozen Q-Former in training (released: 0.1)
     # LoRA (Sec. 4.2: query, key, value and the feed-forward; DIFF: official uses q, k, v, o)
     lora_r: int = 32
     lora_alpha: float = 32
@@ -86,25 +88,31 @@ class FavorConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
-        for name, allowed in (("variant", ("paper", "official")), ("causal", ("past", "future", "none")),
-                              ("diversity_reduction", ("mean", "sum")), ("frame_times", ("regular", "ends"))):
+        for name, allowed in (("variant", ("paper", "official")),
+                              ("causal", ("past", "future", "none")),
+                              ("diversity_reduction", ("mean", "sum")),
+                              ("frame_times", ("regular", "ends"))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}; wanted one of {', '.join(allowed)}")
-        for name in ("queries", "width", "layers", "heads", "lora_r", "fps", "max_new_tokens", "image_frames"):
+                raise ValueError(f"{name}={getattr(self, name)!r}; "
+                                 f"wanted one of {', '.join(allowed)}")
+        for name in ("queries", "width", "layers", "heads", "lora_r", "fps", "max_new_tokens",
+                     "image_frames"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; wanted more than 0")
         if self.windows < 0:
             raise ValueError(f"windows={self.windows}; wanted frames a window, or 0 for one window")
 
 
-OFFICIAL = dict(variant="official", causal="future", mask_padding=False, frame_times="ends",
-                audio_seconds=30.0, image_frames=60, encoder_dropout=0.1, beams=5, repetition_penalty=1.5,
-                lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+OFFICIAL = {"variant": "official", "causal": "future", "mask_padding": False,
+            "frame_times": "ends", "audio_seconds": 30.0, "image_frames": 60,
+            "encoder_dropout": 0.1, "beams": 5, "repetition_penalty": 1.5,
+            "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
 VICUNA_13B = "Salesforce/instructblip-vicuna-13b"
 PRESETS = {
     "tiny": FavorConfig(
-        whisper="tiny/whisper", instructblip="tiny/instructblip", llm="tiny/llama", llm_vocab_size=None,
-        windows=5, queries=10, width=128, heads=4, causal_heads=4, ffn=512, dropout=0.0, max_positions=1024,
+        whisper="tiny/whisper", instructblip="tiny/instructblip", llm="tiny/llama",
+        llm_vocab_size=None, windows=5, queries=10, width=128, heads=4, causal_heads=4, ffn=512,
+        dropout=0.0, max_positions=1024,
         lora_r=16, lora_alpha=16, lora_dropout=0.0, max_new_tokens=24),
     "7b": FavorConfig(),
     "13b": FavorConfig(instructblip=VICUNA_13B, llm=VICUNA_13B),
@@ -119,8 +127,10 @@ def preset(name, variant="paper", **changes):
         raise ValueError(f"unknown variant {variant!r}; there are paper and official")
     known = {field.name for field in dataclasses.fields(FavorConfig)}
     if set(changes) - known:
-        raise ValueError(f"unknown settings {sorted(set(changes) - known)}; there are {sorted(known)}")
-    return dataclasses.replace(PRESETS[name], **((OFFICIAL if variant == "official" else {}) | changes))
+        raise ValueError(f"unknown settings {sorted(set(changes) - known)}; "
+                         f"there are {sorted(known)}")
+    return dataclasses.replace(
+        PRESETS[name], **((OFFICIAL if variant == "official" else {}) | changes))
 
 
 # ---------------------------------------------------------------- Eq. (1): synchronisation, windows
@@ -131,22 +141,22 @@ def synchronise(visual, audio, audio_steps, mask_padding=True):
     -> joint (F,N,D_v+D_a), keep (F,N) with F = max(F_v, ceil(S/A)), N = max(V,A).
     Vector j of frame t is [visual query j ; audio step t*A+j], zeros where one of them has ended.
     keep marks where at least one modality is real; with mask_padding=False everything is kept
-    (DIFF official).  DIFF from the paper's order (audio, visual): visual first, as in the weights."""
+    (DIFF official).  DIFF from the paper's order (audio, visual): visual first, as released."""
     V, A = visual.shape[1], audio_steps
     n_frames = max(len(visual), math.ceil(len(audio) / A))
     n_joint = max(V, A)
     real = audio.new_ones(len(audio), dtype=torch.bool)
     missing = math.ceil(len(audio) / A) * A - len(audio)              # the last frame may be short
-    audio = rearrange(F.pad(audio, (0, 0, 0, missing)), "(f a) d -> f a d", a=A)        # (F_a,A,D_a)
-    heard = rearrange(F.pad(real, (0, missing)), "(f a) -> f a", a=A)                   # (F_a,A)
-    seen = visual.new_ones(visual.shape[:2], dtype=torch.bool)                          # (F_v,V)
+    audio = rearrange(F.pad(audio, (0, 0, 0, missing)), "(f a) d -> f a d", a=A)  # (F_a,A,D_a)
+    heard = rearrange(F.pad(real, (0, missing)), "(f a) -> f a", a=A)             # (F_a,A)
+    seen = visual.new_ones(visual.shape[:2], dtype=torch.bool)                    # (F_v,V)
 
-    def fill(x):                                  # zeros behind the last frame and behind the last vector
+    def fill(x):                             # zeros behind the last frame and the last vector
         widths = [0] * (2 * (x.ndim - 2)) + [0, n_joint - x.shape[1], 0, n_frames - len(x)]
         return F.pad(x, widths)
 
-    joint = torch.cat([fill(visual), fill(audio)], dim=-1)                              # (F,N,D_v+D_a)
-    keep = fill(seen) | fill(heard)                                                     # (F,N)
+    joint = torch.cat([fill(visual), fill(audio)], dim=-1)                        # (F,N,D_v+D_a)
+    keep = fill(seen) | fill(heard)                                               # (F,N)
     return joint, keep if mask_padding else torch.ones_like(keep)
 
 
@@ -155,16 +165,16 @@ def split_windows(joint, keep, window):
     (0: one window of all F); the last one is filled up with masked zero frames.  Sec. 3.1."""
     K = window or max(len(joint), 1)
     missing = -len(joint) % K
-    joint = F.pad(joint, (0, 0, 0, 0, 0, missing))                                      # (W*K,N,D)
+    joint = F.pad(joint, (0, 0, 0, 0, 0, missing))                                # (W*K,N,D)
     keep = F.pad(keep, (0, 0, 0, missing))
     return (rearrange(joint, "(w k) n d -> w (k n) d", k=K),
             rearrange(keep, "(w k) n -> w (k n)", k=K))
 
 
 def block_causal_mask(frames, per_frame, causal="past", device=None):
-    """(K*N,K*N) bool, rows attend to columns: a frame sees itself and the frames before it
-    ("past", Sec. 3.2 and Fig. 2) or after it ("future", DIFF official), all its own vectors always."""
-    frame = torch.arange(frames * per_frame, device=device) // per_frame                # (K*N,)
+    """(K*N,K*N) bool, rows attend to columns: a frame sees all its own vectors and the frames
+    before it ("past", Sec. 3.2 and Fig. 2) or after it ("future", DIFF official)."""
+    frame = torch.arange(frames * per_frame, device=device) // per_frame          # (K*N,)
     if causal == "past":
         return frame[:, None] >= frame[None, :]
     if causal == "future":
@@ -186,7 +196,7 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, x, context=None, keep=None):
-        """x (B,n,D), context (B,m,D_c) or x itself, keep broadcastable to (B,heads,n,m) -> (B,n,D)."""
+        """x (B,n,D), context (B,m,D_c) or x itself, keep broadcast to (B,heads,n,m) -> (B,n,D)."""
         context = x if context is None else context
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads)
                    for part in (self.query(x), self.key(context), self.value(context)))
@@ -204,7 +214,8 @@ class CausalQFormerLayer(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         if config.causal != "none":
-            self.causal_attention = Attention(joint_width, config.causal_heads, dropout=config.dropout)
+            self.causal_attention = Attention(joint_width, config.causal_heads,
+                                              dropout=config.dropout)
         self.self_attention = Attention(config.width, config.heads, dropout=config.dropout)
         self.cross_attention = Attention(config.width, config.heads, joint_width, config.dropout)
         self.up = nn.Linear(config.width, config.ffn)
@@ -212,9 +223,9 @@ class CausalQFormerLayer(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
 
     def forward(self, queries, frames, causal_keep, keep):
-        """queries (W,Q,D), frames (W,K*N,D_joint) -> queries (W,Q,D).  The encoding of the frames is
-        this layer's own: the next one starts again from the window's raw features (DIFF: the paper
-        does not say; so does the released code)."""
+        """queries (W,Q,D), frames (W,K*N,D_joint) -> queries (W,Q,D).  The encoding of the frames
+        is this layer's own: the next layer starts again from the window's raw features (DIFF: the
+        paper does not say; so does the released code)."""
         if causal_keep is not None:
             frames = self.causal_attention(frames, keep=causal_keep)
         queries = self.self_attention(queries)
@@ -230,10 +241,11 @@ class CausalQFormer(nn.Module):
         super().__init__()
         self.config = config
         self.joint_norm = nn.LayerNorm(joint_width)
-        self.positions = nn.Embedding(config.max_positions, joint_width)     # N(0,1), one a joint vector
+        self.positions = nn.Embedding(config.max_positions, joint_width)    # N(0,1), one a vector
         self.queries = nn.Parameter(torch.empty(1, config.queries, config.width).normal_(std=0.02))
         self.query_norm = nn.LayerNorm(config.width, eps=1e-12)
-        self.layers = nn.ModuleList(CausalQFormerLayer(config, joint_width) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            CausalQFormerLayer(config, joint_width) for _ in range(config.layers))
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -244,25 +256,28 @@ class CausalQFormer(nn.Module):
         Raises ValueError when a window has more vectors than there are positions."""
         length = windows.shape[1]
         if length > self.config.max_positions:
-            raise ValueError(f"a window of {length // per_frame} frames x {per_frame} vectors = {length}, "
-                             f"but there are {self.config.max_positions} positions; use shorter windows "
-                             "(windows=10) or a shorter clip")
+            raise ValueError(
+                f"a window of {length // per_frame} frames x {per_frame} vectors = {length}, but "
+                f"there are {self.config.max_positions} positions; use shorter windows "
+                "(windows=10) or a shorter clip")
         position = torch.arange(length, device=windows.device)
-        x = self.joint_norm(windows) + self.positions(position)                         # (W,K*N,D_joint)
-        # A window without one real vector (only a dummy can be) looks at its zeros: no softmax over nothing.
-        keys = (keep | ~keep.any(dim=1, keepdim=True))[:, None, None]                   # (W,1,1,K*N)
+        x = self.joint_norm(windows) + self.positions(position)                   # (W,K*N,D_joint)
+        # A window without a real vector (the dummy) sees its zeros: no softmax over nothing.
+        keys = (keep | ~keep.any(dim=1, keepdim=True))[:, None, None]             # (W,1,1,K*N)
         causal_keep = None
         if self.config.causal != "none":
-            mask = block_causal_mask(length // per_frame, per_frame, self.config.causal, windows.device)
-            causal_keep = mask.expand(len(windows), 1, -1, -1)                          # (W,1,K*N,K*N)
-            # Padding is no key; a padded row sees itself and is dropped later.  DIFF official: the zero
-            # frames that fill the last window are keys here.  (With one window a clip there are none,
-            # only the padding of the batch, which never is one.)
+            mask = block_causal_mask(length // per_frame, per_frame, self.config.causal,
+                                     windows.device)
+            causal_keep = mask.expand(len(windows), 1, -1, -1)                    # (W,1,K*N,K*N)
+            # Padding is no key; a padded row sees itself and is dropped later.  DIFF official: the
+            # zero frames that fill the last window are keys here.  (With one window a clip there
+            # are none, only the padding of the batch, which never is one.)
             if self.config.mask_padding or not self.config.windows:
-                causal_keep = causal_keep & keys | torch.eye(length, dtype=torch.bool, device=windows.device)
+                causal_keep = causal_keep & keys | torch.eye(
+                    length, dtype=torch.bool, device=windows.device)
         dropout = self.config.dropout
         queries = F.dropout(self.query_norm(self.queries), dropout, self.training)
-        queries = queries.expand(len(windows), -1, -1)                                  # (W,Q,D)
+        queries = queries.expand(len(windows), -1, -1)                            # (W,Q,D)
         for layer in self.layers:
             queries = layer(queries, x, causal_keep, keys)
         return queries
@@ -273,8 +288,9 @@ def diversity_loss(queries, reduction="mean"):
     queries (W,Q,D) -> scalar: "mean" over pairs and windows (DIFF: lambda then does not depend on
     the clip's length), or the literal "sum"."""
     n = queries.shape[1]
-    unit = F.normalize(queries.float(), dim=-1, eps=1e-9)                               # (W,Q,D)
-    # The sum of u_i u_j over all i and j is |sum of u_i|^2; the matrix of products would be bf16 under autocast.
+    unit = F.normalize(queries.float(), dim=-1, eps=1e-9)                         # (W,Q,D)
+    # The sum of u_i u_j over all i and j is |sum of u_i|^2; the matrix of products would be bf16
+    # under autocast.
     off_diagonal = unit.sum(dim=1).square().sum() - unit.square().sum()
     if reduction == "sum":
         return off_diagonal
@@ -293,7 +309,7 @@ def prompt_ids(tokenizer, prompt, history=(), target=None, has_clip=True):
     before = [tokenizer.bos_id] + tokenizer.encode("USER: <Img>" if has_clip else "USER:")
     after = []
     for i, (question, answer) in enumerate(turns):
-        # Each segment starts with its own word boundary, so text alone reads "USER: {question}" as in Vicuna.
+        # Each segment starts with its own word boundary: text alone is Vicuna's "USER: {question}".
         opening = ("</Img> " if has_clip else "") if i == 0 else "USER: "
         after += tokenizer.encode(f"{opening}{question}\nASSISTANT:")
         if answer is not None:
@@ -324,8 +340,8 @@ class Sample:
 
 # ---------------------------------------------------------------- the model
 class Favor(nn.Module):
-    """Frozen Whisper, ViT and Q-Former; trained audio projection, causal Q-Former, LLM projection and
-    LoRA on the LLM."""
+    """Frozen Whisper, ViT and Q-Former; trained audio projection, causal Q-Former, LLM projection
+    and LoRA on the LLM."""
 
     def __init__(self, config, whisper, visual, llm, tokenizer, qformer_tokenizer):
         super().__init__()
@@ -338,11 +354,12 @@ class Favor(nn.Module):
         positions_hz = whisper.config.positions_hz
         self.audio_steps = round(positions_hz / config.fps)
         if abs(self.audio_steps * config.fps / positions_hz - 1) > 1e-3:
-            raise ValueError(f"fps={config.fps}: {positions_hz} audio steps a second are no whole number a frame, "
-                             "sound and picture would drift apart; wanted "
-                             f"{positions_hz}/n, such as {positions_hz / max(1, self.audio_steps):g}")
+            raise ValueError(
+                f"fps={config.fps}: {positions_hz} audio steps a second are no whole number a "
+                f"frame, sound and picture would drift apart; wanted {positions_hz}/n, such as "
+                f"{positions_hz / max(1, self.audio_steps):g}")
         audio_width, visual_width = whisper.config.width, visual.width
-        self.audio_proj = nn.Linear(audio_width, visual_width)       # DIFF: the paper does not say; 1280 -> 768
+        self.audio_proj = nn.Linear(audio_width, visual_width)     # DIFF, left open: 1280 -> 768
         self.qformer = CausalQFormer(config, 2 * visual_width)
         self.llm_proj = nn.Linear(config.width, llm.config.width)
         lora.inject(llm, lora.LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout,
@@ -351,7 +368,8 @@ class Favor(nn.Module):
     @classmethod
     def from_config(cls, config, dtype=None, device=None):
         """Pretrained frozen parts from the sources the config names, fresh trained parts."""
-        whisper, instructblip, llm = (local_source(s) for s in (config.whisper, config.instructblip, config.llm))
+        whisper, instructblip, llm = (
+            local_source(s) for s in (config.whisper, config.instructblip, config.llm))
         place = {"dtype": dtype, "device": device}
         model = cls(config, WhisperEncoder.from_pretrained(whisper, **place),
                     VisualEncoder.from_pretrained(instructblip, **place),
@@ -364,8 +382,8 @@ class Favor(nn.Module):
         """A folder that save_pretrained (train.py) wrote -> model in eval mode."""
         root = Path(run_folder)
         if not (root / "favor.json").exists():
-            raise FileNotFoundError(f"{root}: no favor.json; wanted a checkpoint of train.py such as "
-                                    "runs/tiny/best (make one: python train.py)")
+            raise FileNotFoundError(f"{root}: no favor.json; wanted a checkpoint of train.py such "
+                                    "as runs/tiny/best (make one: python train.py)")
         saved = hub.read_json(root / "favor.json")
         model = cls.from_config(FavorConfig(**saved["config"]), dtype, device)
         model.load_trained(root)
@@ -377,7 +395,7 @@ class Favor(nn.Module):
                               "llm_proj": self.llm_proj})
 
     def save_pretrained(self, folder, **facts):
-        """favor.json (config and `facts`), model.safetensors (aligner) and lora/ (peft's format)."""
+        """favor.json (config and `facts`), model.safetensors (aligner) and lora/ (as peft's)."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         lora.save(self.llm, root / "lora")
@@ -395,7 +413,7 @@ class Favor(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
     def train(self, mode=True):
-        """Frozen encoders stay in eval mode.  DIFF official: the dropout of the frozen Q-Former stays on."""
+        """Frozen encoders stay in eval mode.  DIFF official: the Q-Former's dropout stays on."""
         super().train(mode)
         self.whisper.eval()
         self.visual.eval()
@@ -414,12 +432,13 @@ class Favor(nn.Module):
             if config.audio_seconds:                      # DIFF official: always exactly 30 s
                 samples = round(config.audio_seconds * self.whisper.config.sample_rate)
                 wave = F.pad(wave[:samples], (0, max(0, samples - len(wave))))
-            audio = self.whisper.encode(wave.to(device))                                # (S,D_a)
+            audio = self.whisper.encode(wave.to(device))                          # (S,D_a)
         if clip is not None and clip.frames is not None:
             pixels = preprocess(clip.frames.permute(0, 2, 3, 1), self.visual.image_size).to(device)
-            image = self.visual.encode_image(pixels)                                    # (F,P,D_vit)
+            image = self.visual.encode_image(pixels)                              # (F,P,D_vit)
             ids, keep = self.qformer_tokenizer(list(prompts))
-            visual = [self.visual.query(image, i[k][None].to(device)) for i, k in zip(ids, keep, strict=True)]
+            visual = [self.visual.query(image, i[k][None].to(device))
+                      for i, k in zip(ids, keep, strict=True)]
         return [Features(None if visual is None else visual[i], audio, bool(clip and clip.is_image))
                 for i in range(len(prompts))]
 
@@ -427,16 +446,19 @@ class Favor(nn.Module):
         """The same sample, its clip encoded."""
         if sample.features is not None:
             return sample
-        return dataclasses.replace(sample, features=self.encode(sample.clip, [sample.prompt])[0], clip=None)
+        return dataclasses.replace(
+            sample, features=self.encode(sample.clip, [sample.prompt])[0], clip=None)
 
     def features_of(self, sample):
-        """-> visual (F,V,D_v) or None, an image repeated to the length of its sound, and audio (S,D_a)."""
+        """-> visual (F,V,D_v), an image repeated to the length of its sound, and audio (S,D_a);
+        None where there is none."""
         if sample.mask not in MASKS:
             raise ValueError(f"mask={sample.mask!r}; wanted one of {MASKS}")
         features = self.with_features(sample).features
         visual, audio = features.visual, features.audio
         if features.is_image and visual is not None:       # an image lasts as long as its sound
-            n = self.config.image_frames if audio is None else math.ceil(len(audio) / self.audio_steps)
+            n = (self.config.image_frames if audio is None
+                 else math.ceil(len(audio) / self.audio_steps))
             visual = visual.expand(max(n, 1), -1, -1)
         return visual, audio
 
@@ -451,12 +473,13 @@ class Favor(nn.Module):
         D, V, A = like.shape[0], self.visual.n_queries, self.audio_steps
         visual = like.new_zeros(0, V, D) if visual is None else visual.to(like)
         # The zeros of an absent or masked modality stand behind the projection, which has a bias.
-        audio = like.new_zeros(0, D) if audio is None else self.audio_proj(audio.to(like))   # (S,D)
+        audio = like.new_zeros(0, D) if audio is None else self.audio_proj(audio.to(like))  # (S,D)
         visual = visual * float(sample.mask not in ("visual", "both"))
         audio = audio * float(sample.mask not in ("audio", "both"))
         streams = [(visual, audio)]
         if not self.config.sync:                           # ablation: nothing is joined
-            streams = [pair for pair in ((visual, audio[:0]), (visual[:0], audio)) if len(pair[0]) or len(pair[1])]
+            streams = [pair for pair in ((visual, audio[:0]), (visual[:0], audio))
+                       if len(pair[0]) or len(pair[1])]
         return [split_windows(*synchronise(*pair, A, self.config.mask_padding), self.config.windows)
                 for pair in streams]
 
@@ -476,8 +499,8 @@ class Favor(nn.Module):
         longest = max(w.shape[1] for w, _ in windows)      # differs only with windows=0
         frames = torch.cat([F.pad(w, (0, 0, 0, longest - w.shape[1])) for w, _ in windows])
         keep = torch.cat([F.pad(k, (0, longest - k.shape[1])) for _, k in windows])
-        queries = self.qformer(frames, keep, per_frame=N)                               # (W,Q,D)
-        tokens = self.llm_proj(queries)                                                 # (W,Q,D_llm)
+        queries = self.qformer(frames, keep, per_frame=N)                         # (W,Q,D)
+        tokens = self.llm_proj(queries)                                           # (W,Q,D_llm)
         touched = 0 * tokens[-1].sum()
         tokens, queries = tokens[:-1], queries[:-1]
         counts = [sum(len(w) for w, _ in part) for part in parts]
@@ -487,7 +510,8 @@ class Favor(nn.Module):
     def length(self, sample):
         """L: text tokens and clip vectors of a sample in the LLM."""
         windows = self.window_count(sample)
-        text = prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target, has_clip=windows > 0)
+        text = prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target,
+                          has_clip=windows > 0)
         return sum(map(len, text)) + windows * self.config.queries
 
     def answer_tokens(self, sample):
@@ -495,7 +519,7 @@ class Favor(nn.Module):
         return len(prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target)[2])
 
     def diversity_parts(self, sample):
-        """How many terms the mean of Eq. (4) has from this sample: its windows (with "sum": itself)."""
+        """How many terms the mean of Eq. (4) has from this sample: its windows ("sum": itself)."""
         return 1 if self.config.diversity_reduction == "sum" else self.window_count(sample)
 
     def window_count(self, sample):
@@ -514,11 +538,13 @@ class Favor(nn.Module):
         tokens, queries = self.audio_visual_tokens(samples)
         rows = []
         for sample, vectors in zip(samples, tokens, strict=True):
-            before, after, answer = prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target,
-                                               has_clip=len(vectors) > 0)
+            before, after, answer = prompt_ids(
+                self.tokenizer, sample.prompt, sample.history, sample.target,
+                has_clip=len(vectors) > 0)
             ids = torch.tensor([before + after + answer], device=vectors.device)
-            text = self.llm.embed(ids)[0]                                               # (T,D_llm)
-            rows.append((torch.cat([text[:len(before)], vectors.to(text), text[len(before):]]), answer))
+            text = self.llm.embed(ids)[0]                                         # (T,D_llm)
+            rows.append((torch.cat([text[:len(before)], vectors.to(text), text[len(before):]]),
+                         answer))
         return rows, queries
 
     def forward(self, samples):
@@ -526,46 +552,54 @@ class Favor(nn.Module):
 
         loss = ce + lambda * diversity, Eq. (5); ce is the mean over all answer tokens of the batch.
         tokens, diversity_parts: how many ce and diversity are means of, so that train.py can form
-        the mean over ranks; item_ce (B,): each sample's own mean, the same alone and in any batch."""
+        the mean over ranks; item_ce (B,): each sample's own mean, the same in any batch."""
         missing = [s.prompt for s in samples if s.target is None]
         if missing:
             raise ValueError(f"no target for {missing[0]!r}; model(batch) learns answers, "
                              "model.answer() gives them")
         rows, queries = self.llm_inputs(samples)
         lengths = [len(embeds) for embeds, _ in rows]
-        embeds = nn.utils.rnn.pad_sequence([embeds for embeds, _ in rows], batch_first=True)   # (B,L,D)
-        keep = torch.arange(max(lengths), device=embeds.device) < torch.tensor(lengths, device=embeds.device)[:, None]
-        hidden = self.llm.hidden(embeds=embeds, mask=keep)                              # (B,L,D)
+        embeds = nn.utils.rnn.pad_sequence(
+            [embeds for embeds, _ in rows], batch_first=True)                     # (B,L,D)
+        keep = (torch.arange(max(lengths), device=embeds.device)
+                < torch.tensor(lengths, device=embeds.device)[:, None])
+        hidden = self.llm.hidden(embeds=embeds, mask=keep)                        # (B,L,D)
         # Position p predicts token p + 1; the lm_head runs only where an answer token is predicted.
-        where = [(b, n - len(answer) - 1 + i) for b, (n, (_, answer)) in enumerate(zip(lengths, rows, strict=True))
+        where = [(b, n - len(answer) - 1 + i)
+                 for b, (n, (_, answer)) in enumerate(zip(lengths, rows, strict=True))
                  for i in range(len(answer))]
         row, column = torch.tensor(where, device=embeds.device).T
         wanted = torch.tensor([i for _, answer in rows for i in answer], device=embeds.device)
-        token_ce = F.cross_entropy(self.llm.lm_head(hidden[row, column]).float(), wanted, reduction="none")
+        token_ce = F.cross_entropy(self.llm.lm_head(hidden[row, column]).float(), wanted,
+                                   reduction="none")
         per_item = token_ce.new_zeros(len(rows)).index_add(0, row, token_ce)
         answer_lengths = torch.tensor([len(answer) for _, answer in rows], device=embeds.device)
         # Eq. (4): a mean over pairs and windows, or the literal sum of each clip
         mean = self.config.diversity_reduction == "mean"
         diversity = diversity_loss(queries, "mean" if mean else "sum") / (1 if mean else len(rows))
         ce = token_ce.mean()
-        return {"loss": ce + self.config.diversity * diversity, "ce": ce, "diversity": diversity,    # Eq. (5)
+        return {"loss": ce + self.config.diversity * diversity,                   # Eq. (5)
+                "ce": ce, "diversity": diversity,
                 "tokens": len(wanted), "diversity_parts": len(queries) if mean else len(rows),
                 "item_ce": per_item / answer_lengths}
 
     @torch.no_grad()
     def generate(self, samples, stream=None, **settings):
         """Answers of a batch of Samples -> list of str.  Eq. (3); greedy unless the config or
-        `settings` (see Llama.generate) say otherwise.  stream(text) shows a single answer as it grows."""
+        `settings` (see Llama.generate) say otherwise.  stream(text) shows an answer as it grows."""
         rows, _ = self.llm_inputs([dataclasses.replace(sample, target=None) for sample in samples])
         longest = max(len(embeds) for embeds, _ in rows)
-        embeds = torch.stack([F.pad(e, (0, 0, longest - len(e), 0)) for e, _ in rows])  # padded on the left
-        keep = torch.stack([torch.arange(longest, device=e.device) >= longest - len(e) for e, _ in rows])
+        # padded on the left
+        embeds = torch.stack([F.pad(e, (0, 0, longest - len(e), 0)) for e, _ in rows])
+        keep = torch.stack([torch.arange(longest, device=e.device) >= longest - len(e)
+                            for e, _ in rows])
         config = self.config
         settings = {"max_new_tokens": config.max_new_tokens, "num_beams": config.beams,
                     "repetition_penalty": config.repetition_penalty} | settings
         if stream is not None:
             if len(samples) != 1:
-                raise ValueError(f"stream with {len(samples)} samples; only a single answer can be streamed")
+                raise ValueError(f"stream with {len(samples)} samples; "
+                                 "only a single answer can be streamed")
             push = self.tokenizer.stream_decoder()
             settings |= {"stream": lambda row, token: stream(push(token))}
         ids = self.llm.generate(embeds=embeds, mask=keep, **settings)
