@@ -6,7 +6,7 @@
 
 Each question is answered four times: as it is, with the sound masked, with the picture masked, and
 blind (both masked, the same trained model): a task needs what it falls without.  Accuracy is exact
-match of the whole answer; asr, ac and avsr are word error rates.  Predictions are written as JSONL."""
+match of the whole answer; asr, ac and avsr are word error rates.  Predictions are kept as JSONL."""
 
 import cli
 
@@ -28,16 +28,17 @@ import miniature  # noqa: E402
 from favor import HERE, Favor, Sample  # noqa: E402
 from features import keep_features  # noqa: E402
 
-VIEWS = {"both": None, "audio only": "visual", "visual only": "audio", "blind": "both"}   # view: what is masked
+# view: what is masked
+VIEWS = {"both": None, "audio only": "visual", "visual only": "audio", "blind": "both"}
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    task: str = "all"  # asr, ac, ic, ocr, vqa, videoqa, avsr, avsd, isqa, avssd, avm, several with commas, or all
-    checkpoint: str = ""  # folder that train.py wrote (default: runs/tiny/best, else the committed tiny/favor)
-    data: str = "media/miniature"  # a manifest (.jsonl), or a folder with test.jsonl; the miniature is made if missing
+    task: str = "all"  # all, or some of asr,ac,ic,ocr,vqa,videoqa,avsr,avsd,isqa,avssd,avm
+    checkpoint: str = ""  # folder that train.py wrote (default: runs/tiny/best, else tiny/favor)
+    data: str = "media/miniature"  # a manifest (.jsonl), or a folder with test.jsonl
     views: tuple = tuple(VIEWS)  # "both" "audio only" "visual only" "blind"
-    out: str = ""  # predictions (default: <checkpoint>/predictions.jsonl; runs/tiny-committed/ for the committed one)
+    out: str = ""  # predictions (default: in <checkpoint>/; runs/tiny-committed/ for tiny/favor)
     batch: int = 128  # questions answered at a time
     limit: int = 0  # at most so many questions a task (0: all)
     keep_features: bool = True  # encode each clip once and keep the features beside the manifest
@@ -49,7 +50,8 @@ class EvalConfig:
             raise ValueError(f"unknown views {sorted(unknown)}; there are {', '.join(VIEWS)}")
         unknown = set(self.tasks) - set(miniature.TASKS)
         if unknown and self.task != "all":
-            raise ValueError(f"unknown task {', '.join(sorted(unknown))}; there are {', '.join(miniature.TASKS)}, all")
+            raise ValueError(f"unknown task {', '.join(sorted(unknown))}; "
+                             f"there are {', '.join(miniature.TASKS)}, all")
 
     @property
     def tasks(self):
@@ -67,30 +69,32 @@ def find_checkpoint(path):
 
 
 def find_manifest(path, split):
-    """A manifest file, or <folder>/<split>.jsonl; the miniature's folder is filled when it is empty."""
+    """A manifest file, or <folder>/<split>.jsonl; the miniature's folder is filled when empty."""
     path = Path(path)
     if path.suffix == ".jsonl" and path.exists():
         return path
     if path == Path(EvalConfig.data) and not (path / f"{split}.jsonl").exists():
         miniature.make(path, splits=(split,))
     if not (path / f"{split}.jsonl").exists():
-        raise SystemExit(f"{path / split}.jsonl: no such manifest; name a .jsonl file or a folder with {split}.jsonl "
-                         "(the miniature: python miniature.py make)")
+        raise SystemExit(f"{path / split}.jsonl: no such manifest; name a .jsonl file or a folder "
+                         f"with {split}.jsonl (the miniature: python miniature.py make)")
     return path / f"{split}.jsonl"
 
 
 def readable_samples(model, records, store, mask=None, skipped=None):
-    """Records and their kept features (store None: their decoded clips) -> the records whose clip can
-    be read, their Samples; (id, reason) of each other one joins the list `skipped`."""
+    """Records and their kept features (store None: their decoded clips) -> the records whose clip
+    can be read, their Samples; (id, reason) of each other one joins the list `skipped`."""
     skipped, read, samples = [] if skipped is None else skipped, [], []
     for r in records:
         if store is not None:
             features, clip, bad = store[r.id] if r.id in store else None, None, r.id not in store
             if bad:
-                skipped.append((r.id, f"{r.id}: its clip could not be read when features were made"))
+                skipped.append(
+                    (r.id, f"{r.id}: its clip could not be read when features were made"))
         else:
-            features, clip = None, data.load_or_skip(r, skipped, fps=model.config.fps, size=model.visual.image_size,
-                                                     frame_times=model.config.frame_times)
+            features, clip = None, data.load_or_skip(
+                r, skipped, fps=model.config.fps, size=model.visual.image_size,
+                frame_times=model.config.frame_times)
             bad = clip is None
         if not bad:
             read.append(r)
@@ -100,17 +104,18 @@ def readable_samples(model, records, store, mask=None, skipped=None):
 
 @torch.no_grad()
 def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, log=print):
-    """-> (predictions: one dict a question with its answer in every view, scores {task: {view: Score}}).
-    Questions about clips that cannot be read are left out and counted."""
+    """-> predictions, one dict a question with its answer in every view; scores {task: {view:
+    Score}}.  Questions about clips that cannot be read are left out and counted."""
     was_training = model.training
     model.eval()
-    order = sorted(records, key=lambda r: (r.task, r.history != (), len(r.prompt)))       # of like length together
+    # of like length together
+    order = sorted(records, key=lambda r: (r.task, r.history != (), len(r.prompt)))
     answers, skipped, started = {}, [], time.time()
     settings = {"num_beams": beams} if beams else {}
     log(f"answering {len(records)} questions, each {len(views)} times: {', '.join(views)}")
     for start in range(0, len(order), batch):
         part, samples = readable_samples(model, order[start:start + batch], store, skipped=skipped)
-        samples = [model.with_features(sample) for sample in samples]                  # decoded once for all views
+        samples = [model.with_features(sample) for sample in samples]    # once for all views
         for view in views if part else ():
             masked = [dataclasses.replace(sample, mask=VIEWS[view]) for sample in samples]
             for record, answer in zip(part, model.generate(masked, **settings), strict=True):
@@ -118,14 +123,16 @@ def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, log=
         done = min(start + batch, len(order))
         if (start // batch) % 5 == 4 or done == len(order):
             seconds = time.time() - started
-            log(f"  {done}/{len(order)}, {seconds:.0f} s, ETA {seconds / done * (len(order) - done):.0f} s")
+            log(f"  {done}/{len(order)}, {seconds:.0f} s, "
+                f"ETA {seconds / done * (len(order) - done):.0f} s")
     model.train(was_training)
     if skipped:
         log(data.report_skipped(skipped, len(records)))
     if not answers:
         raise SystemExit("none of the questions' clips can be read; look at the reasons above")
-    predictions = [{"id": r.id, "task": r.task, "prompt": r.prompt, "references": list(r.refs or (r.target,)),
-                    **answers[r.id], "meta": r.meta} for r in records if r.id in answers]
+    predictions = [{"id": r.id, "task": r.task, "prompt": r.prompt,
+                    "references": list(r.refs or (r.target,)), **answers[r.id], "meta": r.meta}
+                   for r in records if r.id in answers]
     scores = {task: {view: score_of(task, rows, view) for view in views}
               for task, rows in by_task(predictions).items()}
     return predictions, scores
@@ -150,9 +157,10 @@ def table(predictions, views):
     def line(label, task, rows):
         chances = [row["meta"].get("chance") for row in rows]
         accuracy = task not in metrics.ERROR_RATES
-        chance = f"{100 * sum(chances) / len(rows):.1f}" if accuracy and None not in chances else "-"
-        cells = [str(score_of(task, rows, view)) if i == 0 else f"{score_of(task, rows, view).value:.1f}"
-                 for i, view in enumerate(views)]
+        chance = (f"{100 * sum(chances) / len(rows):.1f}" if accuracy and None not in chances
+                  else "-")
+        cells = [str(score_of(task, rows, view)) if i == 0
+                 else f"{score_of(task, rows, view).value:.1f}" for i, view in enumerate(views)]
         return f"| {label} | {len(rows)} | " + " | ".join(cells) + f" | {chance} |"
 
     tasks = by_task(predictions)
@@ -174,23 +182,28 @@ def table(predictions, views):
 def main(config, argv):
     checkpoint = find_checkpoint(config.checkpoint)
     manifest = find_manifest(config.data, "test")
-    records = [r for r in data.read_manifest(manifest) if config.task == "all" or r.task in config.tasks]
+    records = [r for r in data.read_manifest(manifest)
+               if config.task == "all" or r.task in config.tasks]
     if config.limit:
         seen = {}
-        records = [r for r in records if seen.setdefault(r.task, []).append(r) or len(seen[r.task]) <= config.limit]
+        records = [r for r in records if seen.setdefault(r.task, []).append(r)
+                   or len(seen[r.task]) <= config.limit]
     if not records:
         raise SystemExit(f"{manifest}: no questions of task {config.task}")
     unanswered = [r.id for r in records if r.target is None and not r.refs]
     if unanswered:
-        raise SystemExit(f"{manifest}: {unanswered[0]} has neither target nor refs to score against")
+        raise SystemExit(
+            f"{manifest}: {unanswered[0]} has neither target nor refs to score against")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Favor.from_pretrained(checkpoint, torch.bfloat16 if device == "cuda" else None, device)
     print(f"{checkpoint} on {manifest}, {len(records)} questions, {device}")
-    store = keep_features(model, records, manifest.parent / "features") if config.keep_features else None
+    store = (keep_features(model, records, manifest.parent / "features") if config.keep_features
+             else None)
     predictions, _ = evaluate(model, records, store, config.views, config.batch, config.beams,
                               log=partial(print, flush=True))
     own = checkpoint.resolve() != (HERE / "tiny" / "favor").resolve()
-    out = Path(config.out or (checkpoint if own else Path("runs/tiny-committed")) / "predictions.jsonl")
+    out = Path(config.out
+               or (checkpoint if own else Path("runs/tiny-committed")) / "predictions.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(row) + "\n" for row in predictions))
     print(table(predictions, config.views))
