@@ -50,6 +50,9 @@ LIPS = {"flat": ("red", "ring", "cross"), "shut": ("blue", "ball", "big"),
 WORDS = tuple(word for group in LIPS.values() for word in group)
 LIPS_OF = {word: lips for lips, group in LIPS.items() for word in group}
 
+# How often a training question is drawn: what is short of clips, or hard, more often.
+WEIGHTS = {"asr": 1.3, "ac": 1.0, "ic": 0.8, "ocr": 0.8, "vqa": 0.5, "videoqa": 1.3, "avsr": 1.3,
+           "avsd": 1.3, "isqa": 1.6, "avssd": 1.3, "avm": 1.0, "caption": 0.6}
 TASKS = ("asr", "ac", "ic", "ocr", "vqa", "videoqa", "avsr", "avsd", "isqa", "avssd", "avm")
 PROMPTS = {
     "asr": "Transcribe the speech into text.",
@@ -607,6 +610,8 @@ def _make_one(job):
         if task == "caption" and split == "test":
             continue                                     # dense captions only help the training
         meta = {key: extras[key] for key in ("chance", "type", "one_window") if key in extras}
+        if split == "train":
+            meta["weight"] = WEIGHTS[task]
         records.append(Record(
             id=f"{split}-{scene}-{index:05d}-{k}", task=task, prompt=prompt,
             target=target, refs=(target,),
@@ -626,7 +631,7 @@ def make(folder, seed=0, scale=1.0, workers=None, splits=("train", "test"), coun
         scene: max(1, round(n * scale)) for scene, n in TRAIN_CLIPS.items()}}
     workers = workers or cli.cores()
     for split in splits:
-        settings = {"seed": seed, "clips": counts[split], "version": 2}
+        settings = {"seed": seed, "clips": counts[split], "version": 3}
         stamp = folder / f"{split}.made.json"
         if stamp.exists() and json.loads(stamp.read_text()) == settings:
             continue

@@ -198,20 +198,42 @@ def told_in_words(rng, scene, question):
 
 
 def language(rng, n):
-    """n samples (words, prompt, history, target) over all scenes and their training questions."""
+    """n samples (words, turns), turns = ((question, answer), ...), from all scenes alike."""
     out = []
     while len(out) < n:
         scene = world.SCENES[str(rng.choice(list(world.SCENES)))](rng, "train")
-        out += [(told_in_words(rng, scene, question), question[1], question[3].get("history", ()),
-                 question[2]) for question in scene.questions]
+        out += [(told_in_words(rng, scene, question),
+                 (*question[3].get("history", ()), (question[1], question[2])))
+                for question in scene.questions]
     return out[:n]
+
+
+TALKED_ABOUT = {"parade": 3, "concert": 3, "spoken_question": 2}       # others: 0.5
+
+
+def dialogues(rng, n):
+    """n samples as language(), with many questions about each clip, mostly about those scenes whose
+    answers must be looked up (what came after what): one by one they are hardly learnt."""
+    scenes, out = list(world.SCENES), []
+    weights = np.array([TALKED_ABOUT.get(scene, 0.5) for scene in scenes])
+    while len(out) < n:
+        scene = world.SCENES[str(rng.choice(scenes, p=weights / weights.sum()))](rng, "train")
+        first = scene.questions[int(rng.integers(len(scene.questions)))]
+        first = scene.questions[0] if first[0] == "vqa" else first
+        turns = [*first[3].get("history", ()), (first[1], first[2])]
+        if scene.ask:
+            turns += [(q[1], q[2]) for _ in range(2) for q in scene.ask()
+                      if q[3].get("type") != "place"]
+        if rng.random() < 0.6:                             # without the options
+            turns = [(question.split(" Choose")[0], answer) for question, answer in turns]
+        out.append((told_in_words(rng, scene, first), tuple(turns)))
+    return out
 
 
 def train_tokenizer(rng):
     """Byte-pair sentencepiece model in which every word of the miniature is one piece."""
-    lines = [text for words, prompt, history, target in language(rng, 20000)
-             for text in ("USER: <Img>", " ".join(words), f"</Img> {prompt}\nASSISTANT:", target,
-                          *(t for turn in history for t in turn))]
+    lines = [text for words, turns in language(rng, 20000) for question, answer in turns
+             for text in ("USER: <Img>", " ".join(words), f"</Img> {question}\nASSISTANT:", answer)]
     lines += [*world.COLOURS, *world.SHAPES, *world.SOUNDS, *world.WORDS, *world.LIPS,
               *world.PLACES, NOTHING, "lit", "dark", "hello", "yes", "no"] * 200
     model = io.BytesIO()
@@ -226,7 +248,19 @@ def train_tokenizer(rng):
     return Tokenizer.from_pretrained(TINY / "llama")
 
 
-def pretrain_llama(steps=4000, batch=48, seed=2):
+def ids_and_labels(tokenizer, words, turns):
+    """-> ids, labels (-100 but for the answers and their </s>), the span of the told clip."""
+    content = [i for word in words for i in tokenizer.encode(word)]
+    for k, (question, target) in enumerate(turns):
+        before, after, answer = prompt_ids(tokenizer, question, turns[:k], target)
+        if k == 0:
+            labels = [-100] * (len(before) + len(content))
+        labels += [-100] * (len(before) + len(content) + len(after) - len(labels)) + answer
+    ids = before + content + after + answer
+    return torch.tensor(ids), torch.tensor(labels), slice(len(before), len(before) + len(content))
+
+
+def pretrain_llama(steps=4000, dialogue_steps=1000, seed=2):
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = train_tokenizer(rng)
@@ -234,35 +268,40 @@ def pretrain_llama(steps=4000, batch=48, seed=2):
     print(f"llama: {sum(p.numel() for p in llm.parameters()) / 1e6:.2f} M parameters, "
           f"{tokenizer.vocab_size} pieces", flush=True)
 
-    def loss(step, noise=CONTENT_NOISE):
-        rows = []
-        for words, prompt, history, target in language(rng, batch):
-            before, after, answer = prompt_ids(tokenizer, prompt, history, target)
-            content = [i for word in words for i in tokenizer.encode(word)]
-            rows.append((before + content + after + answer, len(before), len(content), len(answer)))
-        width = max(len(row[0]) for row in rows)
-        ids = torch.full((batch, width), tokenizer.eos_id)
-        labels, keep = torch.full((batch, width), -100), torch.zeros(batch, width, dtype=torch.bool)
-        soft = torch.zeros(batch, width, 1)
-        for i, (row, n_before, n_content, n_answer) in enumerate(rows):
-            ids[i, :len(row)], keep[i, :len(row)] = torch.tensor(row), True
-            labels[i, len(row) - n_answer:len(row)] = torch.tensor(row[-n_answer:])
-            soft[i, n_before:n_before + n_content] = rng.uniform(0, noise) if noise else 0
-        embeds = llm.embed(ids)
-        embeds = embeds + soft * embeds.detach().std() * torch.randn_like(embeds)
-        hidden = llm.hidden(embeds=embeds, mask=keep)[:, :-1]
-        labels = labels[:, 1:]
-        logits, wanted = llm.lm_head(hidden[labels >= 0]), labels[labels >= 0]
-        right = (logits.argmax(-1) == wanted).float().mean().item()
-        return F.cross_entropy(logits, wanted), {"tokens right": right}
+    def loss_of(samples, batch, noise=CONTENT_NOISE):
+        def loss(step):
+            rows = [ids_and_labels(tokenizer, *sample) for sample in samples(rng, batch)]
+            pad = lambda k, value: nn.utils.rnn.pad_sequence(                # noqa: E731
+                [row[k] for row in rows], batch_first=True, padding_value=value)
+            ids, labels = pad(0, tokenizer.eos_id), pad(1, -100)                         # (B,T)
+            keep = pad(0, -1) >= 0
+            soft = torch.zeros(*ids.shape, 1)
+            for i, (_, _, clip) in enumerate(rows):
+                soft[i, clip] = rng.uniform(0, noise) if noise else 0
+            embeds = llm.embed(ids)                                                      # (B,T,D)
+            embeds = embeds + soft * embeds.detach().std() * torch.randn_like(embeds)
+            asked = labels[:, 1:] >= 0
+            hidden = llm.hidden(embeds=embeds, mask=keep)[:, :-1]
+            logits, wanted = llm.lm_head(hidden[asked]), labels[:, 1:][asked]
+            right = (logits.argmax(-1) == wanted)[wanted != tokenizer.eos_id]
+            return F.cross_entropy(logits, wanted), {"tokens right": right.float().mean().item()}
+        return loss
 
     llm.train().requires_grad_(True)
-    train_loop("llama", steps, list(llm.parameters()), loss, lr=1.5e-3)
+    parameters = list(llm.parameters())
+    train_loop("llama", steps, parameters, loss_of(language, 48), lr=1.5e-3)
+    train_loop("llama, dialogues", dialogue_steps, parameters, loss_of(dialogues, 32), lr=1.5e-3)
     llm.eval()
     llm.save_pretrained(TINY / "llama", dtype=torch.float16)
-    with torch.no_grad():
-        right = np.mean([loss(0, noise=0)[1]["tokens right"] for _ in range(20)])
-    print(f"llama alone: {100 * right:.1f} % of the answer tokens right, from words", flush=True)
+    tally = {}
+    for words, turns in language(rng, 600):                            # how good it is alone
+        before, after, _ = prompt_ids(tokenizer, turns[-1][0], turns[:-1], turns[-1][1])
+        content = [i for word in words for i in tokenizer.encode(word)]
+        said = llm.generate(torch.tensor([before + content + after]), max_new_tokens=24)[0]
+        kind = turns[-1][0].split(" the ")[0].split(".")[0]
+        tally.setdefault(kind, []).append(tokenizer.decode(said).strip() == turns[-1][1])
+    print("llama alone, whole answers right, from words: " + "; ".join(
+        f"{kind} {100 * np.mean(v):.0f} % ({len(v)})" for kind, v in sorted(tally.items())))
 
 
 # ---------------------------------------------------------------- instructblip: stills, questions
@@ -283,24 +322,38 @@ def qformer_vocabulary():
             *("##" + c for c in letters), *sorted(words - set(letters)), "[DEC]"]
 
 
-def looking_samples(rng, split, n):
+LOOKED_AT = {"still": 12, "number": 10, "spoken_question": 3, "spoken_caption": 2, "parade": 1,
+             "lips": 1, "concert": 1, "lamps": 1, "flash": 1}       # how often, against each other
+
+
+def strange_colours(rng, image):
+    """The picture with its channels mixed at random: shapes in colours that have no name."""
+    mix = rng.uniform(-0.3, 1, (3, 3))
+    return np.clip(image @ (mix / mix.sum(axis=0)).clip(-1, 2), 0, 255).astype(np.uint8)
+
+
+def looking_samples(rng, split, n, strange=0.0):
     """n (image (64,64,3), instruction, words for the 10 queries): the caption of the picture, and
-    behind it the answer where the picture alone gives it."""
-    scenes = [s for s in world.SCENES if s not in ("speech", "sounds")]
-    weights = np.array([3.0 if s in ("still", "number") else 1.0 for s in scenes])
+    behind it the answer where the picture alone gives it.  A share `strange` of the pictures has
+    strange colours and None for words that would then be wrong: shapes have to be told apart by
+    their form, or pairs of colour and shape that were never shown are not recognised."""
+    weights = np.array(list(LOOKED_AT.values())) / sum(LOOKED_AT.values())
     out = []
     while len(out) < n:
-        scene = world.SCENES[str(rng.choice(scenes, p=weights / weights.sum()))](rng, split)
+        scene = world.SCENES[str(rng.choice(list(LOOKED_AT), p=weights))](rng, split)
         pictures = scene.stills()
         for k in rng.permutation(len(pictures))[:5]:
             question = scene.questions[int(rng.integers(len(scene.questions)))]
-            if scene.questions[-1][0] == "vqa":             # a still: all its questions
-                question = scene.questions[len(out) % len(scene.questions)]
             caption = (scene.facts[k][0] + [NOTHING] * CAPTION)[:CAPTION]
             answer = question[2].split() if question[0] == "vqa" else []
+            words = caption + (answer + [NOTHING] * ANSWER)[:ANSWER]
             shift = tuple(rng.integers(-2, 3, 2)) if len(pictures) > 1 else (0, 0)
-            out.append((np.roll(pictures[k], shift, (0, 1)), question[1],
-                        caption + (answer + [NOTHING] * ANSWER)[:ANSWER]))
+            image = np.roll(pictures[k], shift, (0, 1))
+            if rng.random() < strange:
+                image = strange_colours(rng, image)
+                words = [None if word in world.COLOURS or i >= CAPTION else word
+                         for i, word in enumerate(words)]
+            out.append((image, question[1], words))
     return out[:n]
 
 
@@ -309,9 +362,10 @@ SAYABLE = (NOTHING, *world.COLOURS, *world.SHAPES, *world.LIPS, *"0123456789",
 
 
 def say_loss(logits, wanted):
-    """Cross-entropy of (F,V,words) in which NOTHING, most of what there is to say, weighs less."""
-    weight = 0.15 + 0.85 * (wanted > 0).float()
-    ce = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+    """Cross-entropy of (F,V,words), in which NOTHING, most of what there is to say, weighs less and
+    -1 is not asked for."""
+    weight = 0.15 * (wanted == 0) + (wanted > 0)
+    ce = F.cross_entropy(logits.flatten(0, 1), wanted.flatten().clamp(min=0), reduction="none")
     right = (logits.argmax(-1) == wanted)
     numbers = {"caption words": right[:, :CAPTION][wanted[:, :CAPTION] > 0].float().mean().item()}
     if wanted.shape[1] > CAPTION:
@@ -319,10 +373,9 @@ def say_loss(logits, wanted):
     return (ce * weight.flatten()).sum() / weight.sum(), numbers
 
 
-def pretrain_instructblip(vit_steps=1500, steps=2500, batch=64, seed=3):
-    """In three stages, as InstructBLIP was made: the ViT alone (captions, read from all its
-    tokens), the Q-Former on the frozen ViT (query i says word i), the projection to the frozen
-    LLaMA."""
+def pretrain_instructblip(vit_steps=1500, steps=2500, joint_steps=2000, batch=64, seed=3):
+    """In four stages: the ViT alone (captions, read from all its tokens), the Q-Former on the frozen
+    ViT (query i says word i), both together, the projection to the frozen LLaMA."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     folder = TINY / "instructblip"
@@ -337,31 +390,33 @@ def pretrain_instructblip(vit_steps=1500, steps=2500, batch=64, seed=3):
     initialise(encoder)
     flat_head = nn.Linear((VIT.n_patches + 1) * VIT.width, CAPTION * len(SAYABLE))
 
-    def batch_of(split, n):
-        samples = looking_samples(rng, split, n)
+    def batch_of(split, n, strange=0.0):
+        samples = looking_samples(rng, split, n, strange)
         pixels = preprocess(np.stack([s[0] for s in samples]), VIT.image_size)
         pixels = pixels + 0.05 * torch.randn_like(pixels)            # 3 of 255: what a codec may do
         return pixels, *tokenizer([s[1] for s in samples]), torch.tensor(
-            [[SAYABLE.index(word) for word in s[2]] for s in samples]), samples
+            [[-1 if w is None else SAYABLE.index(w) for w in s[2]] for s in samples]), samples
 
     def vit_loss(step):
-        pixels, _, _, wanted, _ = batch_of("train", batch)
+        pixels, _, _, wanted, _ = batch_of("train", batch, strange=0.3)
         logits = flat_head(encoder.encode_image(pixels).flatten(1)).unflatten(1, (CAPTION, -1))
         return say_loss(logits, wanted[:, :CAPTION])
 
     def qformer_loss(read_out):
         def loss(step):
-            pixels, ids, mask, wanted, _ = batch_of("train", batch)
-            with torch.no_grad():
-                image = encoder.encode_image(pixels)
-            return say_loss(read_out(encoder.query(image, ids, mask)), wanted)        # (F,V,words)
+            pixels, ids, mask, wanted, _ = batch_of("train", batch, strange=0.3)
+            return say_loss(read_out(encoder(pixels, ids, mask)), wanted)             # (F,V,words)
         return loss
 
     train_loop("vit", vit_steps, [*encoder.vit.parameters(), *flat_head.parameters()], vit_loss,
                lr=2e-3)
+    encoder.vit.requires_grad_(False)
     parameters = [p for m in (encoder.qformer, head)
                   for p in m.parameters()] + [encoder.query_tokens]
     train_loop("qformer", steps, parameters, qformer_loss(head), lr=1.5e-3)
+    encoder.vit.requires_grad_(True)
+    train_loop("vit and qformer", joint_steps, [*encoder.vit.parameters(), *parameters],
+               qformer_loss(head), lr=1e-3)
     encoder.eval().requires_grad_(False)
     llm = Llama.from_pretrained(TINY / "llama").requires_grad_(False)
     words = [Tokenizer.from_pretrained(TINY / "llama").encode(word)[-1] for word in SAYABLE]

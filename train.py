@@ -48,8 +48,8 @@ class TrainConfig:
     variant: str = "paper"  # paper, or official (what the authors' released code does)
     data: str = "media/miniature"  # a manifest (.jsonl), or a folder with train.jsonl
     out: str = ""  # run folder (default: runs/<model>)
-    steps: int = 1500  # optimiser steps
-    batch: int = 64  # samples a step, over all processes and accumulation
+    steps: int = 1200  # optimiser steps
+    batch: int = 32  # samples a step, over all processes and accumulation
     micro_batch: int = 32  # samples at a time and process (0: all of its share)
     lr: float = 1.5e-3  # peak learning rate (7b, 13b: try 1e-4)
     warmup: int = 100  # steps of linear warm-up, then a cosine down to 2 %
@@ -58,7 +58,7 @@ class TrainConfig:
     mask_share: float = 0.06  # of samples have the sound, the picture or both masked (a third each)
     val_share: float = 0.02  # of clips held out of training, to choose best/
     log_every: int = 20  # steps between log lines
-    val_every: int = 250  # steps between validations and checkpoints
+    val_every: int = 300  # steps between validations and checkpoints
     seed: int = 0  # of weights, order and masks
     threads: int = 0  # processor threads (0: all cores, shared among the processes)
     keep_features: bool | None = None  # encode every clip once and keep the result (default: tiny only)
@@ -93,12 +93,6 @@ class TrainConfig:
         return preset(self.model, self.variant, **changes)
 
 
-# How often a question of each kind is drawn, for the miniature: as often as there are records, but
-# what is short of records, or hard, more often.
-TASK_WEIGHTS = {"asr": 1.3, "ac": 1.0, "ic": 0.8, "ocr": 0.8, "vqa": 0.5, "videoqa": 1.3, "avsr": 1.3,
-                "avsd": 1.3, "isqa": 1.6, "avssd": 1.3, "avm": 1.0, "caption": 0.6}
-
-
 # ---------------------------------------------------------------- the data's order
 def split_records(records, share):
     """(train, validation) by clip, so that no clip is on both sides; the same for every run, also
@@ -111,10 +105,10 @@ def split_records(records, share):
 
 
 def epoch_order(records, seed, epoch):
-    """Indices of one epoch: each record as often as its task's weight says (fractions by lot), shuffled.
-    A function of seed and epoch alone: a resumed run needs no more than its step number."""
+    """Indices of one epoch: each record as often as its meta's "weight" says (default 1, fractions
+    by lot), shuffled.  A function of seed and epoch alone: a resumed run needs only its step."""
     rng = np.random.default_rng([seed, epoch])
-    weights = np.array([TASK_WEIGHTS.get(r.task, 1.0) for r in records])
+    weights = np.array([r.meta.get("weight", 1.0) for r in records])
     times = np.floor(weights + rng.random(len(records))).astype(int)
     return rng.permutation(np.repeat(np.arange(len(records)), times))
 
@@ -321,6 +315,7 @@ def main(config, argv):
     # model: frozen parts as they were pretrained, fresh aligner and LoRA
     model = Favor.from_config(config.method(), dtype, device)
     keep = config.keep_features if config.keep_features is not None else config.model == "tiny"
+    keep = keep and not model.config.encoder_dropout         # with dropout no two passes are the same
     store = None
     if keep:
         if not chief:
