@@ -1,13 +1,13 @@
-"""Trains FAVOR: encoders and LLM frozen; audio projection, causal Q-Former, LLM projection, LoRA trained.
+"""Trains FAVOR: audio projection, causal Q-Former, LLM projection and LoRA, all else frozen.
 
-     python train.py                                  the tiny preset on the miniature, made on first use
-     torchrun --nproc_per_node 2 train.py             the same loss curve on two processes
+     python train.py                               the tiny preset on the miniature, made first
+     torchrun --nproc_per_node 2 train.py          the same loss curve on two processes
      torchrun --nproc_per_node 8 train.py --model 7b --data train.jsonl --out runs/7b
-     python train.py --no-sync --out runs/no-sync     an ablation: every switch of the method is a flag
+     python train.py --no-sync --out runs/no-sync  an ablation: each switch of the method is a flag
 
-A run folder holds config.json, log.jsonl, loss.txt (the curve), last/ and best/ (checkpoints that eval.py,
-demo.py and Favor.from_pretrained open; last/ has state.pt to go on from).  A run that was stopped goes
-on where it was: the same command again."""
+A run folder holds config.json, log.jsonl, loss.txt (the curve), last/ and best/ (checkpoints that
+eval.py, demo.py and Favor.from_pretrained open; last/ has state.pt to go on from).  A run that was
+stopped goes on where it was: the same command again."""
 
 import cli
 
@@ -61,9 +61,9 @@ class TrainConfig:
     val_every: int = 300  # steps between validations and checkpoints
     seed: int = 0  # of weights, order and masks
     threads: int = 0  # processor threads (0: all cores, shared among the processes)
-    keep_features: bool | None = None  # encode every clip once and keep the result (default: tiny only)
+    keep_features: bool | None = None  # encode each clip once, keep that (default: tiny only)
     test: bool = True  # end with the table of eval.py on <data>/test.jsonl
-    # where the frozen parts come from: folders in the Hub's layout, or Hub repos (default: the preset's)
+    # frozen parts: folders in the Hub's layout, or Hub repos (default: the preset's)
     whisper: str | None = None  # e.g. openai/whisper-large-v2
     instructblip: str | None = None  # ViT and Q-Former, e.g. Salesforce/instructblip-vicuna-7b
     llm: str | None = None  # a LLaMA, or an InstructBLIP that holds one
@@ -78,17 +78,19 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch", "lr", "log_every", "val_every"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; wanted more than 0")
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; "
+                                 "wanted more than 0")
         for name, limit in (("micro_batch", math.inf), ("warmup", math.inf), ("threads", math.inf),
                             ("seed", math.inf), ("mask_share", 1), ("val_share", 1)):
             if not 0 <= getattr(self, name) < limit:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; wanted 0 or more"
-                                 + (", less than 1" if limit == 1 else ""))
-        self.method()                                            # unknown presets and switches fail here
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; "
+                                 "wanted 0 or more" + (", less than 1" if limit == 1 else ""))
+        self.method()                                     # unknown presets and switches fail here
 
     def method(self):
         """The FavorConfig that this command line means."""
-        names = ("whisper", "instructblip", "llm", "sync", "windows", "causal", "diversity", "queries", "fps")
+        names = ("whisper", "instructblip", "llm", "sync", "windows", "causal", "diversity",
+                 "queries", "fps")
         changes = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
         return preset(self.model, self.variant, **changes)
 
@@ -118,7 +120,8 @@ class Order:
 
     def __init__(self, records, seed):
         if not records:
-            raise ValueError("no training questions; lower --val-share, or look at what was skipped")
+            raise ValueError(
+                "no training questions; lower --val-share, or look at what was skipped")
         self.records, self.seed, self.ends, self.epochs = records, seed, [0], {}
 
     def __call__(self, g):
@@ -137,7 +140,8 @@ class Order:
 def drawn_mask(config, g):
     """Which modality sample g has masked: none, mostly."""
     rng = np.random.default_rng([config.seed, 7, g])
-    return str(rng.choice(["audio", "visual", "both"])) if rng.random() < config.mask_share else None
+    return (str(rng.choice(["audio", "visual", "both"])) if rng.random() < config.mask_share
+            else None)
 
 
 # ---------------------------------------------------------------- distributed, dtype, log
@@ -165,7 +169,8 @@ def summed(values, world, device):
 
 
 def git_commit():
-    done = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    done = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+                          capture_output=True, text=True)
     return done.stdout.strip() or "not a git checkout"
 
 
@@ -175,21 +180,25 @@ def parameter_table(model):
     for name, part in model.named_children():
         parameters = list(part.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
-        lines.append(f"| {name} | {sum(p.numel() for p in parameters):,} | {trained:,} | {parameters[0].dtype} |")
+        lines.append(f"| {name} | {sum(p.numel() for p in parameters):,} | {trained:,} | "
+                     f"{parameters[0].dtype} |")
     return "\n".join(lines)
 
 
 def draw_curve(rows, height=10, width=72):
     """Text picture of the training loss over the steps, log scale."""
     losses = np.array([row["ce"] for row in rows])
-    cells = np.array([np.log(part.mean()) for part in np.array_split(losses, min(width, len(losses)))])
+    cells = np.array([np.log(part.mean())
+                      for part in np.array_split(losses, min(width, len(losses)))])
     low, high = cells.min(), max(cells.max(), cells.min() + 1e-9)
     levels = np.round((cells - low) / (high - low) * (height - 1)).astype(int)
     lines = []
     for level in range(height - 1, -1, -1):
-        label = f"{math.exp(low + (high - low) * level / (height - 1)):7.3f}" if level % 3 == 0 else " " * 7
+        label = (f"{math.exp(low + (high - low) * level / (height - 1)):7.3f}" if level % 3 == 0
+                 else " " * 7)
         lines.append(f"{label} |" + "".join("*" if at == level else " " for at in levels))
-    lines.append(" " * 8 + f"+{'-' * len(levels)}  cross-entropy, steps {rows[0]['step']}-{rows[-1]['step']}")
+    lines.append(" " * 8 + f"+{'-' * len(levels)}  cross-entropy, "
+                 f"steps {rows[0]['step']}-{rows[-1]['step']}")
     return "\n".join(lines)
 
 
@@ -205,7 +214,8 @@ def make_optimiser(model, config):
     matrices = [p for p in model.trained_parameters() if p.ndim >= 2]
     vectors = [p for p in model.trained_parameters() if p.ndim < 2]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
-                              {"params": vectors, "weight_decay": 0.0}], lr=config.lr, betas=(0.9, 0.98))
+                              {"params": vectors, "weight_decay": 0.0}],
+                             lr=config.lr, betas=(0.9, 0.98))
 
 
 def save_checkpoint(folder, model, facts, state=None):
@@ -237,11 +247,11 @@ def latest_checkpoint(out):
 
 # ---------------------------------------------------------------- one step, one validation
 def train_step(model, samples, config, optimiser, step, world, device, autocast):
-    """Forward and backward over this process's share of a batch -> (loss, ce, diversity, grad norm),
-    the same as if one process had seen the whole batch at once."""
+    """Forward and backward over this process's share of a batch -> (loss, ce, diversity, grad
+    norm), the same as if one process had seen the whole batch at once."""
     bare = model.module if world > 1 else model
     samples = [bare.with_features(sample) for sample in samples]
-    samples.sort(key=bare.length)                             # micro-batches of like length: little padding
+    samples.sort(key=bare.length)                    # micro-batches of like length: little padding
     size = config.micro_batch or len(samples)
     parts = [samples[i:i + size] for i in range(0, len(samples), size)]
     tokens = sum(bare.answer_tokens(s) for s in samples)
@@ -265,8 +275,8 @@ def train_step(model, samples, config, optimiser, step, world, device, autocast)
     ce, diversity = summed(totals, world, device)
     loss = ce + bare.config.diversity * diversity
     if not math.isfinite(loss) or not math.isfinite(norm):
-        raise RuntimeError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr, or look at this "
-                           "batch's clips (the last checkpoint is untouched)")
+        raise RuntimeError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr, or "
+                           "look at this batch's clips (the last checkpoint is untouched)")
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return loss, ce, diversity, norm
@@ -295,7 +305,8 @@ def main(config, argv):
     chief = rank == 0
     say = partial(print, flush=True) if chief else (lambda *_: None)
     if config.batch < world:
-        raise SystemExit(f"--batch {config.batch} for {world} processes; wanted a sample for each at least")
+        raise SystemExit(
+            f"--batch {config.batch} for {world} processes; wanted a sample for each at least")
     torch.set_num_threads(config.threads or max(1, cli.cores() // world))
     torch.manual_seed(config.seed)
     dtype = torch.bfloat16 if device.type == "cuda" else None
@@ -315,31 +326,34 @@ def main(config, argv):
     # model: frozen parts as they were pretrained, fresh aligner and LoRA
     model = Favor.from_config(config.method(), dtype, device)
     keep = config.keep_features if config.keep_features is not None else config.model == "tiny"
-    keep = keep and not model.config.encoder_dropout         # with dropout no two passes are the same
+    keep = keep and not model.config.encoder_dropout       # with dropout no two passes are the same
     store = None
     if keep:
         if not chief:
-            dist.barrier()                                   # the first process computes, the others read
+            dist.barrier()                           # the first process computes, the others read
         store = keep_features(model, records + held_out, manifest.parent / "features", log=say)
         if chief and world > 1:
             dist.barrier()
         records, held_out = ([r for r in part if r.id in store] for part in (records, held_out))
     say(parameter_table(model))
-    say(f"{len(records)} training questions, {len(held_out)} held out; {config.steps} steps of {config.batch} on "
-        f"{world} x {device.type}, weights {'bf16, trained parts fp32 (GPU)' if dtype else 'fp32 (CPU)'}")
+    say(f"{len(records)} training questions, {len(held_out)} held out; {config.steps} steps of "
+        f"{config.batch} on {world} x {device.type}, weights "
+        f"{'bf16, trained parts fp32 (GPU)' if dtype else 'fp32 (CPU)'}")
 
     # optimiser, and where a stopped run goes on
     optimiser, first, best, rows = make_optimiser(model, config), 0, math.inf, []
-    facts = {"train": dataclasses.asdict(config), "commit": git_commit(), "command": " ".join(["train.py", *argv])}
+    facts = {"train": dataclasses.asdict(config), "commit": git_commit(),
+             "command": " ".join(["train.py", *argv])}
     resumed = latest_checkpoint(out)
     if resumed:
         state = torch.load(resumed / "state.pt", map_location="cpu", weights_only=True)
-        same = {k: v for k, v in state["config"].items() if k not in ("out", "threads", "test", "log_every")}
+        same = {k: v for k, v in state["config"].items()
+                if k not in ("out", "threads", "test", "log_every")}
         now = {k: v for k, v in dataclasses.asdict(config).items() if k in same}
         if same != now:
             different = {k: (same[k], now[k]) for k in same if same[k] != now[k]}
-            raise SystemExit(f"{out} holds a run with other settings, (then, now): {different}; choose another --out "
-                             "or remove the folder")
+            raise SystemExit(f"{out} holds a run with other settings, (then, now): {different}; "
+                             "choose another --out or remove the folder")
         model.load_trained(resumed)
         optimiser.load_state_dict(state["optimiser"])
         first, best = state["step"], state["best"]
@@ -360,25 +374,31 @@ def main(config, argv):
         """Sample number g of the run; in the place of an unreadable clip, the next record."""
         for k in range(100):
             record = records[(order(g) + k) % len(records)]
-            found = evaluation.readable_samples(model, [record], store, drawn_mask(config, g), unreadable)[1]
+            found = evaluation.readable_samples(
+                model, [record], store, drawn_mask(config, g), unreadable)[1]
             if found:
                 return found[0]
-            print(f"process {rank}, {len(unreadable)} times skipped: {unreadable[-1][1]}", flush=True)
+            print(f"process {rank}, {len(unreadable)} times skipped: {unreadable[-1][1]}",
+                  flush=True)
         raise SystemExit("100 clips in a row cannot be read; look at the reasons above")
 
     def samples_of(step):
         """This process's share of the batch of `step`."""
-        return [sample_of(g) for g in range(step * config.batch + rank, (step + 1) * config.batch, world)]
+        return [sample_of(g)
+                for g in range(step * config.batch + rank, (step + 1) * config.batch, world)]
 
     # loop
     ddp.train()
     loop_started = time.time()
     for step in range(first, config.steps):
-        torch.manual_seed((config.seed * config.steps + step) * world + rank)     # dropout, also after a stop
-        loss, ce, diversity, norm = train_step(ddp, samples_of(step), config, optimiser, step, world, device, autocast)
+        # the same dropout also after a stop
+        torch.manual_seed((config.seed * config.steps + step) * world + rank)
+        loss, ce, diversity, norm = train_step(
+            ddp, samples_of(step), config, optimiser, step, world, device, autocast)
         done = step + 1
-        row = {"step": done, "loss": loss, "ce": ce, "diversity": diversity, "lr": learning_rate(config, step),
-               "grad_norm": norm, "seconds": round(time.time() - started, 1)}
+        row = {"step": done, "loss": loss, "ce": ce, "diversity": diversity,
+               "lr": learning_rate(config, step), "grad_norm": norm,
+               "seconds": round(time.time() - started, 1)}
         if done % config.val_every == 0 or done == config.steps:
             row["val_ce"] = ce if not chosen else validate(
                 model, chosen[rank::world], store, val_batch, world, device, autocast)
@@ -389,9 +409,10 @@ def main(config, argv):
             if done % config.log_every == 0 or done == config.steps:
                 seconds = time.time() - loop_started
                 rate = (done - first) / seconds
-                say(f"step {done}/{config.steps}: loss {loss:.4f}, ce {ce:.4f}, query cosine {diversity:+.3f}, "
-                    f"lr {row['lr']:.1e}, grad {norm:.2f}, {rate * config.batch:.0f} samples/s, "
-                    f"ETA {(config.steps - done) / rate:.0f} s" + (f", held-out ce {row['val_ce']:.4f}" if "val_ce" in row else ""))
+                say(f"step {done}/{config.steps}: loss {loss:.4f}, ce {ce:.4f}, "
+                    f"query cosine {diversity:+.3f}, lr {row['lr']:.1e}, grad {norm:.2f}, "
+                    f"{rate * config.batch:.0f} samples/s, ETA {(config.steps - done) / rate:.0f} s"
+                    + (f", held-out ce {row['val_ce']:.4f}" if "val_ce" in row else ""))
         if chief and "val_ce" in row:
             better = row["val_ce"] < best
             best = min(best, row["val_ce"])
@@ -413,10 +434,13 @@ def main(config, argv):
         if config.test and (manifest.parent / "test.jsonl").exists():
             tested = data.read_manifest(manifest.parent / "test.jsonl")
             model.load_trained(out / "best")
-            store = keep_features(model, tested, manifest.parent / "features", log=say) if keep else None
+            store = (keep_features(model, tested, manifest.parent / "features", log=say) if keep
+                     else None)
             predictions, _ = evaluation.evaluate(model, tested, store, batch=4 * val_batch, log=say)
-            write_text(out / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
-            write_text(out / "table.md", evaluation.table(predictions, tuple(evaluation.VIEWS)) + "\n")
+            write_text(out / "predictions.jsonl",
+                       "".join(json.dumps(p) + "\n" for p in predictions))
+            write_text(out / "table.md",
+                       evaluation.table(predictions, tuple(evaluation.VIEWS)) + "\n")
             say((out / "table.md").read_text())
         say(f"{out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {out}/best   "
             f"({time.time() - started:.0f} s in all)")
