@@ -483,7 +483,8 @@ def test_split_is_by_clip():
 
 def test_epochs_follow_the_weights():
     records = [dataclasses.replace(record(f"{task}{k}", task), meta=meta) for task, meta in
-               (("vqa", {"weight": 0.5}), ("isqa", {"weight": 1.6}), ("mine", {})) for k in range(200)]
+               (("vqa", {"weight": 0.5}), ("isqa", {"weight": 1.6}), ("mine", {}))
+               for k in range(200)]
     counts = np.zeros(len(records))
     for epoch in range(50):
         order = train.epoch_order(records, seed=3, epoch=epoch)
