@@ -374,8 +374,8 @@ def say_loss(logits, wanted):
 
 
 def pretrain_instructblip(vit_steps=1500, steps=2500, joint_steps=2000, batch=64, seed=3):
-    """In four stages: the ViT alone (captions, read from all its tokens), the Q-Former on the frozen
-    ViT (query i says word i), both together, the projection to the frozen LLaMA."""
+    """In four stages: the ViT alone (captions, read from all its tokens), the Q-Former on the
+    frozen ViT (query i says word i), both together, the projection to the frozen LLaMA."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     folder = TINY / "instructblip"
