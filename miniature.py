@@ -572,9 +572,9 @@ SCENES = {"speech": speech_scene, "sounds": sounds_scene, "still": still_scene,
           "number": number_scene, "parade": parade_scene, "lips": lips_scene,
           "concert": concert_scene, "spoken_question": spoken_question_scene,
           "lamps": lamps_scene, "flash": flash_scene, "spoken_caption": spoken_caption_scene}
-TRAIN_CLIPS = {"speech": 2400, "sounds": 1000, "still": 1000, "number": 1600, "parade": 1400,
-               "lips": 1600, "concert": 1500, "spoken_question": 1600, "lamps": 1500, "flash": 700,
-               "spoken_caption": 700}
+TRAIN_CLIPS = {"speech": 1440, "sounds": 600, "still": 600, "number": 960, "parade": 840,
+               "lips": 960, "concert": 900, "spoken_question": 960, "lamps": 900, "flash": 420,
+               "spoken_caption": 420}
 TEST_CLIPS = {"speech": 500, "sounds": 500, "still": 500, "number": 500, "parade": 300,
               "lips": 500, "concert": 300, "spoken_question": 500, "lamps": 500, "flash": 150,
               "spoken_caption": 150}

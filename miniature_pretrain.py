@@ -14,6 +14,7 @@ import io
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -182,23 +183,44 @@ CONTENT_NOISE = 0.5        # clips will speak in vectors near words, not in word
 
 
 def told_in_words(rng, scene, question):
-    """A scene's facts as the words that stand in for the clip's vectors: frame by frame what is
-    seen, then what is heard; every frame, or changes only."""
+    """A scene's facts as words that stand in for the clip's vectors, each a group of one: frame by
+    frame what is seen, then what is heard; every frame, or changes only."""
     task, _, target, extras = question
     if task == "vqa" and (extras["type"] == "place" or rng.random() < 0.7):
-        return target.split()                             # the Q-Former has answered already
+        return [[word] for word in target.split()]        # the Q-Former has answered already
     every, words, last = rng.random() < 0.5, [], None
-    for seen, heard in scene.facts:
-        heard = heard[extras["audio"]] if isinstance(heard, dict) else heard
+    for seen, heard in frames_of(scene, extras):
         shown = seen if every and len(seen) <= 3 or seen != last else []
-        shown = [word for word in shown if word != NOTHING]
         words += shown + heard or ([NOTHING] if every else [])
         last = seen
-    return words
+    return [[word] for word in words]
+
+
+def told_in_vectors(rng, scene, question):
+    """As told_in_words, but what belongs together is one group and becomes one vector: a frame with
+    its sound, an object of a still.  This is nearer to what the causal Q-Former will say."""
+    if rng.random() < 0.3:
+        return told_in_words(rng, scene, question)
+    every, groups, last = rng.random() < 0.6, [], None
+    for seen, heard in frames_of(scene, question[3]):
+        if len(seen) > 3:                                  # a still: told once, then what is heard
+            pairs = [seen[i:i + 2] for i in range(0, len(seen), 2)]
+            groups += (pairs if seen != last else []) + ([heard] if heard else [])
+        elif every or seen != last or heard:
+            groups.append(seen + heard or [NOTHING])
+        last = seen
+    return groups
+
+
+def frames_of(scene, extras):
+    """[(words seen, words heard)] of the clip with the sound that the question is about."""
+    for seen, heard in scene.facts:
+        heard = heard[extras["audio"]] if isinstance(heard, dict) else heard
+        yield [word for word in seen if word != NOTHING], heard
 
 
 def language(rng, n):
-    """n samples (words, turns), turns = ((question, answer), ...), from all scenes alike."""
+    """n samples (groups of words, turns), turns = ((question, answer), ...), from all scenes."""
     out = []
     while len(out) < n:
         scene = world.SCENES[str(rng.choice(list(world.SCENES)))](rng, "train")
@@ -211,7 +233,7 @@ def language(rng, n):
 TALKED_ABOUT = {"parade": 3, "concert": 3, "spoken_question": 2}       # others: 0.5
 
 
-def dialogues(rng, n):
+def dialogues(rng, n, tell=told_in_words):
     """n samples as language(), with many questions about each clip, mostly about those scenes whose
     answers must be looked up (what came after what): one by one they are hardly learnt."""
     scenes, out = list(world.SCENES), []
@@ -226,14 +248,15 @@ def dialogues(rng, n):
                       if q[3].get("type") != "place"]
         if rng.random() < 0.6:                             # without the options
             turns = [(question.split(" Choose")[0], answer) for question, answer in turns]
-        out.append((told_in_words(rng, scene, first), tuple(turns)))
+        out.append((tell(rng, scene, first), tuple(turns)))
     return out
 
 
 def train_tokenizer(rng):
     """Byte-pair sentencepiece model in which every word of the miniature is one piece."""
-    lines = [text for words, turns in language(rng, 20000) for question, answer in turns
-             for text in ("USER: <Img>", " ".join(words), f"</Img> {question}\nASSISTANT:", answer)]
+    lines = [text for told, turns in language(rng, 20000) for question, answer in turns
+             for text in ("USER: <Img>", " ".join(word for group in told for word in group),
+                          f"</Img> {question}\nASSISTANT:", answer)]
     lines += [*world.COLOURS, *world.SHAPES, *world.SOUNDS, *world.WORDS, *world.LIPS,
               *world.PLACES, NOTHING, "lit", "dark", "hello", "yes", "no"] * 200
     model = io.BytesIO()
@@ -248,19 +271,20 @@ def train_tokenizer(rng):
     return Tokenizer.from_pretrained(TINY / "llama")
 
 
-def ids_and_labels(tokenizer, words, turns):
-    """-> ids, labels (-100 but for the answers and their </s>), the span of the told clip."""
-    content = [i for word in words for i in tokenizer.encode(word)]
+def text_and_labels(tokenizer, n_clip, turns):
+    """-> ids before the clip's n_clip vectors, ids after them, labels of the whole row (-100 where
+    no answer or its </s> is to be said)."""
+    labels = []
     for k, (question, target) in enumerate(turns):
         before, after, answer = prompt_ids(tokenizer, question, turns[:k], target)
-        if k == 0:
-            labels = [-100] * (len(before) + len(content))
-        labels += [-100] * (len(before) + len(content) + len(after) - len(labels)) + answer
-    ids = before + content + after + answer
-    return torch.tensor(ids), torch.tensor(labels), slice(len(before), len(before) + len(content))
+        asked = len(before) + n_clip + len(after)
+        labels += [-100] * (asked - len(labels)) + answer
+    return before, after + answer, labels
 
 
-def pretrain_llama(steps=4000, dialogue_steps=1000, seed=2):
+def pretrain_llama(steps=4000, dialogue_steps=1000, vector_steps=600, seed=2):
+    """Single questions, then dialogues, about clips told in words; then clips told in vectors, each
+    the sum of a few words' embeddings."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = train_tokenizer(rng)
@@ -268,18 +292,25 @@ def pretrain_llama(steps=4000, dialogue_steps=1000, seed=2):
     print(f"llama: {sum(p.numel() for p in llm.parameters()) / 1e6:.2f} M parameters, "
           f"{tokenizer.vocab_size} pieces", flush=True)
 
+    def embed(ids):
+        return llm.embed(torch.tensor([ids]))[0]                                         # (T,D)
+
+    def clip_vectors(told):
+        return torch.stack([sum(embed(tokenizer.encode(word)).sum(0) for word in group)
+                            for group in told])                                          # (T,D)
+
     def loss_of(samples, batch, noise=CONTENT_NOISE):
         def loss(step):
-            rows = [ids_and_labels(tokenizer, *sample) for sample in samples(rng, batch)]
-            pad = lambda k, value: nn.utils.rnn.pad_sequence(                # noqa: E731
-                [row[k] for row in rows], batch_first=True, padding_value=value)
-            ids, labels = pad(0, tokenizer.eos_id), pad(1, -100)                         # (B,T)
-            keep = pad(0, -1) >= 0
-            soft = torch.zeros(*ids.shape, 1)
-            for i, (_, _, clip) in enumerate(rows):
-                soft[i, clip] = rng.uniform(0, noise) if noise else 0
-            embeds = llm.embed(ids)                                                      # (B,T,D)
-            embeds = embeds + soft * embeds.detach().std() * torch.randn_like(embeds)
+            rows, labels = [], []
+            for told, turns in samples(rng, batch):
+                before, after, wanted = text_and_labels(tokenizer, len(told), turns)
+                clip = clip_vectors(told)
+                clip = clip + rng.uniform(0, noise) * clip.detach().std() * torch.randn_like(clip)
+                rows.append(torch.cat([embed(before), clip, embed(after)]))
+                labels.append(torch.tensor(wanted))
+            embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)                   # (B,T,D)
+            labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+            keep = torch.arange(embeds.shape[1]) < torch.tensor([[len(row)] for row in rows])
             asked = labels[:, 1:] >= 0
             hidden = llm.hidden(embeds=embeds, mask=keep)[:, :-1]
             logits, wanted = llm.lm_head(hidden[asked]), labels[:, 1:][asked]
@@ -291,17 +322,33 @@ def pretrain_llama(steps=4000, dialogue_steps=1000, seed=2):
     parameters = list(llm.parameters())
     train_loop("llama", steps, parameters, loss_of(language, 48), lr=1.5e-3)
     train_loop("llama, dialogues", dialogue_steps, parameters, loss_of(dialogues, 32), lr=1.5e-3)
+    train_loop("llama, frames as vectors", vector_steps, parameters,
+               loss_of(partial(dialogues, tell=told_in_vectors), 32), lr=1.2e-3)
     llm.eval()
     llm.save_pretrained(TINY / "llama", dtype=torch.float16)
-    tally = {}
-    for words, turns in language(rng, 600):                            # how good it is alone
-        before, after, _ = prompt_ids(tokenizer, turns[-1][0], turns[:-1], turns[-1][1])
-        content = [i for word in words for i in tokenizer.encode(word)]
-        said = llm.generate(torch.tensor([before + content + after]), max_new_tokens=24)[0]
-        kind = turns[-1][0].split(" the ")[0].split(".")[0]
-        tally.setdefault(kind, []).append(tokenizer.decode(said).strip() == turns[-1][1])
-    print("llama alone, whole answers right, from words: " + "; ".join(
-        f"{kind} {100 * np.mean(v):.0f} % ({len(v)})" for kind, v in sorted(tally.items())))
+    llama_alone(llm, tokenizer, rng)
+
+
+@torch.no_grad()
+def llama_alone(llm, tokenizer, rng, n=600):
+    """Prints how many whole answers are right when clips are told in words and in vectors."""
+    for tell in (told_in_words, told_in_vectors):
+        tally = {}
+        for _ in range(n):
+            scene = world.SCENES[str(rng.choice(list(world.SCENES)))](rng, "train")
+            question = scene.questions[int(rng.integers(len(scene.questions)))]
+            told = tell(rng, scene, question)
+            turns = (*question[3].get("history", ()), (question[1], question[2]))
+            before, after, _ = prompt_ids(tokenizer, question[1], turns[:-1])
+            embed = lambda ids: llm.embed(torch.tensor([ids]))[0]                # noqa: E731
+            clip = torch.stack([sum(embed(tokenizer.encode(w)).sum(0) for w in g) for g in told])
+            said = llm.generate(embeds=torch.cat([embed(before), clip, embed(after)])[None],
+                                max_new_tokens=24)[0]
+            kind = f"{question[0]} {question[3].get('type', '')}".strip()
+            tally.setdefault(kind, []).append(tokenizer.decode(said).strip() == question[2])
+        print(f"llama alone, {tell.__name__}, whole answers right: " + "; ".join(
+            f"{kind} {100 * np.mean(v):.0f} % ({len(v)})" for kind, v in sorted(tally.items())),
+            flush=True)
 
 
 # ---------------------------------------------------------------- instructblip: stills, questions
