@@ -248,7 +248,9 @@ class CausalQFormer(nn.Module):
             CausalQFormerLayer(config, joint_width) for _ in range(config.layers))
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+                # BERT's 0.02 belongs to its width; narrower, attention would start without contrast.
+                narrow = max(1.0, 768 / module.in_features)
+                nn.init.normal_(module.weight, std=0.02 * math.sqrt(narrow))
                 nn.init.zeros_(module.bias)
 
     def forward(self, windows, keep, per_frame):
