@@ -248,7 +248,7 @@ class CausalQFormer(nn.Module):
             CausalQFormerLayer(config, joint_width) for _ in range(config.layers))
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
-                # BERT's 0.02 belongs to its width; narrower, attention would start without contrast.
+                # 0.02 is BERT's at width 768; narrower, attention would start flat.
                 narrow = max(1.0, 768 / module.in_features)
                 nn.init.normal_(module.weight, std=0.02 * math.sqrt(narrow))
                 nn.init.zeros_(module.bias)
