@@ -48,7 +48,7 @@ class TrainConfig:
     variant: str = "paper"  # paper, or official (what the authors' released code does)
     data: str = "media/miniature"  # a manifest (.jsonl), or a folder with train.jsonl
     out: str = ""  # run folder (default: runs/<model>)
-    steps: int = 1200  # optimiser steps
+    steps: int = 800  # optimiser steps
     batch: int = 32  # samples a step, over all processes and accumulation
     micro_batch: int = 32  # samples at a time and process (0: all of its share)
     lr: float = 1.5e-3  # peak learning rate (7b, 13b: try 1e-4)
@@ -58,9 +58,9 @@ class TrainConfig:
     mask_share: float = 0.06  # of samples have the sound, the picture or both masked (a third each)
     val_share: float = 0.02  # of clips held out of training, to choose best/
     log_every: int = 20  # steps between log lines
-    val_every: int = 300  # steps between validations and checkpoints
+    val_every: int = 200  # steps between validations and checkpoints
     seed: int = 0  # of weights, order and masks
-    threads: int = 0  # processor threads (0: all cores, shared among the processes)
+    threads: int = 1  # processor threads a process; more of them wait for each other: use torchrun
     keep_features: bool | None = None  # encode each clip once, keep that (default: tiny only)
     test: bool = True  # end with the table of eval.py on <data>/test.jsonl
     # frozen parts: folders in the Hub's layout, or Hub repos (default: the preset's)
