@@ -423,8 +423,9 @@ class _Mono16k:
         self.skip = round(start * AUDIO_RATE) - blocks * block_out
         self.mixers, self.chunks = {}, []
         self.limit = math.inf if stop == math.inf else math.ceil((stop + 0.1) * rate)
-        # Floats, one channel to one channel: no gain here.
-        self.resampler = av.AudioResampler(format="flt", layout="mono", rate=AUDIO_RATE)
+        # Floats, one channel to one channel: no gain here.  16 kHz stay what they are.
+        self.resampler = (None if rate == AUDIO_RATE else
+                          av.AudioResampler(format="flt", layout="mono", rate=AUDIO_RATE))
 
     def add(self, time, frame):
         # Mixing to mono as *integers* weighs stereo 0.5 + 0.5; as floats it is 0.71 + 0.71, 3 dB
@@ -446,12 +447,16 @@ class _Mono16k:
     def _feed(self, samples):
         if len(samples):
             self.position += len(samples)
+            if self.resampler is None:
+                self.chunks.append(samples)
+                return
             frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
             frame.sample_rate = self.rate
             self.chunks += [f.to_ndarray()[0] for f in self.resampler.resample(frame)]
 
     def finish(self, samples):
-        self.chunks += [f.to_ndarray()[0] for f in self.resampler.resample(None)]    # its last 1 ms
+        if self.resampler is not None:
+            self.chunks += [f.to_ndarray()[0] for f in self.resampler.resample(None)]  # last 1 ms
         track = np.concatenate([np.zeros(0, np.float32), *self.chunks])[self.skip:][:samples]
         return torch.from_numpy(track.clip(-1, 1))                # as 16 bits would
 

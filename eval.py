@@ -25,6 +25,7 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import metrics  # noqa: E402
 import miniature  # noqa: E402
+import processes  # noqa: E402
 from favor import HERE, Favor, Sample  # noqa: E402
 from features import keep_features  # noqa: E402
 
@@ -43,6 +44,7 @@ class EvalConfig:
     limit: int = 0  # at most so many questions a task (0: all)
     keep_features: bool = True  # encode each clip once and keep the features beside the manifest
     beams: int = 0  # beam search with so many beams (0: what the checkpoint says)
+    processes: int = 0  # on a CPU without torchrun (0: one a core, four at most)
 
     def __post_init__(self):
         unknown = set(self.views) - set(VIEWS)
@@ -105,27 +107,37 @@ def readable_samples(model, records, store, mask=None, skipped=None):
 @torch.no_grad()
 def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, log=print):
     """-> predictions, one dict a question with its answer in every view; scores {task: {view:
-    Score}}.  Questions about clips that cannot be read are left out and counted."""
-    was_training = model.training
+    Score}}.  Questions about clips that cannot be read are left out and counted.  Under torchrun
+    each process answers its share, and all return everything."""
+    was_training, world = model.training, processes.world()
     model.eval()
     # of like length together
     order = sorted(records, key=lambda r: (r.task, r.history != (), len(r.prompt)))
+    order = order[processes.rank()::world]
     answers, skipped, started = {}, [], time.time()
     settings = {"num_beams": beams} if beams else {}
     log(f"answering {len(records)} questions, each {len(views)} times: {', '.join(views)}")
     for start in range(0, len(order), batch):
         part, samples = readable_samples(model, order[start:start + batch], store, skipped=skipped)
         samples = [model.with_features(sample) for sample in samples]    # once for all views
-        for view in views if part else ():
-            masked = [dataclasses.replace(sample, mask=VIEWS[view]) for sample in samples]
-            for record, answer in zip(part, model.generate(masked, **settings), strict=True):
+        for view in views:
+            same = [same_view(sample, view, views) for sample in samples]
+            fresh = [(r, dataclasses.replace(s, mask=VIEWS[view]))
+                     for r, s, twin in zip(part, samples, same, strict=True) if twin == view]
+            said = model.generate([s for _, s in fresh], **settings) if fresh else []
+            for (record, _), answer in zip(fresh, said, strict=True):
                 answers.setdefault(record.id, {})[view] = answer
+            for record, twin in zip(part, same, strict=True):
+                answers[record.id][view] = answers[record.id][twin]
         done = min(start + batch, len(order))
         if (start // batch) % 5 == 4 or done == len(order):
             seconds = time.time() - started
-            log(f"  {done}/{len(order)}, {seconds:.0f} s, "
+            log(f"  {done * world}/{len(order) * world}, {seconds:.0f} s, "
                 f"ETA {seconds / done * (len(order) - done):.0f} s")
     model.train(was_training)
+    parts = processes.gathered((answers, skipped))
+    answers = {key: value for part, _ in parts for key, value in part.items()}
+    skipped = [reason for _, part in parts for reason in part]
     if skipped:
         log(data.report_skipped(skipped, len(records)))
     if not answers:
@@ -136,6 +148,16 @@ def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, log=
     scores = {task: {view: score_of(task, rows, view) for view in views}
               for task, rows in by_task(predictions).items()}
     return predictions, scores
+
+
+def same_view(sample, view, views):
+    """The first of `views` in which the model gets the same as in `view`: without its picture, a
+    clip that has none is as it was."""
+    def left(view):
+        mask = VIEWS[view]
+        return [mask not in (name, "both") and getattr(sample.features, name) is not None
+                for name in ("audio", "visual")]
+    return next(other for other in views if left(other) == left(view))
 
 
 def by_task(predictions):
@@ -194,13 +216,19 @@ def main(config, argv):
     if unanswered:
         raise SystemExit(
             f"{manifest}: {unanswered[0]} has neither target nor refs to score against")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Favor.from_pretrained(checkpoint, torch.bfloat16 if device == "cuda" else None, device)
-    print(f"{checkpoint} on {manifest}, {len(records)} questions, {device}")
-    store = (keep_features(model, records, manifest.parent / "features") if config.keep_features
-             else None)
-    predictions, _ = evaluate(model, records, store, config.views, config.batch, config.beams,
-                              log=partial(print, flush=True))
+    rank, _, device = processes.join()
+    say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
+    model = Favor.from_pretrained(checkpoint, torch.bfloat16 if device.type == "cuda" else None,
+                                  device)
+    say(f"{checkpoint} on {manifest}, {len(records)} questions, {device.type}")
+    store = None
+    if config.keep_features:
+        with processes.chief_first():
+            store = keep_features(model, records, manifest.parent / "features", log=say)
+    predictions, _ = evaluate(model, records, store, config.views, config.batch, config.beams, say)
+    processes.leave()
+    if rank > 0:
+        return
     own = checkpoint.resolve() != (HERE / "tiny" / "favor").resolve()
     out = Path(config.out
                or (checkpoint if own else Path("runs/tiny-committed")) / "predictions.jsonl")
@@ -211,4 +239,6 @@ def main(config, argv):
 
 
 if __name__ == "__main__":
-    main(cli.parse(EvalConfig, __doc__)[0], sys.argv[1:])
+    settings, _ = cli.parse(EvalConfig, __doc__)
+    processes.one_a_core(settings.processes)
+    main(settings, sys.argv[1:])

@@ -438,9 +438,10 @@ class Favor(nn.Module):
         if clip is not None and clip.frames is not None:
             pixels = preprocess(clip.frames.permute(0, 2, 3, 1), self.visual.image_size).to(device)
             image = self.visual.encode_image(pixels)                              # (F,P,D_vit)
-            ids, keep = self.qformer_tokenizer(list(prompts))
-            visual = [self.visual.query(image, i[k][None].to(device))
-                      for i, k in zip(ids, keep, strict=True)]
+            ids, keep = (x.to(device).repeat_interleave(len(image), dim=0)        # (prompts*F,T)
+                         for x in self.qformer_tokenizer(list(prompts)))
+            visual = self.visual.query(image.repeat(len(prompts), 1, 1), ids, keep)
+            visual = rearrange(visual, "(p f) v d -> p f v d", p=len(prompts))
         return [Features(None if visual is None else visual[i], audio, bool(clip and clip.is_image))
                 for i in range(len(prompts))]
 

@@ -655,7 +655,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("make", "sheet", "voices", "pretrain"))
     parser.add_argument("parts", nargs="*",
-                        help="pretrain: llama, whisper, instructblip (default: all)")
+                        help="pretrain: llama, whisper, instructblip, projection (default: all)")
     parser.add_argument("--out", default="media/miniature", help="folder of the clips (make)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same clips")
     parser.add_argument("--scale", type=float, default=1.0,

@@ -5,14 +5,16 @@ training scenes only: what miniature.py holds out stays unseen here too.
      llama         reads a clip told in words, answers questions about it      -> tiny/llama
      whisper       says at every 50 ms which word or sound is heard            -> tiny/whisper
      instructblip  one still + instruction -> the answer or the caption, query i saying word i
-                   through language_projection and the frozen LLaMA's lm_head  -> tiny/instructblip
+                   through a head that is not kept                             -> tiny/instructblip
+     projection    the same through the frozen LLaMA's lm_head                 -> tiny/instructblip
 
-Run by `python miniature.py pretrain [llama whisper instructblip]`, in this order.
-What each run printed stands in tiny/README.md."""
+Run by `python miniature.py pretrain [llama whisper instructblip projection]`, in this order; under
+torchrun the processes share each batch.  What each run printed stands in tiny/README.md."""
 
 import io
 import json
 import math
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -31,7 +34,14 @@ from vit_qformer import QFormerConfig, QFormerTokenizer, VisualEncoder, ViTConfi
 from whisper_enc import WhisperConfig, WhisperEncoder, log_mel_spectrogram
 
 TINY = Path(__file__).parent / "tiny"
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))     # torchrun
 NOTHING = world.NOTHING                         # also the word for a query with no more to say
+
+
+def meet():
+    """All processes wait for all."""
+    if WORLD > 1:
+        dist.barrier()
 
 
 def train_loop(name, steps, parameters, batch_loss, lr, log_every=200):
@@ -46,9 +56,13 @@ def train_loop(name, steps, parameters, batch_loss, lr, log_every=200):
         loss, numbers = batch_loss(step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        if WORLD > 1:                                 # each process had its share of the batch
+            for parameter in parameters:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= WORLD
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-        if (step + 1) % log_every == 0 or step + 1 == steps:
+        if RANK == 0 and ((step + 1) % log_every == 0 or step + 1 == steps):
             seconds = time.time() - started
             shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
             print(f"{name} {step + 1}/{steps}: loss {loss.item():.3f}, {shown}, {seconds:.0f} s, "
@@ -120,7 +134,7 @@ def pretrain_whisper(steps=3000, varied_steps=1500, batch=32, seed=1):
     """First the voices as they are, then `varied_steps` with other_voices, without which the test
     voices are understood much worse."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, RANK])
     encoder, head = WhisperEncoder(WHISPER), nn.Linear(WHISPER.width, len(HEARD))
     encoder.embed_positions.requires_grad_(False)                    # Whisper's are fixed sinusoids
 
@@ -131,7 +145,7 @@ def pretrain_whisper(steps=3000, varied_steps=1500, batch=32, seed=1):
 
     def loss_of(change):
         def loss(step):
-            mel, labels = batch_of("train", batch)
+            mel, labels = batch_of("train", batch // WORLD)
             logits = head(encoder(change(mel)))                                      # (B,P,classes)
             right = (logits.argmax(-1) == labels)[labels > 0].float().mean()
             return (F.cross_entropy(logits.flatten(0, 1), labels.flatten()),
@@ -141,6 +155,8 @@ def pretrain_whisper(steps=3000, varied_steps=1500, batch=32, seed=1):
     parameters = [p for m in (encoder, head) for p in m.parameters() if p.requires_grad]
     train_loop("whisper", steps, parameters, loss_of(lambda mel: mel), lr=2e-3)
     train_loop("whisper, varied", varied_steps, parameters, loss_of(other_voices), lr=1e-3)
+    if RANK > 0:
+        return
     save_whisper(encoder)
     encoder.eval()
     with torch.no_grad():                                              # how good it is alone
@@ -186,10 +202,11 @@ def told_in_words(rng, scene, question):
     """A scene's facts as words that stand in for the clip's vectors, each a group of one: frame by
     frame what is seen, then what is heard; every frame, or changes only."""
     task, _, target, extras = question
-    if task == "vqa" and (extras["type"] == "place" or rng.random() < 0.7):
+    if task == "vqa" and (extras["type"] == "place" or rng.random() < 0.5):
         return [[word] for word in target.split()]        # the Q-Former has answered already
     every, words, last = rng.random() < 0.5, [], None
     for seen, heard in frames_of(scene, extras):
+        seen = [word for word in seen if word != NOTHING]
         shown = seen if every and len(seen) <= 3 or seen != last else []
         words += shown + heard or ([NOTHING] if every else [])
         last = seen
@@ -198,14 +215,16 @@ def told_in_words(rng, scene, question):
 
 def told_in_vectors(rng, scene, question):
     """As told_in_words, but what belongs together is one group and becomes one vector: a frame with
-    its sound, an object of a still.  This is nearer to what the causal Q-Former will say."""
+    its sound, a quarter of a still.  This is nearer to what the causal Q-Former will say."""
     if rng.random() < 0.3:
         return told_in_words(rng, scene, question)
     every, groups, last = rng.random() < 0.6, [], None
     for seen, heard in frames_of(scene, question[3]):
-        if len(seen) > 3:                                  # a still: told once, then what is heard
-            pairs = [seen[i:i + 2] for i in range(0, len(seen), 2)]
-            groups += (pairs if seen != last else []) + ([heard] if heard else [])
+        if len(seen) == 8:                                 # a still: told once, then what is heard
+            quarters = [[seen[i]] if seen[i] == NOTHING else seen[i:i + 2] for i in (0, 2, 4, 6)]
+            groups += (quarters if seen != last else []) + ([heard] if heard else [])
+        elif seen and seen[0].isdigit():                   # a sum of digits has no order
+            groups += [[digit] for digit in seen]
         elif every or seen != last or heard:
             groups.append(seen + heard or [NOTHING])
         last = seen
@@ -216,15 +235,48 @@ def frames_of(scene, extras):
     """[(words seen, words heard)] of the clip with the sound that the question is about."""
     for seen, heard in scene.facts:
         heard = heard[extras["audio"]] if isinstance(heard, dict) else heard
-        yield [word for word in seen if word != NOTHING], heard
+        yield seen, heard
 
 
-def language(rng, n):
-    """n samples (groups of words, turns), turns = ((question, answer), ...), from all scenes."""
+def recall(rng, n, turns=8):
+    """n samples (groups of words, turns), turns = ((question, answer), ...), without sentences: a
+    clip told, then look-ups such as "colour ball", "shape before red" or "where ball".  What other
+    answers are built on, in a fifth of the tokens: a model that starts with sentences hardly finds
+    it.  "before" is found last and is asked most."""
+    out = []
+    while len(out) < n:
+        scene = world.SCENES[str(rng.choice(("still", "parade", "concert")))](rng, "train")
+        told = told_in_vectors(rng, scene, scene.questions[0])
+        things, last = [], None
+        for seen, heard in frames_of(scene, {}):           # a still's quarters, a video's changes
+            things += ([seen[i:i + 2] for i in (0, 2, 4, 6)] if len(seen) == 8
+                       else [seen + heard] if seen != last else [])
+            last = seen
+        words = [word for thing in things for word in thing]
+        keys = [(k, word) for k, thing in enumerate(things) for word in thing
+                if words.count(word) == 1 and word != NOTHING]
+        asked = []
+        while len(asked) < turns:
+            k, key = keys[int(rng.integers(len(keys)))]
+            if [NOTHING] in told and rng.random() < 0.5:   # told by quarters
+                asked.append((f"where {key}", world.PLACES[k]))
+                continue
+            step = 0 if len(scene.facts) == 1 else int(rng.choice((-1, -1, 0, 1)))
+            kind = int(rng.integers(0, 2))                 # of the answer: colour or shape
+            if not 0 <= k + step < len(things) or things[k + step][kind] == key:
+                continue
+            when = {0: "", 1: "after ", -1: "before "}[step]
+            asked.append((f"{('colour', 'shape')[kind]} {when}{key}", things[k + step][kind]))
+        out.append((told, tuple(asked)))
+    return out
+
+
+def language(rng, n, tell=told_in_words):
+    """n samples (groups of words, turns) of single questions, from all scenes."""
     out = []
     while len(out) < n:
         scene = world.SCENES[str(rng.choice(list(world.SCENES)))](rng, "train")
-        out += [(told_in_words(rng, scene, question),
+        out += [(tell(rng, scene, question),
                  (*question[3].get("history", ()), (question[1], question[2])))
                 for question in scene.questions]
     return out[:n]
@@ -242,13 +294,14 @@ def dialogues(rng, n, tell=told_in_words):
         scene = world.SCENES[str(rng.choice(scenes, p=weights / weights.sum()))](rng, "train")
         first = scene.questions[int(rng.integers(len(scene.questions)))]
         first = scene.questions[0] if first[0] == "vqa" else first
+        told = tell(rng, scene, first)
         turns = [*first[3].get("history", ()), (first[1], first[2])]
-        if scene.ask:
+        if scene.ask:                              # empty quarters told: one can say where
             turns += [(q[1], q[2]) for _ in range(2) for q in scene.ask()
-                      if q[3].get("type") != "place"]
+                      if q[3].get("type") != "place" or [NOTHING] in told]
         if rng.random() < 0.6:                             # without the options
             turns = [(question.split(" Choose")[0], answer) for question, answer in turns]
-        out.append((tell(rng, scene, first), tuple(turns)))
+        out.append((told, tuple(turns)))
     return out
 
 
@@ -268,7 +321,6 @@ def train_tokenizer(rng):
         required_chars="abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?!'-:;")
     (TINY / "llama").mkdir(parents=True, exist_ok=True)
     (TINY / "llama" / "tokenizer.model").write_bytes(model.getvalue())
-    return Tokenizer.from_pretrained(TINY / "llama")
 
 
 def text_and_labels(tokenizer, n_clip, turns):
@@ -282,51 +334,93 @@ def text_and_labels(tokenizer, n_clip, turns):
     return before, after + answer, labels
 
 
-def pretrain_llama(steps=4000, dialogue_steps=1000, vector_steps=600, seed=2):
-    """Single questions, then dialogues, about clips told in words; then clips told in vectors, each
+def terse_and_labels(tokenizer, n_clip, turns):
+    """As text_and_labels, of recall's turns: nothing but <s>, question, answer and </s>."""
+    after, labels = [], [-100] * (1 + n_clip)
+    for question, target in turns:
+        question, answer = tokenizer.encode(question), [*tokenizer.encode(target), tokenizer.eos_id]
+        after += question + answer
+        labels += [-100] * len(question) + answer
+    return [tokenizer.bos_id], after, labels
+
+
+def embed_rows(llm, tokenizer, rows):
+    """rows of (ids before, groups of words, ids after) -> (B,T,D), and (B,T) True at the groups:
+    the vector of a group is the sum of its words' embeddings."""
+    lengths = [(len(before), len(told), len(after)) for before, told, after in rows]
+    B, T = len(rows), max(map(sum, lengths))
+    groups = [[*([i] for i in before), *(tokenizer.encode(" ".join(words)) for words in told),
+               *([i] for i in after)] for before, told, after in rows]
+    ids = [(b * T + t, i) for b, row in enumerate(groups) for t, group in enumerate(row)
+           for i in group]
+    where, ids = torch.tensor(ids).T
+    first, clip, _ = torch.tensor(lengths).T[..., None]                                  # (B,1)
+    t = torch.arange(T)
+    x = torch.zeros(B * T, llm.config.width).index_add(0, where, llm.embed(ids))
+    return x.unflatten(0, (B, T)), (t >= first) & (t < first + clip)
+
+
+def telling_loss(llm, tokenizer, rng, kinds, part=32):
+    """Loss of a training step: the answers about clips told, so many samples of each of `kinds`."""
+    def loss(step):
+        rows = []
+        for samples, template, n in kinds:
+            for told, turns in samples(rng, n // WORLD):
+                before, after, labels = template(tokenizer, len(told), turns)
+                rows.append((before, told, after, torch.tensor(labels)))
+        rows.sort(key=lambda row: len(row[3]))         # parts of like length: little padding
+        total = count = correct = words = 0
+        for i in range(0, len(rows), part):
+            *texts, labels = zip(*rows[i:i + part], strict=True)
+            embeds, told = embed_rows(llm, tokenizer, list(zip(*texts, strict=True)))
+            noise = CONTENT_NOISE * torch.rand(len(labels), 1) * embeds.detach().std() * told
+            embeds = embeds + noise[..., None] * torch.randn_like(embeds)
+            labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+            asked = labels[:, 1:] >= 0                 # padding is behind all that is asked
+            logits = llm.lm_head(llm.hidden(embeds=embeds)[:, :-1][asked])
+            wanted = labels[:, 1:][asked]
+            total = total + F.cross_entropy(logits, wanted, reduction="sum")
+            word = wanted != tokenizer.eos_id
+            count, words = count + len(wanted), words + word.sum()
+            correct += (logits.argmax(-1) == wanted)[word].sum()
+        return total / count, {"words right": (correct / words).item()}
+    return loss
+
+
+# Samples a step, of each kind: look-ups first, then the language with them.
+RECALL = ((recall, terse_and_labels, 96),)
+LANGUAGE = ((recall, terse_and_labels, 16),
+            (partial(language, tell=told_in_vectors), text_and_labels, 32),
+            (partial(dialogues, tell=told_in_vectors), text_and_labels, 32))
+
+
+def pretrain_llama(recall_steps=1500, steps=4000, seed=2):
+    """Look-ups, then questions and dialogues, about clips told in words and in vectors, each vector
     the sum of a few words' embeddings."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    tokenizer = train_tokenizer(rng)
+    if RANK == 0:
+        train_tokenizer(np.random.default_rng(seed))
+    meet()
+    tokenizer, rng = Tokenizer.from_pretrained(TINY / "llama"), np.random.default_rng([seed, RANK])
     llm = Llama(LlamaConfig(vocab_size=tokenizer.vocab_size, **LLAMA))
+    # LLaMA's own 0.02 is for wide matrices: at width 128 attention would start flat and stay so.
+    for name, parameter in llm.named_parameters():
+        if parameter.ndim == 2:
+            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = parameter.shape[1] ** -0.5 / (math.sqrt(2 * llm.config.layers) if adds else 1)
+            nn.init.normal_(parameter, std=0.3 if "embed" in name else std)
     print(f"llama: {sum(p.numel() for p in llm.parameters()) / 1e6:.2f} M parameters, "
           f"{tokenizer.vocab_size} pieces", flush=True)
 
-    def embed(ids):
-        return llm.embed(torch.tensor([ids]))[0]                                         # (T,D)
-
-    def clip_vectors(told):
-        return torch.stack([sum(embed(tokenizer.encode(word)).sum(0) for word in group)
-                            for group in told])                                          # (T,D)
-
-    def loss_of(samples, batch, noise=CONTENT_NOISE):
-        def loss(step):
-            rows, labels = [], []
-            for told, turns in samples(rng, batch):
-                before, after, wanted = text_and_labels(tokenizer, len(told), turns)
-                clip = clip_vectors(told)
-                clip = clip + rng.uniform(0, noise) * clip.detach().std() * torch.randn_like(clip)
-                rows.append(torch.cat([embed(before), clip, embed(after)]))
-                labels.append(torch.tensor(wanted))
-            embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)                   # (B,T,D)
-            labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-            keep = torch.arange(embeds.shape[1]) < torch.tensor([[len(row)] for row in rows])
-            asked = labels[:, 1:] >= 0
-            hidden = llm.hidden(embeds=embeds, mask=keep)[:, :-1]
-            logits, wanted = llm.lm_head(hidden[asked]), labels[:, 1:][asked]
-            right = (logits.argmax(-1) == wanted)[wanted != tokenizer.eos_id]
-            return F.cross_entropy(logits, wanted), {"tokens right": right.float().mean().item()}
-        return loss
-
     llm.train().requires_grad_(True)
     parameters = list(llm.parameters())
-    train_loop("llama", steps, parameters, loss_of(language, 48), lr=1.5e-3)
-    train_loop("llama, dialogues", dialogue_steps, parameters, loss_of(dialogues, 32), lr=1.5e-3)
-    train_loop("llama, frames as vectors", vector_steps, parameters,
-               loss_of(partial(dialogues, tell=told_in_vectors), 32), lr=1.2e-3)
-    llm.eval()
-    llm.save_pretrained(TINY / "llama", dtype=torch.float16)
-    llama_alone(llm, tokenizer, rng)
+    train_loop("llama, look-ups", recall_steps, parameters,
+               telling_loss(llm, tokenizer, rng, RECALL), lr=1.5e-3)
+    train_loop("llama, language", steps, parameters,
+               telling_loss(llm, tokenizer, rng, LANGUAGE), lr=1.5e-3)
+    if RANK == 0:
+        llm.eval().save_pretrained(TINY / "llama", dtype=torch.float16)
+        llama_alone(llm, tokenizer, rng)
 
 
 @torch.no_grad()
@@ -340,10 +434,8 @@ def llama_alone(llm, tokenizer, rng, n=600):
             told = tell(rng, scene, question)
             turns = (*question[3].get("history", ()), (question[1], question[2]))
             before, after, _ = prompt_ids(tokenizer, question[1], turns[:-1])
-            embed = lambda ids: llm.embed(torch.tensor([ids]))[0]                # noqa: E731
-            clip = torch.stack([sum(embed(tokenizer.encode(w)).sum(0) for w in g) for g in told])
-            said = llm.generate(embeds=torch.cat([embed(before), clip, embed(after)])[None],
-                                max_new_tokens=24)[0]
+            embeds, _ = embed_rows(llm, tokenizer, [(before, told, after)])
+            said = llm.generate(embeds=embeds, max_new_tokens=24)[0]
             kind = f"{question[0]} {question[3].get('type', '')}".strip()
             tally.setdefault(kind, []).append(tokenizer.decode(said).strip() == question[2])
         print(f"llama alone, {tell.__name__}, whole answers right: " + "; ".join(
@@ -420,15 +512,35 @@ def say_loss(logits, wanted):
     return (ce * weight.flatten()).sum() / weight.sum(), numbers
 
 
+def looking_batch(rng, tokenizer, split, n, strange=0.0):
+    """n looking_samples -> pixels, ids, mask, wanted (n,10): index into SAYABLE, -1 not asked for;
+    and the samples."""
+    samples = looking_samples(rng, split, n, strange)
+    pixels = preprocess(np.stack([s[0] for s in samples]), VIT.image_size)
+    pixels = pixels + 0.05 * torch.randn_like(pixels)                # 3 of 255: what a codec may do
+    return pixels, *tokenizer([s[1] for s in samples]), torch.tensor(
+        [[-1 if w is None else SAYABLE.index(w) for w in s[2]] for s in samples]), samples
+
+
+def saying_loss(rng, tokenizer, encoder, read_out, batch=64):
+    """Loss of a training step: query i of the Q-Former says word i through `read_out`."""
+    def loss(step):
+        pixels, ids, mask, wanted, _ = looking_batch(
+            rng, tokenizer, "train", batch // WORLD, strange=0.3)
+        return say_loss(read_out(encoder(pixels, ids, mask)), wanted)                 # (F,V,words)
+    return loss
+
+
 def pretrain_instructblip(vit_steps=1500, steps=2500, joint_steps=2000, batch=64, seed=3):
-    """In four stages: the ViT alone (captions, read from all its tokens), the Q-Former on the
-    frozen ViT (query i says word i), both together, the projection to the frozen LLaMA."""
+    """In three stages: the ViT alone (captions, read from all its tokens), the Q-Former on the
+    frozen ViT, both together."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    folder = TINY / "instructblip"
-    (folder / "qformer_tokenizer").mkdir(parents=True, exist_ok=True)
-    vocabulary = qformer_vocabulary()
-    (folder / "qformer_tokenizer" / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    rng = np.random.default_rng([seed, RANK])
+    folder, vocabulary = TINY / "instructblip", qformer_vocabulary()
+    if RANK == 0:
+        (folder / "qformer_tokenizer").mkdir(parents=True, exist_ok=True)
+        (folder / "qformer_tokenizer" / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    meet()
     tokenizer = QFormerTokenizer.from_pretrained(folder)
     qformer = QFormerConfig(width=96, layers=4, heads=4, ffn=384, vocab_size=len(vocabulary),
                             max_positions=128, encoder_width=VIT.width)
@@ -437,49 +549,48 @@ def pretrain_instructblip(vit_steps=1500, steps=2500, joint_steps=2000, batch=64
     initialise(encoder)
     flat_head = nn.Linear((VIT.n_patches + 1) * VIT.width, CAPTION * len(SAYABLE))
 
-    def batch_of(split, n, strange=0.0):
-        samples = looking_samples(rng, split, n, strange)
-        pixels = preprocess(np.stack([s[0] for s in samples]), VIT.image_size)
-        pixels = pixels + 0.05 * torch.randn_like(pixels)            # 3 of 255: what a codec may do
-        return pixels, *tokenizer([s[1] for s in samples]), torch.tensor(
-            [[-1 if w is None else SAYABLE.index(w) for w in s[2]] for s in samples]), samples
-
     def vit_loss(step):
-        pixels, _, _, wanted, _ = batch_of("train", batch, strange=0.3)
+        pixels, _, _, wanted, _ = looking_batch(rng, tokenizer, "train", batch // WORLD, 0.3)
         logits = flat_head(encoder.encode_image(pixels).flatten(1)).unflatten(1, (CAPTION, -1))
         return say_loss(logits, wanted[:, :CAPTION])
-
-    def qformer_loss(read_out):
-        def loss(step):
-            pixels, ids, mask, wanted, _ = batch_of("train", batch, strange=0.3)
-            return say_loss(read_out(encoder(pixels, ids, mask)), wanted)             # (F,V,words)
-        return loss
 
     train_loop("vit", vit_steps, [*encoder.vit.parameters(), *flat_head.parameters()], vit_loss,
                lr=2e-3)
     encoder.vit.requires_grad_(False)
     parameters = [p for m in (encoder.qformer, head)
                   for p in m.parameters()] + [encoder.query_tokens]
-    train_loop("qformer", steps, parameters, qformer_loss(head), lr=1.5e-3)
+    loss = saying_loss(rng, tokenizer, encoder, head, batch)
+    train_loop("qformer", steps, parameters, loss, lr=1.5e-3)
     encoder.vit.requires_grad_(True)
-    train_loop("vit and qformer", joint_steps, [*encoder.vit.parameters(), *parameters],
-               qformer_loss(head), lr=1e-3)
-    encoder.eval().requires_grad_(False)
+    train_loop("vit and qformer", joint_steps, [*encoder.vit.parameters(), *parameters], loss,
+               lr=1e-3)
+    if RANK == 0:
+        save_instructblip(encoder)
+
+
+def pretrain_projection(steps=400, seed=4):
+    """InstructBLIP's language_projection: each query says its word through the frozen LLaMA."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, RANK])
+    encoder = VisualEncoder.from_pretrained(TINY / "instructblip").requires_grad_(False)
+    tokenizer = QFormerTokenizer.from_pretrained(TINY / "instructblip")
     llm = Llama.from_pretrained(TINY / "llama").requires_grad_(False)
     words = [Tokenizer.from_pretrained(TINY / "llama").encode(word)[-1] for word in SAYABLE]
-    projection = nn.Linear(qformer.width, llm.config.width)
+    projection = nn.Linear(encoder.qformer.config.width, llm.config.width)
 
     def say(queries):
         return llm.lm_head(projection(queries))[..., words]
 
-    train_loop("language_projection", 400, list(projection.parameters()), qformer_loss(say),
-               lr=5e-3)
+    train_loop("language_projection", steps, list(projection.parameters()),
+               saying_loss(rng, tokenizer, encoder, say), lr=5e-3)
+    if RANK > 0:
+        return
     save_instructblip(encoder, projection)
     with torch.no_grad():                                              # how good it is alone
         for split in ("train", "test"):
             tally = {}
             for _ in range(20):
-                pixels, ids, mask, wanted, samples = batch_of(split, 100)
+                pixels, ids, mask, wanted, samples = looking_batch(rng, tokenizer, split, 100)
                 right = say(encoder(pixels, ids, mask)).argmax(-1) == wanted
                 for (_, prompt, words_), ok in zip(samples, right, strict=True):
                     task = next((k for k, v in world.PROMPTS.items() if v == prompt),
@@ -500,11 +611,12 @@ def initialise(encoder):
             nn.init.normal_(parameter, std=0.5 if embedding else parameter.shape[-1] ** -0.5)
 
 
-def save_instructblip(encoder, projection):
+def save_instructblip(encoder, projection=None):
     vit, q = encoder.vit.config, encoder.qformer.config
     tensors = {n.replace("vit.", "vision_model.", 1) if n.startswith("vit.") else n: t
                for n, t in encoder.state_dict().items()}
-    tensors |= {f"language_projection.{n}": t for n, t in projection.state_dict().items()}
+    if projection is not None:
+        tensors |= {f"language_projection.{n}": t for n, t in projection.state_dict().items()}
     tensors = {n: t.half() for n, t in tensors.items()}
     hub.save_folder(TINY / "instructblip", tensors, {
         "architectures": ["InstructBlipForConditionalGeneration"], "model_type": "instructblip",
@@ -523,7 +635,7 @@ def save_instructblip(encoder, projection):
 
 
 PARTS = {"llama": pretrain_llama, "whisper": pretrain_whisper,
-         "instructblip": pretrain_instructblip}
+         "instructblip": pretrain_instructblip, "projection": pretrain_projection}
 
 
 def pretrain(parts=()):
@@ -532,5 +644,8 @@ def pretrain(parts=()):
     if unknown:
         raise SystemExit(f"unknown parts {sorted(unknown)}; there are {', '.join(PARTS)}")
     torch.set_num_threads(1)
+    if WORLD > 1:
+        dist.init_process_group("gloo")
     for part in parts or PARTS:
         PARTS[part]()
+        meet()                                        # the first process has written it

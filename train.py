@@ -1,7 +1,7 @@
 """Trains FAVOR: audio projection, causal Q-Former, LLM projection and LoRA, all else frozen.
 
      python train.py                               the tiny preset on the miniature, made first
-     torchrun --nproc_per_node 2 train.py          the same loss curve on two processes
+     torchrun --nproc_per_node 2 train.py          the same loss curve, however many processes
      torchrun --nproc_per_node 8 train.py --model 7b --data train.jsonl --out runs/7b
      python train.py --no-sync --out runs/no-sync  an ablation: each switch of the method is a flag
 
@@ -16,7 +16,6 @@ cli.quiet_threads()
 import dataclasses  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
-import os  # noqa: E402
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -24,19 +23,18 @@ import time  # noqa: E402
 import zlib  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
-from datetime import timedelta  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import hub  # noqa: E402
 import miniature  # noqa: E402
+import processes  # noqa: E402
 from favor import Favor, preset  # noqa: E402
 from features import keep_features  # noqa: E402
 
@@ -60,7 +58,8 @@ class TrainConfig:
     log_every: int = 20  # steps between log lines
     val_every: int = 200  # steps between validations and checkpoints
     seed: int = 0  # of weights, order and masks
-    threads: int = 1  # processor threads a process; more of them wait for each other: use torchrun
+    processes: int = 0  # on a CPU without torchrun (0: one a core, four at most)
+    threads: int = 1  # processor threads a process; more of them wait for each other
     keep_features: bool | None = None  # encode each clip once, keep that (default: tiny only)
     test: bool = True  # end with the table of eval.py on <data>/test.jsonl
     # frozen parts: folders in the Hub's layout, or Hub repos (default: the preset's)
@@ -80,8 +79,9 @@ class TrainConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; "
                                  "wanted more than 0")
-        for name, limit in (("micro_batch", math.inf), ("warmup", math.inf), ("threads", math.inf),
-                            ("seed", math.inf), ("mask_share", 1), ("val_share", 1)):
+        for name, limit in (("micro_batch", math.inf), ("warmup", math.inf), ("seed", math.inf),
+                            ("processes", math.inf), ("threads", math.inf),
+                            ("mask_share", 1), ("val_share", 1)):
             if not 0 <= getattr(self, name) < limit:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; "
                                  "wanted 0 or more" + (", less than 1" if limit == 1 else ""))
@@ -144,30 +144,7 @@ def drawn_mask(config, g):
             else None)
 
 
-# ---------------------------------------------------------------- distributed, dtype, log
-def start_processes():
-    """(rank, world, device).  Under torchrun: gloo on the CPU, nccl on GPUs."""
-    world, rank, local = (int(os.environ.get(k, d)) for k, d in
-                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local)
-    if world > 1:
-        # Long: all wait while the first process makes clips and features.  When a process dies,
-        # torchrun ends the others at once.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=24))
-    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
-
-
-def summed(values, world, device):
-    """Sums of a few numbers over all processes."""
-    if world == 1:
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return tensor.tolist()
-
-
+# ---------------------------------------------------------------- what a run writes down
 def git_commit():
     done = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
                           capture_output=True, text=True)
@@ -256,7 +233,7 @@ def train_step(model, samples, config, optimiser, step, world, device, autocast)
     parts = [samples[i:i + size] for i in range(0, len(samples), size)]
     tokens = sum(bare.answer_tokens(s) for s in samples)
     pieces = sum(bare.diversity_parts(s) for s in samples)
-    tokens, pieces = summed([tokens, pieces], world, device)
+    tokens, pieces = processes.summed([tokens, pieces], device)
     totals = [0.0, 0.0]
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(config, step)
@@ -272,7 +249,7 @@ def train_step(model, samples, config, optimiser, step, world, device, autocast)
         totals[0] += ce.item()
         totals[1] += diversity.item()
     norm = torch.nn.utils.clip_grad_norm_(bare.trained_parameters(), config.clip).item()
-    ce, diversity = summed(totals, world, device)
+    ce, diversity = processes.summed(totals, device)
     loss = ce + bare.config.diversity * diversity
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise RuntimeError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr, or "
@@ -283,7 +260,7 @@ def train_step(model, samples, config, optimiser, step, world, device, autocast)
 
 
 @torch.no_grad()
-def validate(model, records, store, batch, world, device, autocast):
+def validate(model, records, store, batch, device, autocast):
     """Mean cross-entropy a token on the held-out questions, of which each process has its share."""
     model.eval()
     total = count = 0
@@ -295,13 +272,13 @@ def validate(model, records, store, batch, world, device, autocast):
             losses = model(samples)
         total, count = total + losses["ce"].item() * losses["tokens"], count + losses["tokens"]
     model.train()
-    total, count = summed([total, count], world, device)
+    total, count = processes.summed([total, count], device)
     return total / max(count, 1)
 
 
 # ---------------------------------------------------------------- the run
 def main(config, argv):
-    rank, world, device = start_processes()
+    rank, world, device = processes.join()
     chief = rank == 0
     say = partial(print, flush=True) if chief else (lambda *_: None)
     if config.batch < world:
@@ -316,10 +293,9 @@ def main(config, argv):
     started = time.time()
 
     # data
-    if chief and Path(config.data) == Path(TrainConfig.data):
-        miniature.make(config.data, log=say)
-    if world > 1:
-        dist.barrier()
+    if Path(config.data) == Path(TrainConfig.data):
+        with processes.chief_first():
+            miniature.make(config.data, log=say)
     manifest = evaluation.find_manifest(config.data, "train")
     records, held_out = split_records(data.read_manifest(manifest), config.val_share)
 
@@ -329,11 +305,8 @@ def main(config, argv):
     keep = keep and not model.config.encoder_dropout       # with dropout no two passes are the same
     store = None
     if keep:
-        if not chief:
-            dist.barrier()                           # the first process computes, the others read
-        store = keep_features(model, records + held_out, manifest.parent / "features", log=say)
-        if chief and world > 1:
-            dist.barrier()
+        with processes.chief_first():
+            store = keep_features(model, records + held_out, manifest.parent / "features", log=say)
         records, held_out = ([r for r in part if r.id in store] for part in (records, held_out))
     say(parameter_table(model))
     say(f"{len(records)} training questions, {len(held_out)} held out; {config.steps} steps of "
@@ -348,7 +321,7 @@ def main(config, argv):
     if resumed:
         state = torch.load(resumed / "state.pt", map_location="cpu", weights_only=True)
         same = {k: v for k, v in state["config"].items()
-                if k not in ("out", "threads", "test", "log_every")}
+                if k not in ("out", "processes", "threads", "test", "log_every")}
         now = {k: v for k, v in dataclasses.asdict(config).items() if k in same}
         if same != now:
             different = {k: (same[k], now[k]) for k in same if same[k] != now[k]}
@@ -401,7 +374,7 @@ def main(config, argv):
                "seconds": round(time.time() - started, 1)}
         if done % config.val_every == 0 or done == config.steps:
             row["val_ce"] = ce if not chosen else validate(
-                model, chosen[rank::world], store, val_batch, world, device, autocast)
+                model, chosen[rank::world], store, val_batch, device, autocast)
         rows.append(row)
         if chief:
             with open(out / "log.jsonl", "a") as file:
@@ -423,28 +396,31 @@ def main(config, argv):
                 "step": done, "best": best, "optimiser": optimiser.state_dict(),
                 "config": dataclasses.asdict(config)})
 
-    # end: the curve and the table, by the first process; the others may go
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    # end: the curve and the table
     if chief:
         curve = draw_curve(rows) if rows else "no steps"
         write_text(out / "loss.txt", curve + "\n")
         say(curve)
-        if config.test and (manifest.parent / "test.jsonl").exists():
-            tested = data.read_manifest(manifest.parent / "test.jsonl")
-            model.load_trained(out / "best")
-            store = (keep_features(model, tested, manifest.parent / "features", log=say) if keep
-                     else None)
-            predictions, _ = evaluation.evaluate(model, tested, store, batch=4 * val_batch, log=say)
+    if config.test and (manifest.parent / "test.jsonl").exists():
+        tested = data.read_manifest(manifest.parent / "test.jsonl")
+        processes.gathered(None)                             # best/ is written
+        model.load_trained(out / "best")
+        if keep:
+            with processes.chief_first():
+                store = keep_features(model, tested, manifest.parent / "features", log=say)
+        predictions, _ = evaluation.evaluate(model, tested, store, batch=4 * val_batch, log=say)
+        if chief:
             write_text(out / "predictions.jsonl",
                        "".join(json.dumps(p) + "\n" for p in predictions))
             write_text(out / "table.md",
                        evaluation.table(predictions, tuple(evaluation.VIEWS)) + "\n")
             say((out / "table.md").read_text())
-        say(f"{out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {out}/best   "
-            f"({time.time() - started:.0f} s in all)")
+    say(f"{out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {out}/best   "
+        f"({time.time() - started:.0f} s in all)")
+    processes.leave()
 
 
 if __name__ == "__main__":
-    main(cli.parse(TrainConfig, __doc__)[0], sys.argv[1:])
+    settings, _ = cli.parse(TrainConfig, __doc__)
+    processes.one_a_core(settings.processes)
+    main(settings, sys.argv[1:])

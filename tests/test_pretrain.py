@@ -6,7 +6,7 @@ import torch
 import miniature as world
 import miniature_pretrain as pretrain
 from favor import prompt_ids
-from llama import Tokenizer
+from llama import Llama, LlamaConfig, Tokenizer
 
 
 def test_dialogues_learn_every_answer_and_nothing_else():
@@ -22,6 +22,57 @@ def test_dialogues_learn_every_answer_and_nothing_else():
         assert all(label in (-100, i) for label, i in zip(labels, row, strict=True))
         whole = prompt_ids(tokenizer, turns[-1][0], turns[:-1], turns[-1][1])
         assert (before, after) == (whole[0], whole[1] + whole[2])          # the one template
+
+
+def test_recall_asks_for_what_was_told():
+    rng, kinds = np.random.default_rng(3), set()
+    for told, turns in pretrain.recall(rng, 200):
+        words = [word for group in told for word in group]
+        pairs = list(dict.fromkeys(map(tuple, told)))
+        for question, answer in turns:
+            kind, *when, key = question.split()
+            if kind == "where":
+                k = next(k for k, group in enumerate(told) if key in group)
+                assert len(told) == 4 and answer == world.PLACES[k]
+                continue
+            kinds.add((kind, *when, "sound" if key in world.SOUNDS else "seen"))
+            assert answer in {"colour": world.COLOURS, "shape": world.SHAPES}[kind]
+            assert key in words and answer in words and answer != key
+            if len(told[0]) == 2 and len(pairs) == 5:                 # a parade told in vectors
+                k = next(k for k, pair in enumerate(pairs) if key in pair)
+                step = {(): 0, ("after",): 1, ("before",): -1}[tuple(when)]
+                assert answer == pairs[k + step][("colour", "shape").index(kind)]
+        for first, second in zip(words, words[1:], strict=False):
+            assert not (first in world.COLOURS and second in world.SHAPES
+                        and world._held_out_pair(first, second)), words
+    assert {(k, *w, "seen") for k in ("colour", "shape")
+            for w in ((), ("after",), ("before",))} < kinds
+    assert ("colour", "after", "sound") in kinds
+
+
+def test_terse_turns_learn_every_answer_and_nothing_else():
+    tokenizer = Tokenizer.from_pretrained(pretrain.TINY / "llama")
+    before, after, labels = pretrain.terse_and_labels(
+        tokenizer, 3, (("colour ball", "red"), ("shape after red", "box")))
+    assert before == [tokenizer.bos_id] and len(labels) == 1 + 3 + len(after)
+    text = [*tokenizer.encode("colour ball"), *tokenizer.encode("red"), tokenizer.eos_id,
+            *tokenizer.encode("shape after red"), *tokenizer.encode("box"), tokenizer.eos_id]
+    assert after == text
+    assert labels == [-100] * 6 + text[2:4] + [-100] * 3 + text[7:]
+
+
+def test_a_group_of_words_is_the_sum_of_its_embeddings():
+    tokenizer = Tokenizer.from_pretrained(pretrain.TINY / "llama")
+    llm = Llama(LlamaConfig(vocab_size=tokenizer.vocab_size, width=8, layers=1, heads=1,
+                            kv_heads=1, ffn=8))
+    rows = [([1, 5], [["red", "ball"], ["nothing"]], [7]), ([1], [["5"]], [9, 9, 2])]
+    embeds, told = pretrain.embed_rows(llm, tokenizer, rows)
+    at = lambda text: llm.embed(torch.tensor(tokenizer.encode(text))).sum(0)     # noqa: E731
+    one = lambda *ids: list(llm.embed(torch.tensor(ids)))                        # noqa: E731
+    wanted = [torch.stack([*one(1, 5), at("red") + at("ball"), at("nothing"), *one(7)]),
+              torch.stack([*one(1), at("5"), *one(9, 9, 2)])]
+    assert told.tolist() == [[False, False, True, True, False], [False, True, False, False, False]]
+    assert torch.allclose(embeds, torch.stack(wanted), atol=1e-7)
 
 
 def test_pictures_hold_no_held_out_pair_and_strange_ones_ask_for_no_colour():

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,7 @@ def command(small_parts, small_miniature):
     def command(out, *words, **flags):
         flags = {"data": small_miniature, "out": out, "steps": 6, "batch": 8, "val_every": 2,
                  "log_every": 2,
-                 "warmup": 2, "threads": 1, "val_share": 0.1, **{
+                 "warmup": 2, "processes": 1, "val_share": 0.1, **{
                      name: small_parts / folder for name, folder in
                      (("whisper", "whisper"), ("instructblip", "instructblip"),
                       ("llm", "llama"))}} | flags
@@ -266,6 +267,42 @@ def test_torchrun(command, unbroken, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert np.allclose(losses(tmp_path / "two", "loss"), losses(unbroken, "loss"), atol=1e-5)
     assert done.stdout.count("step 6/6") == 1                     # one of them speaks
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+def test_a_process_a_core(command, unbroken, tmp_path):
+    """`python train.py` starts the others itself, and they end with it, also when it is killed."""
+    words = command(tmp_path / "two", processes=2)
+    done = program(ROOT / "train.py", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert np.allclose(losses(tmp_path / "two", "loss"), losses(unbroken, "loss"), atol=1e-5)
+    assert done.stdout.count("step 6/6") == 1 and "on 2 x cpu" in done.stdout
+
+    def alive():                               # processes with this run's folder in their command
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):                # ended meanwhile
+                found += [int(path.parent.name)] * (str(tmp_path / "long") in path.read_text())
+        return found
+
+    run = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, command(
+        tmp_path / "long", processes=2, steps=100000))], stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if (tmp_path / "long" / "last" / "state.pt").exists():
+                break
+            time.sleep(0.1)
+        assert len(alive()) == 2
+        run.kill()
+        run.wait()
+        for _ in range(100):
+            if not alive():
+                break
+            time.sleep(0.1)
+        assert not alive()
+    finally:
+        for pid in alive():
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_when_one_process_dies_the_other_ends(command, tmp_path):
@@ -719,6 +756,26 @@ def test_eval_one_task(finished, small_miniature, tmp_path):
 
 def evaluate(*words):
     evaluation.main(cli.parse(evaluation.EvalConfig, "", [*map(str, words)])[0], [])
+
+
+def test_views(small_model, small_miniature):
+    """Each answer is what the model says with that modality masked, also where the clip has none of
+    it and the answer is taken over from another view."""
+    records = data.read_manifest(small_miniature / "test.jsonl")
+    store = features.keep_features(small_model, records, log=quiet)
+    torch.manual_seed(0)                     # an untrained model says the same in every view
+    for parameter in small_model.trained_parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    small_model.eval()
+    rows, _ = evaluation.evaluate(small_model, records, store, batch=5, log=quiet)
+    assert [row["id"] for row in rows] == [r.id for r in records]
+    differ = 0
+    for view, mask in evaluation.VIEWS.items():
+        _, samples = evaluation.readable_samples(small_model, records, store, mask)
+        said = [small_model.generate([sample])[0] for sample in samples]
+        assert [row[view] for row in rows] == said
+        differ += sum(row[view] != row["both"] for row in rows)
+    assert differ > len(rows) / 2
 
 
 def test_eval_without_kept_features_and_with_views(finished, small_miniature, tmp_path, capsys):

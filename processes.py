@@ -1,0 +1,101 @@
+"""Several processes, one run: each has its share of a batch or of the questions.
+
+     torchrun --nproc_per_node 8 train.py     processes as torchrun starts them, nccl on GPUs
+     python train.py                          on a CPU one a core, started by `one_a_core`, gloo
+The first process makes files and speaks.  Public: one_a_core, join, leave,
+rank, world, chief_first, summed, gathered."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import cli
+
+
+def one_a_core(wanted=0):
+    """Call first in a program's __main__: on a CPU starts this same command line `wanted` - 1 more
+    times (0: a process a core, four at most), as torchrun would; they end when this process does,
+    however it ends."""
+    if "PARENT_HOLDS_STDIN" in os.environ:
+        def end_with_parent():
+            os.read(0, 1)                            # returns when the parent is gone
+            os._exit(1)
+        threading.Thread(target=end_with_parent, daemon=True).start()
+        return
+    wanted = wanted or min(cli.cores(), 4)
+    if "WORLD_SIZE" in os.environ or torch.cuda.is_available() or wanted == 1:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": str(wanted), "RANK": "0", "LOCAL_RANK": "0",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")    # whatever the machine's name means
+    for rank in map(str, range(1, wanted)):
+        subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.PIPE, env={
+            **os.environ, "RANK": rank, "LOCAL_RANK": rank, "PARENT_HOLDS_STDIN": "yes"})
+
+
+def join():
+    """(rank, world, device) of this process, after all have met.  gloo on the CPU, nccl on GPUs."""
+    world, rank, local = (int(os.environ.get(k, d)) for k, d in
+                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    if world > 1:
+        # Long: all wait while the first process makes clips and features.  When a process dies,
+        # the others end at once: torchrun and gloo both see to that.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=24))
+    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def leave():
+    """All wait for all, then part."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def chief_first():
+    """The first process does what is inside, makes files say; then the others, who find them."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world() > 1:
+        dist.barrier()
+
+
+def summed(values, device="cpu"):
+    """Sums of a few numbers over all processes."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gathered(part):
+    """Any Python value -> list of everybody's, in the order of the processes."""
+    if not dist.is_initialized():
+        return [part]
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return parts
