@@ -51,8 +51,8 @@ WORDS = tuple(word for group in LIPS.values() for word in group)
 LIPS_OF = {word: lips for lips, group in LIPS.items() for word in group}
 
 # How often a training question is drawn: what is short of clips, or hard, more often.
-WEIGHTS = {"asr": 1.3, "ac": 1.0, "ic": 0.8, "ocr": 0.8, "vqa": 0.5, "videoqa": 1.3, "avsr": 1.3,
-           "avsd": 1.3, "isqa": 1.6, "avssd": 1.3, "avm": 1.0, "caption": 0.6}
+WEIGHTS = {"asr": 1.0, "ac": 0.8, "ic": 2.5, "ocr": 0.6, "vqa": 0.8, "videoqa": 1.6, "avsr": 1.3,
+           "avsd": 0.8, "isqa": 2.2, "avssd": 1.5, "avm": 1.2, "caption": 0.6}
 TASKS = ("asr", "ac", "ic", "ocr", "vqa", "videoqa", "avsr", "avsd", "isqa", "avssd", "avm")
 PROMPTS = {
     "asr": "Transcribe the speech into text.",
@@ -572,12 +572,12 @@ SCENES = {"speech": speech_scene, "sounds": sounds_scene, "still": still_scene,
           "number": number_scene, "parade": parade_scene, "lips": lips_scene,
           "concert": concert_scene, "spoken_question": spoken_question_scene,
           "lamps": lamps_scene, "flash": flash_scene, "spoken_caption": spoken_caption_scene}
-TRAIN_CLIPS = {"speech": 1440, "sounds": 600, "still": 600, "number": 960, "parade": 840,
-               "lips": 960, "concert": 900, "spoken_question": 960, "lamps": 900, "flash": 420,
-               "spoken_caption": 420}
-TEST_CLIPS = {"speech": 500, "sounds": 500, "still": 500, "number": 500, "parade": 300,
-              "lips": 500, "concert": 300, "spoken_question": 500, "lamps": 500, "flash": 150,
-              "spoken_caption": 150}
+TRAIN_CLIPS = {"speech": 960, "sounds": 400, "still": 400, "number": 640, "parade": 560,
+               "lips": 640, "concert": 600, "spoken_question": 640, "lamps": 600, "flash": 280,
+               "spoken_caption": 280}
+TEST_CLIPS = {"speech": 500, "sounds": 500, "still": 500, "number": 500, "parade": 250,
+              "lips": 500, "concert": 250, "spoken_question": 500, "lamps": 500, "flash": 125,
+              "spoken_caption": 125}
 
 
 # ---------------------------------------------------------------- making the files
@@ -631,7 +631,7 @@ def make(folder, seed=0, scale=1.0, workers=None, splits=("train", "test"), coun
         scene: max(1, round(n * scale)) for scene, n in TRAIN_CLIPS.items()}}
     workers = workers or cli.cores()
     for split in splits:
-        settings = {"seed": seed, "clips": counts[split], "version": 3}
+        settings = {"seed": seed, "clips": counts[split], "version": 4}
         stamp = folder / f"{split}.made.json"
         if stamp.exists() and json.loads(stamp.read_text()) == settings:
             continue

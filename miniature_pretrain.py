@@ -394,7 +394,7 @@ LANGUAGE = ((recall, terse_and_labels, 16),
             (partial(dialogues, tell=told_in_vectors), text_and_labels, 32))
 
 
-def pretrain_llama(recall_steps=1500, steps=4000, seed=2):
+def pretrain_llama(recall_steps=1500, steps=3500, seed=2):
     """Look-ups, then questions and dialogues, about clips told in words and in vectors, each vector
     the sum of a few words' embeddings."""
     torch.manual_seed(seed)
