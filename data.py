@@ -241,7 +241,8 @@ def probe(path):
 def _timed_frames(container, stream, path, clock):
     """Every decoded frame as (start, seconds, frame) in presentation time. A frame without a stamp
     starts where the one before ended (raw H.264); clock: the first one's start, None = unknown."""
-    origin, broken = _origin(container), 0
+    origin, broken = float(_origin(container)), 0
+    tick, ticks = stream.time_base.numerator, stream.time_base.denominator    # Fractions are slow
     packets = container.demux(stream)
     while True:
         try:
@@ -256,11 +257,11 @@ def _timed_frames(container, stream, path, clock):
         for frame in decoded:
             stamp = frame.pts if frame.pts is not None else frame.dts
             if stamp is not None:
-                clock = float(stamp * stream.time_base - origin)
+                clock = stamp * tick / ticks - origin
             if stream.type == "audio":
                 seconds = frame.samples / frame.sample_rate
             else:
-                seconds = float((frame.duration or 0) * stream.time_base
+                seconds = float((frame.duration or 0) * tick / ticks
                                 or 1 / (stream.average_rate or 25))
             yield clock, seconds, frame
             clock = None if clock is None else clock + seconds
