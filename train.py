@@ -46,6 +46,7 @@ class TrainConfig:
     variant: str = "paper"  # paper, or official (what the authors' released code does)
     data: str = "media/miniature"  # a manifest (.jsonl), or a folder with train.jsonl
     out: str = ""  # run folder (default: runs/<model>)
+    start_from: str = ""  # checkpoint whose trained parts to begin with (a second stage)
     steps: int = 900  # optimiser steps
     batch: int = 32  # samples a step, over all processes and accumulation
     micro_batch: int = 32  # samples at a time and process (0: all of its share)
@@ -301,6 +302,8 @@ def main(config, argv):
 
     # model: frozen parts as they were pretrained, fresh aligner and LoRA
     model = Favor.from_config(config.method(), dtype, device)
+    if config.start_from:
+        model.load_trained(config.start_from)
     keep = config.keep_features if config.keep_features is not None else config.model == "tiny"
     keep = keep and not model.config.encoder_dropout       # with dropout no two passes are the same
     store = None

@@ -170,6 +170,12 @@ def test_flags_reach_the_method(command, tmp_path):
     assert row["loss"] == pytest.approx(row["ce"] + 0.5 * row["diversity"], abs=1e-6)
 
 
+def test_a_second_stage_begins_where_the_first_ended(command, unbroken, tmp_path):
+    run(command(tmp_path, steps=1, lr=1e-9, start_from=unbroken / "best"))
+    ours, before = weights(tmp_path / "last"), weights(unbroken / "best")
+    assert all(torch.allclose(ours[name], before[name], atol=1e-6) for name in before)
+
+
 def test_training_learns(command, tmp_path):
     """The committed parts load, and in 30 steps on a few clips the loss falls."""
     there = {flag: ROOT / "tiny" / name for flag, name in
