@@ -572,9 +572,9 @@ SCENES = {"speech": speech_scene, "sounds": sounds_scene, "still": still_scene,
           "number": number_scene, "parade": parade_scene, "lips": lips_scene,
           "concert": concert_scene, "spoken_question": spoken_question_scene,
           "lamps": lamps_scene, "flash": flash_scene, "spoken_caption": spoken_caption_scene}
-TRAIN_CLIPS = {"speech": 960, "sounds": 400, "still": 400, "number": 640, "parade": 560,
-               "lips": 640, "concert": 600, "spoken_question": 640, "lamps": 600, "flash": 280,
-               "spoken_caption": 280}
+TRAIN_CLIPS = {"speech": 768, "sounds": 320, "still": 320, "number": 512, "parade": 448,
+               "lips": 512, "concert": 480, "spoken_question": 512, "lamps": 480, "flash": 224,
+               "spoken_caption": 224}
 TEST_CLIPS = {"speech": 500, "sounds": 500, "still": 500, "number": 500, "parade": 250,
               "lips": 500, "concert": 250, "spoken_question": 500, "lamps": 500, "flash": 125,
               "spoken_caption": 125}

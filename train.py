@@ -47,7 +47,7 @@ class TrainConfig:
     data: str = "media/miniature"  # a manifest (.jsonl), or a folder with train.jsonl
     out: str = ""  # run folder (default: runs/<model>)
     start_from: str = ""  # checkpoint whose trained parts to begin with (a second stage)
-    steps: int = 900  # optimiser steps
+    steps: int = 1100  # optimiser steps
     batch: int = 32  # samples a step, over all processes and accumulation
     micro_batch: int = 32  # samples at a time and process (0: all of its share)
     lr: float = 1.5e-3  # peak learning rate (7b, 13b: try 1e-4)
