@@ -19,9 +19,9 @@ import torch.distributed as dist
 import cli
 
 
-def one_a_core(wanted=0):
+def one_a_core(wanted=0, most=4):
     """Call first in a program's __main__: on a CPU starts this same command line `wanted` - 1 more
-    times (0: a process a core, four at most), as torchrun would; they end when this process does,
+    times (0: a process a core, `most` at most), as torchrun would; they end when this process does,
     however it ends."""
     if "PARENT_HOLDS_STDIN" in os.environ:
         def end_with_parent():
@@ -29,7 +29,7 @@ def one_a_core(wanted=0):
             os._exit(1)
         threading.Thread(target=end_with_parent, daemon=True).start()
         return
-    wanted = wanted or min(cli.cores(), 4)
+    wanted = wanted or min(cli.cores(), most)
     if "WORLD_SIZE" in os.environ or torch.cuda.is_available() or wanted == 1:
         return
     with socket.socket() as free:

@@ -425,5 +425,5 @@ def main(config, argv):
 
 if __name__ == "__main__":
     settings, _ = cli.parse(TrainConfig, __doc__)
-    processes.one_a_core(settings.processes)
+    processes.one_a_core(settings.processes, most=min(4, settings.batch))
     main(settings, sys.argv[1:])

@@ -311,6 +311,11 @@ def test_a_process_a_core(command, unbroken, tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
+def test_no_more_processes_than_samples(command, tmp_path):
+    done = program(ROOT / "train.py", *command(tmp_path, processes=0, batch=1, steps=1))
+    assert done.returncode == 0 and "on 1 x cpu" in done.stdout, done.stderr[-3000:]
+
+
 def test_when_one_process_dies_the_other_ends(command, tmp_path):
     whole_step = train.train_step
 
