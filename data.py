@@ -21,6 +21,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 
 from vit_qformer import resize
 
@@ -315,22 +316,24 @@ def _warn_if_short(path, kind, decoded, wanted):
 
 class _Shown:
     """A decoded frame; turned and resized at most once, and only if some target needs it."""
-    def __init__(self, time, frame, size):
-        self.time, self.frame, self.size = time, frame, size
+    def __init__(self, time, frame, size, reformatter):
+        self.time, self.frame, self.size, self.reformatter = time, frame, size, reformatter
 
     @cached_property
     def pixels(self):
-        return resize(_upright(self.frame), self.size)[0]         # uint8 (3,size,size)
+        return resize(_upright(self.frame, self.reformatter), self.size)[0]   # uint8 (3,size,size)
 
 
-def _upright(frame, full_chroma=False):
+def _upright(frame, reformatter, full_chroma=False):
     """uint8 (1,H,W,3), turned as its display matrix (phones) or EXIF says: `rotation` is in degrees
     anticlockwise, and so is rot90. PyAV does not tell mirrored EXIF (2, 4, 5, 7) apart. Grey,
-    16 bits, palette, CMYK become RGB; alpha is dropped, the colour below it shows."""
+    16 bits, palette, CMYK become RGB; alpha is dropped, the colour below it shows.  One reformatter
+    for all frames of a file: a frame's own would be set up anew each time, 2 ms."""
     turns = round(frame.rotation / 90)
     if full_chroma:
         frame = frame.reformat(format=re.sub("4(20|22|11|40|10)p", "444p", frame.format.name))
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))[None]
+    rgb = reformatter.reformat(frame, format="rgb24").to_ndarray()                    # (H,W,3)
+    return np.ascontiguousarray(np.rot90(rgb, turns))[None]
 
 
 def _regular(start, end, fps):
@@ -365,9 +368,9 @@ def read_frames(path, fps=2.0, size=224, start=None, end=None, frame_times="regu
     start, end = _window(path, "video", start, end, media.seconds if media.kind == "video" else 0)
     end = end if end < math.inf else start + 1 / fps            # only a file without any duration
     pending = deque(sorted(FRAME_TIMES[frame_times](start, end, fps)))
-    chosen, shown, shown_until = {}, None, 0.0
+    chosen, shown, shown_until, reformatter = {}, None, 0.0, VideoReformatter()
     for time, seconds, frame in _decode(path, "video", start):
-        new = _Shown(time, frame, size)
+        new = _Shown(time, frame, size, reformatter)
         while pending:
             target, slot, at_or_after = pending[0]
             if time < target - TICK if at_or_after else time <= target + TICK:
@@ -403,7 +406,7 @@ def read_image(path, size=224):
         if len(_streams(container, "video")) > 1:                 # HEIC of phones
             raise MediaError(f"{path}: a picture in several parts (tiles); convert it to jpg")
         for _, _, frame in _timed_frames(container, stream, path, 0.0):
-            return resize(_upright(frame, full_chroma=True), size)
+            return resize(_upright(frame, VideoReformatter(), full_chroma=True), size)
     raise MediaError(f"{path}: no picture can be decoded; make it again or drop it")
 
 

@@ -73,14 +73,13 @@ def find_checkpoint(path):
 def find_manifest(path, split):
     """A manifest file, or <folder>/<split>.jsonl; the miniature's folder is filled when empty."""
     path = Path(path)
-    if path.suffix == ".jsonl" and path.exists():
-        return path
-    if path == Path(EvalConfig.data) and not (path / f"{split}.jsonl").exists():
+    manifest = path if path.suffix == ".jsonl" else path / f"{split}.jsonl"
+    if path == Path(EvalConfig.data) and not manifest.exists():
         miniature.make(path, splits=(split,))
-    if not (path / f"{split}.jsonl").exists():
-        raise SystemExit(f"{path / split}.jsonl: no such manifest; name a .jsonl file or a folder "
-                         f"with {split}.jsonl (the miniature: python miniature.py make)")
-    return path / f"{split}.jsonl"
+    if not manifest.exists():
+        raise SystemExit(f"{manifest}: no such manifest; name a .jsonl file or a folder with "
+                         f"{split}.jsonl (the miniature: python miniature.py make)")
+    return manifest
 
 
 def readable_samples(model, records, store, mask=None, skipped=None):
@@ -240,5 +239,7 @@ def main(config, argv):
 
 if __name__ == "__main__":
     settings, _ = cli.parse(EvalConfig, __doc__)
+    find_checkpoint(settings.checkpoint)             # what is missing is said before the processes
+    data.read_manifest(find_manifest(settings.data, "test"))     # start, not once by each
     processes.one_a_core(settings.processes)
     main(settings, sys.argv[1:])

@@ -238,14 +238,15 @@ def frames_of(scene, extras):
         yield seen, heard
 
 
-def recall(rng, n, turns=8):
+def recall(rng, n, turns=8, scenes=("still", "parade", "concert"), steps=(-1, -1, 0, 1), where=0.5):
     """n samples (groups of words, turns), turns = ((question, answer), ...), without sentences: a
     clip told, then look-ups such as "colour ball", "shape before red" or "where ball".  What other
     answers are built on, in a fifth of the tokens: a model that starts with sentences hardly finds
-    it.  "before" is found last and is asked most."""
+    it.  steps: what is asked of a video, 1 "after", -1 "before"; where: the share of places asked
+    of a still that is told by quarters."""
     out = []
     while len(out) < n:
-        scene = world.SCENES[str(rng.choice(("still", "parade", "concert")))](rng, "train")
+        scene = world.SCENES[str(rng.choice(scenes))](rng, "train")
         told = told_in_vectors(rng, scene, scene.questions[0])
         things, last = [], None
         for seen, heard in frames_of(scene, {}):           # a still's quarters, a video's changes
@@ -258,10 +259,10 @@ def recall(rng, n, turns=8):
         asked = []
         while len(asked) < turns:
             k, key = keys[int(rng.integers(len(keys)))]
-            if [NOTHING] in told and rng.random() < 0.5:   # told by quarters
+            if [NOTHING] in told and rng.random() < where:  # told by quarters
                 asked.append((f"where {key}", world.PLACES[k]))
                 continue
-            step = 0 if len(scene.facts) == 1 else int(rng.choice((-1, -1, 0, 1)))
+            step = 0 if len(scene.facts) == 1 else int(rng.choice(steps))
             kind = int(rng.integers(0, 2))                 # of the answer: colour or shape
             if not 0 <= k + step < len(things) or things[k + step][kind] == key:
                 continue
@@ -387,14 +388,21 @@ def telling_loss(llm, tokenizer, rng, kinds, part=32):
     return loss
 
 
-# Samples a step, of each kind: look-ups first, then the language with them.
+# Samples a step, of each kind.
 RECALL = ((recall, terse_and_labels, 96),)
 LANGUAGE = ((recall, terse_and_labels, 16),
             (partial(language, tell=told_in_vectors), text_and_labels, 32),
             (partial(dialogues, tell=told_in_vectors), text_and_labels, 32))
+# What is still missing after these: "before", and places.
+HARD_RECALL = ((partial(recall, scenes=("parade",), steps=(-1,)), terse_and_labels, 48),
+               (partial(recall, scenes=("still",), where=1.0), terse_and_labels, 16),
+               *LANGUAGE[:1], (*LANGUAGE[2][:2], 16))
+LLAMA_STAGES = (("look-ups", 1000, RECALL, 1.5e-3), ("language", 3000, LANGUAGE, 1.5e-3),
+                ("hard look-ups", 700, HARD_RECALL, 1.5e-3),
+                ("language again", 800, LANGUAGE, 1e-3))
 
 
-def pretrain_llama(recall_steps=1500, steps=3500, seed=2):
+def pretrain_llama(seed=2, stages=LLAMA_STAGES):
     """Look-ups, then questions and dialogues, about clips told in words and in vectors, each vector
     the sum of a few words' embeddings."""
     torch.manual_seed(seed)
@@ -413,11 +421,9 @@ def pretrain_llama(recall_steps=1500, steps=3500, seed=2):
           f"{tokenizer.vocab_size} pieces", flush=True)
 
     llm.train().requires_grad_(True)
-    parameters = list(llm.parameters())
-    train_loop("llama, look-ups", recall_steps, parameters,
-               telling_loss(llm, tokenizer, rng, RECALL), lr=1.5e-3)
-    train_loop("llama, language", steps, parameters,
-               telling_loss(llm, tokenizer, rng, LANGUAGE), lr=1.5e-3)
+    for name, steps, kinds, lr in stages:
+        train_loop(f"llama, {name}", steps, list(llm.parameters()),
+                   telling_loss(llm, tokenizer, rng, kinds), lr=lr)
     if RANK == 0:
         llm.eval().save_pretrained(TINY / "llama", dtype=torch.float16)
         llama_alone(llm, tokenizer, rng)

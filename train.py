@@ -425,5 +425,8 @@ def main(config, argv):
 
 if __name__ == "__main__":
     settings, _ = cli.parse(TrainConfig, __doc__)
+    if settings.start_from:                         # what is missing is said before the processes
+        evaluation.find_checkpoint(settings.start_from)                # start, not once by each
+    data.read_manifest(evaluation.find_manifest(settings.data, "train"))
     processes.one_a_core(settings.processes, most=min(4, settings.batch))
     main(settings, sys.argv[1:])
