@@ -15,7 +15,7 @@ from collections import deque
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import av
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 
-from vit_qformer import resize
+from vit_qformer import resize, resize_plain
 
 AUDIO_RATE = 16_000       # samples/s, what Whisper hears
 TICK = 1e-6               # s; two times nearer than this are one (MPEG's own clock ticks at 1.1e-5)
@@ -316,12 +316,12 @@ def _warn_if_short(path, kind, decoded, wanted):
 
 class _Shown:
     """A decoded frame; turned and resized at most once, and only if some target needs it."""
-    def __init__(self, time, frame, size, reformatter):
-        self.time, self.frame, self.size, self.reformatter = time, frame, size, reformatter
+    def __init__(self, time, frame, shrink, reformatter):
+        self.time, self.frame, self.shrink, self.reformatter = time, frame, shrink, reformatter
 
     @cached_property
     def pixels(self):
-        return resize(_upright(self.frame, self.reformatter), self.size)[0]   # uint8 (3,size,size)
+        return self.shrink(_upright(self.frame, self.reformatter))[0]         # (3,size,size)
 
 
 def _upright(frame, reformatter, full_chroma=False):
@@ -354,10 +354,12 @@ def _ends(start, end, fps):
 FRAME_TIMES = {"regular": _regular, "ends": _ends}
 
 
-def read_frames(path, fps=2.0, size=224, start=None, end=None, frame_times="regular"):
-    """-> uint8 (F,3,size,size), and the times of the F decoded frames. The frame of target t is the
-    one on screen: the last with time <= t, or the file's first one. One sequential pass that ends
-    with the last target; seeking to every target is 7 times slower."""
+def read_frames(path, fps=2.0, size=224, start=None, end=None, frame_times="regular",
+                antialias=True):
+    """-> uint8 (F,3,size,size), and the times of the F decoded frames. antialias=False: floats of
+    the same range, resized as the released code does (vit_qformer.resize_plain).
+    The frame of target t is the one on screen: the last with time <= t, or the file's first one.
+    One sequential pass that ends with the last target; seeking to each is 7 times slower."""
     if frame_times not in FRAME_TIMES:
         raise ValueError(f"frame_times is {frame_times!r}, wanted one of {', '.join(FRAME_TIMES)}")
     if not fps > 0:
@@ -369,8 +371,9 @@ def read_frames(path, fps=2.0, size=224, start=None, end=None, frame_times="regu
     end = end if end < math.inf else start + 1 / fps            # only a file without any duration
     pending = deque(sorted(FRAME_TIMES[frame_times](start, end, fps)))
     chosen, shown, shown_until, reformatter = {}, None, 0.0, VideoReformatter()
+    shrink = partial(resize if antialias else resize_plain, size=size)
     for time, seconds, frame in _decode(path, "video", start):
-        new = _Shown(time, frame, size, reformatter)
+        new = _Shown(time, frame, shrink, reformatter)
         while pending:
             target, slot, at_or_after = pending[0]
             if time < target - TICK if at_or_after else time <= target + TICK:
@@ -496,7 +499,7 @@ def read_audio(path, start=None, end=None):
 @dataclass
 class Clip:
     """What one question is about. A text-only record has neither frames nor sound."""
-    frames: torch.Tensor | None = None        # uint8 (F,3,224,224); an image is F = 1
+    frames: torch.Tensor | None = None        # uint8 (F,3,224,224), or floats; an image is F = 1
     audio: torch.Tensor | None = None         # float32 (S,), 16 kHz
     is_image: bool = False
     fps: float = 2.0
@@ -508,20 +511,24 @@ class Clip:
         return max(picture, 0 if self.audio is None else len(self.audio) / AUDIO_RATE)
 
 
-def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None):
+def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None, antialias=True,
+              sound_only=False):
     """Record -> Clip. start, end and max_seconds hold for the video, its sound and an audio file.
-    A video's own sound is cut where its picture ends; a silent video gives audio None."""
+    A video's own sound is cut where its picture ends; a silent video gives audio None.
+    sound_only: pictures stay unread, for models that do not look."""
     start, end = record.start or 0.0, record.end
     if max_seconds is not None:
         end = min(math.inf if end is None else end, start + max_seconds)
     clip = Clip(is_image=record.image is not None, fps=2.0 if frame_times == "ends" else fps)
     if record.image is not None and record.video is not None:
         raise ValueError(f"record {record.id!r} has an image and a video; keep one of the two")
-    if record.image is not None:
+    if record.image is not None and not sound_only:
         clip.frames = read_image(record.image, size)
     if record.video is not None:
         media = probe(record.video)
-        clip.frames, _ = read_frames(record.video, fps, size, start, end, frame_times)
+        if not sound_only:
+            clip.frames, _ = read_frames(record.video, fps, size, start, end, frame_times,
+                                         antialias)
         if media.has_audio and record.audio is None:
             ends = [seconds for seconds in (media.seconds, end) if seconds]
             clip.audio = read_audio(record.video, start, min(ends, default=None))

@@ -3,7 +3,8 @@
      python demo.py clip.mp4 "What happens after the beep?"
      python demo.py photo.jpg "What colour is the ball?" --audio question.wav
      python demo.py clip.mp4 "Describe the video in detail." --start 10 --end 40
-     python demo.py clip.mp4 "Which sounds are heard?" --checkpoint runs/7b/best"""
+     python demo.py clip.mp4 "Which sounds are heard?" --checkpoint runs/7b/best
+     python demo.py clip.mp4 "Hello?" --model 7b --random-init      does the full size run here?"""
 
 import cli
 
@@ -14,9 +15,10 @@ import sys  # noqa: E402
 
 import torch  # noqa: E402
 
-from data import MediaError, clip_from_path  # noqa: E402
-from eval import find_checkpoint  # noqa: E402
-from favor import Favor  # noqa: E402
+import hub  # noqa: E402
+import processes  # noqa: E402
+from data import clip_from_path  # noqa: E402
+from eval import EvalConfig, load_model  # noqa: E402
 
 
 def main(argv=None):
@@ -27,29 +29,46 @@ def main(argv=None):
     parser.add_argument("--audio", help="sound to go with an image or instead of a video's own")
     parser.add_argument("--start", type=float, help="seconds: look at a part of the file only")
     parser.add_argument("--end", type=float, help="seconds")
+    parser.add_argument("--model", default="tiny", help="preset: tiny, 7b, 13b")
     parser.add_argument("--checkpoint", default="",
-                        help="default: runs/tiny/best, else the committed tiny/favor")
+                        help="default: runs/<model>/best, for tiny else the committed tiny/favor")
+    parser.add_argument("--whisper", help="where Whisper is, if not where the checkpoint says")
+    parser.add_argument("--instructblip", help="the same for InstructBLIP's ViT and Q-Former")
+    parser.add_argument("--llm", help="the same for the LLM")
+    parser.add_argument("--dtype", default="", choices=("bfloat16", "float32"),
+                        help="default: float32 for tiny on a CPU, else bfloat16")
+    parser.add_argument("--random-init", action="store_true",
+                        help="full size with random weights: nothing to download, nonsense to read")
+    parser.add_argument("--offline", action="store_true", help="do not ask the Hub")
     parser.add_argument("--mask", choices=("audio", "visual", "both"),
                         help="answer without this modality")
     parser.add_argument("--beams", type=int, default=0, help="beam search instead of streaming")
+    parser.add_argument("--max-new-tokens", type=int, default=0, help="end the answer after these")
     args = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = find_checkpoint(args.checkpoint)
-    model = Favor.from_pretrained(checkpoint, torch.bfloat16 if device == "cuda" else None, device)
     try:
-        clip = clip_from_path(args.clip, args.audio, args.start, args.end, fps=model.config.fps,
-                              size=model.visual.image_size, frame_times=model.config.frame_times)
-    except MediaError as error:
+        config = EvalConfig(**{name: getattr(args, name) for name in (
+            "model", "checkpoint", "whisper", "instructblip", "llm", "dtype", "random_init",
+            "offline")})
+    except ValueError as error:
+        parser.error(str(error))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hub.offline(args.offline)
+    dtype = processes.precision(args.dtype, args.model, device)[0]
+    try:
+        model, checkpoint = load_model(config, dtype, device)
+        clip = clip_from_path(args.clip, args.audio, args.start, args.end, **model.reading())
+    except (FileNotFoundError, ValueError) as error:        # a MediaError is a ValueError
         sys.exit(str(error))
     frames = 0 if clip.frames is None else len(clip.frames)
     sound = "no sound" if clip.audio is None else f"{len(clip.audio) / 16000:.2f} s of sound"
-    print(f"[{checkpoint}: {'an image' if clip.is_image else f'{frames} frames'}, {sound}]",
-          file=sys.stderr)
+    picture = "an image" if clip.is_image else f"{frames} frames"
+    print(f"[{checkpoint or 'random weights'}: {picture}, {sound}]", file=sys.stderr)
+    settings = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
     if args.beams or model.config.beams > 1:
         print(model.answer(clip, args.question, mask=args.mask,
-                           num_beams=args.beams or model.config.beams))
+                           num_beams=args.beams or model.config.beams, **settings))
         return
-    model.answer(clip, args.question, mask=args.mask,
+    model.answer(clip, args.question, mask=args.mask, **settings,
                  stream=lambda text: print(text, end="", flush=True))
     print()
 

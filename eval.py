@@ -3,6 +3,9 @@
      python eval.py --task videoqa                   one task of the miniature
      python eval.py --task all                       the table of all eleven
      python eval.py --task avm --checkpoint runs/tiny/best --data my/test.jsonl
+     python eval.py --model 7b --task videoqa        the checkpoint runs/7b/best, on the same clips
+     python eval.py --model 13b --system instructblip --data my/test.jsonl      a baseline: public
+     python eval.py --model 13b --system whisper --beams 5 --data my/test.jsonl   weights, untrained
 
 Each question is answered four times: as it is, with the sound masked, with the picture masked, and
 blind (both masked, the same trained model): a task needs what it falls without.  Accuracy is exact
@@ -23,10 +26,12 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
+import hub  # noqa: E402
 import metrics  # noqa: E402
 import miniature  # noqa: E402
 import processes  # noqa: E402
-from favor import HERE, Favor, Sample  # noqa: E402
+from baselines import SYSTEMS  # noqa: E402
+from favor import HERE, Sample, preset  # noqa: E402
 from features import keep_features  # noqa: E402
 
 # view: what is masked
@@ -36,17 +41,35 @@ VIEWS = {"both": None, "audio only": "visual", "visual only": "audio", "blind": 
 @dataclass(frozen=True)
 class EvalConfig:
     task: str = "all"  # all, or some of asr,ac,ic,ocr,vqa,videoqa,avsr,avsd,isqa,avssd,avm
-    checkpoint: str = ""  # folder that train.py wrote (default: runs/tiny/best, else tiny/favor)
+    model: str = "tiny"  # preset: tiny, 7b, 13b (a checkpoint says it itself)
+    system: str = "favor"  # or the paper's baselines: whisper, instructblip
+    checkpoint: str = ""  # folder that train.py wrote (default: runs/<model>/best, else tiny/favor)
     data: str = "media/miniature"  # a manifest (.jsonl), or a folder with test.jsonl
-    views: tuple = tuple(VIEWS)  # "both" "audio only" "visual only" "blind"
+    views: tuple = ()  # of "both" "audio only" "visual only" "blind" (default: all that differ)
+    mask: str = ""  # audio or visual: as --views "visual only" or "audio only"
     out: str = ""  # predictions (default: in <checkpoint>/; runs/tiny-committed/ for tiny/favor)
     batch: int = 128  # questions answered at a time
     limit: int = 0  # at most so many questions a task (0: all)
     keep_features: bool = True  # encode each clip once and keep the features beside the manifest
     beams: int = 0  # beam search with so many beams (0: what the checkpoint says)
     processes: int = 0  # on a CPU without torchrun (0: one a core, four at most)
+    dtype: str = ""  # bfloat16 or float32 (default: float32 for tiny on a CPU)
+    random_init: bool = False  # full size, random weights, no download: does it fit, how fast
+    offline: bool = False  # take what the Hub's cache has, ask no network
+    # frozen parts: folders in the Hub's layout, or Hub repos (default: the checkpoint's, preset's)
+    whisper: str | None = None  # e.g. openai/whisper-large-v2
+    instructblip: str | None = None  # ViT and Q-Former, e.g. Salesforce/instructblip-vicuna-7b
+    llm: str | None = None  # a LLaMA, or an InstructBLIP that holds one
 
     def __post_init__(self):
+        for name, wanted in (("system", tuple(SYSTEMS)), ("mask", ("", "audio", "visual")),
+                             ("dtype", ("", "bfloat16", "float32"))):
+            if getattr(self, name) not in wanted:
+                raise ValueError(f"--{name} {getattr(self, name)}; "
+                                 f"wanted {' or '.join(filter(None, wanted))}")
+        if self.random_init and (self.system == "whisper" or self.checkpoint):
+            raise ValueError("--random-init goes with neither --system whisper nor --checkpoint")
+        preset(self.model)
         unknown = set(self.views) - set(VIEWS)
         if unknown:
             raise ValueError(f"unknown views {sorted(unknown)}; there are {', '.join(VIEWS)}")
@@ -54,20 +77,53 @@ class EvalConfig:
         if unknown and self.task != "all":
             raise ValueError(f"unknown task {', '.join(sorted(unknown))}; "
                              f"there are {', '.join(miniature.TASKS)}, all")
+        able = SYSTEMS[self.system].tasks
+        if able and self.task != "all" and set(self.tasks) - set(able):
+            raise ValueError(f"--system {self.system} can do {', '.join(able)}, not {self.task}")
 
     @property
     def tasks(self):
-        return miniature.TASKS if self.task == "all" else tuple(self.task.split(","))
+        if self.task == "all":
+            return SYSTEMS[self.system].tasks or miniature.TASKS
+        return tuple(self.task.split(","))
+
+    @property
+    def sources(self):
+        """Where frozen parts are, as far as the command line says."""
+        named = {n: getattr(self, n) for n in ("whisper", "instructblip", "llm")}
+        return {name: source for name, source in named.items() if source}
 
 
-def find_checkpoint(path):
+def views_of(system, mask="", chosen=()):
+    """The ways each question is answered: the chosen ones, or the one that `mask` means, or all
+    four (a baseline has but one modality)."""
+    if mask:
+        return tuple(view for view, masked in VIEWS.items() if masked == mask)
+    return tuple(chosen) or (tuple(VIEWS) if system == "favor" else ("both",))
+
+
+def find_checkpoint(path, model="tiny"):
     """The given folder, else the last own run, else the committed one."""
-    places = [Path(path)] if path else [Path("runs/tiny/best"), HERE / "tiny" / "favor"]
+    places = [Path(path)] if path else [Path(f"runs/{model}/best")]
+    if model == "tiny" and not path:
+        places.append(HERE / "tiny" / "favor")
     for place in places:
         if (place / "favor.json").exists():
             return place
     raise SystemExit(f"no checkpoint in {' or '.join(map(str, places))} (wanted favor.json there); "
-                     "make one with: python train.py")
+                     "make one with: python train.py"
+                     + (f" --model {model}" if model != "tiny" else ""))
+
+
+def load_model(config, dtype=None, device=None):
+    """The model that the command line names, and the folder of its checkpoint (None without)."""
+    kind, method = SYSTEMS[config.system], preset(config.model, **config.sources)
+    if config.random_init:
+        return kind.from_config(method, dtype, device, random_init=True).eval(), None
+    if config.system != "favor" and not config.checkpoint:     # public weights are all it takes
+        return kind.from_config(method, dtype, device), None
+    checkpoint = find_checkpoint(config.checkpoint, config.model)
+    return kind.from_pretrained(checkpoint, dtype, device, **config.sources), checkpoint
 
 
 def find_manifest(path, split):
@@ -93,9 +149,7 @@ def readable_samples(model, records, store, mask=None, skipped=None):
                 skipped.append(
                     (r.id, f"{r.id}: its clip could not be read when features were made"))
         else:
-            features, clip = None, data.load_or_skip(
-                r, skipped, fps=model.config.fps, size=model.visual.image_size,
-                frame_times=model.config.frame_times)
+            features, clip = None, data.load_or_skip(r, skipped, **model.reading())
             bad = clip is None
         if not bad:
             read.append(r)
@@ -201,10 +255,9 @@ def table(predictions, views):
 
 
 def main(config, argv):
-    checkpoint = find_checkpoint(config.checkpoint)
     manifest = find_manifest(config.data, "test")
-    records = [r for r in data.read_manifest(manifest)
-               if config.task == "all" or r.task in config.tasks]
+    every = config.task == "all" and not SYSTEMS[config.system].tasks
+    records = [r for r in data.read_manifest(manifest) if every or r.task in config.tasks]
     if config.limit:
         seen = {}
         records = [r for r in records if seen.setdefault(r.task, []).append(r)
@@ -217,29 +270,36 @@ def main(config, argv):
             f"{manifest}: {unanswered[0]} has neither target nor refs to score against")
     rank, _, device = processes.join()
     say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
-    model = Favor.from_pretrained(checkpoint, torch.bfloat16 if device.type == "cuda" else None,
-                                  device)
-    say(f"{checkpoint} on {manifest}, {len(records)} questions, {device.type}")
-    store = None
-    if config.keep_features:
+    dtype, _, why = processes.precision(config.dtype, config.model, device)
+    hub.offline(config.offline)
+    try:
+        model, checkpoint = load_model(config, dtype, device)
+    except (FileNotFoundError, ValueError) as error:      # what is missing or does not fit
+        raise SystemExit(str(error)) from error
+    say(f"{checkpoint or config.system} on {manifest}, {len(records)} questions, {device.type}, "
+        f"weights {why}")
+    views, store = views_of(config.system, config.mask, config.views), None
+    if config.keep_features and config.model == "tiny" and config.system != "whisper":
         with processes.chief_first():
             store = keep_features(model, records, manifest.parent / "features", log=say)
-    predictions, _ = evaluate(model, records, store, config.views, config.batch, config.beams, say)
+    predictions, _ = evaluate(model, records, store, views, config.batch, config.beams, say)
     processes.leave()
     if rank > 0:
         return
-    own = checkpoint.resolve() != (HERE / "tiny" / "favor").resolve()
-    out = Path(config.out
-               or (checkpoint if own else Path("runs/tiny-committed")) / "predictions.jsonl")
+    own = checkpoint and checkpoint.resolve() != (HERE / "tiny" / "favor").resolve()
+    folder = checkpoint if own else Path("runs") / (
+        "tiny-committed" if checkpoint else f"{config.model}-{config.system}")
+    out = Path(config.out or folder / "predictions.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(row) + "\n" for row in predictions))
-    print(table(predictions, config.views))
+    print(table(predictions, views))
     print(f"predictions: {out}")
 
 
 if __name__ == "__main__":
     settings, _ = cli.parse(EvalConfig, __doc__)
-    find_checkpoint(settings.checkpoint)             # what is missing is said before the processes
-    data.read_manifest(find_manifest(settings.data, "test"))     # start, not once by each
+    if settings.checkpoint or settings.system == "favor" and not settings.random_init:
+        find_checkpoint(settings.checkpoint, settings.model)    # what is missing is said before the
+    data.read_manifest(find_manifest(settings.data, "test"))    # processes start, not once by each
     processes.one_a_core(settings.processes)
     main(settings, sys.argv[1:])

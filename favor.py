@@ -18,12 +18,13 @@ Shape alphabet of the whole repo:
 Masks are bool, True = keep.
 
 Public: FavorConfig, PRESETS, Favor, Sample, Features, synchronise, split_windows,
-block_causal_mask, CausalQFormer, diversity_loss, prompt_ids."""
+block_causal_mask, CausalQFormer, diversity_loss, prompt_ids, from_official."""
 
 import dataclasses
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,9 +35,11 @@ from torch import nn
 
 import hub
 import lora
+import official
+import sizes
 from data import Clip, clip_from_path
 from llama import Llama, Tokenizer
-from vit_qformer import QFormerTokenizer, VisualEncoder, preprocess
+from vit_qformer import QFormerTokenizer, VisualEncoder, to_pixels
 from whisper_enc import WhisperEncoder
 
 HERE = Path(__file__).parent
@@ -51,7 +54,6 @@ class FavorConfig:
     whisper: str = "openai/whisper-large-v2"
     instructblip: str = "Salesforce/instructblip-vicuna-7b"
     llm: str = "Salesforce/instructblip-vicuna-7b"
-    llm_vocab_size: int | None = 32000      # InstructBLIP pads Vicuna's 32000 rows to 32064
     variant: str = "paper"                  # "official": what the authors' released code does
     # what the paper ablates (Tables 5, 9, 10; Figs 3, 4)
     sync: bool = True                       # off: each modality through the Q-Former on its own
@@ -64,6 +66,8 @@ class FavorConfig:
     frame_times: str = "regular"            # 0, 0.5, 1.0 s ...; "ends": a second's first and last
     audio_seconds: float | None = None      # None: the true length; 30.0: always exactly 30 s
     image_frames: int = 1                   # frames that an image alone becomes
+    max_seconds: float | None = None        # of a clip that are read; None: all
+    antialias: bool = True                  # shrink video frames as PIL does; False: bare bicubic
     mask_padding: bool = True               # False: only rows that fill the last window are masked,
     #                                         and only in the cross-attention
     # causal Q-Former
@@ -105,15 +109,15 @@ class FavorConfig:
 
 OFFICIAL = {"variant": "official", "causal": "future", "mask_padding": False,
             "frame_times": "ends", "audio_seconds": 30.0, "image_frames": 60,
+            "max_seconds": 60.0, "antialias": False,
             "encoder_dropout": 0.1, "beams": 5, "repetition_penalty": 1.5,
             "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
 VICUNA_13B = "Salesforce/instructblip-vicuna-13b"
 PRESETS = {
     "tiny": FavorConfig(
         whisper="tiny/whisper", instructblip="tiny/instructblip", llm="tiny/llama",
-        llm_vocab_size=None, windows=5, queries=10, width=128, heads=4, causal_heads=4, ffn=512,
-        dropout=0.0, max_positions=1024,
-        lora_r=16, lora_alpha=16, lora_dropout=0.0, max_new_tokens=24),
+        windows=5, queries=10, width=128, heads=4, causal_heads=4, ffn=512, dropout=0.0,
+        max_positions=1024, lora_r=16, lora_alpha=16, lora_dropout=0.0, max_new_tokens=24),
     "7b": FavorConfig(),
     "13b": FavorConfig(instructblip=VICUNA_13B, llm=VICUNA_13B),
 }
@@ -344,6 +348,7 @@ class Sample:
 class Favor(nn.Module):
     """Frozen Whisper, ViT and Q-Former; trained audio projection, causal Q-Former, LLM projection
     and LoRA on the LLM."""
+    system, tasks = "favor", None          # the systems beside it: baselines.py; None: all tasks
 
     def __init__(self, config, whisper, visual, llm, tokenizer, qformer_tokenizer):
         super().__init__()
@@ -368,26 +373,32 @@ class Favor(nn.Module):
                                          config.lora_targets))
 
     @classmethod
-    def from_config(cls, config, dtype=None, device=None):
-        """Pretrained frozen parts from the sources the config names, fresh trained parts."""
-        whisper, instructblip, llm = (
-            local_source(s) for s in (config.whisper, config.instructblip, config.llm))
-        place = {"dtype": dtype, "device": device}
-        model = cls(config, WhisperEncoder.from_pretrained(whisper, **place),
-                    VisualEncoder.from_pretrained(instructblip, **place),
-                    Llama.from_pretrained(llm, vocab_size=config.llm_vocab_size, **place),
-                    Tokenizer.from_pretrained(llm), QFormerTokenizer.from_pretrained(instructblip))
+    def from_config(cls, config, dtype=None, device=None, random_init=False):
+        """Pretrained frozen parts from the sources the config names, fresh trained parts.
+        random_init: the same sizes with random weights and nothing to download (sizes.py); on the
+        device "meta" only the shapes."""
+        load = partial(sizes.random_part if random_init else pretrained_part,
+                       dtype=dtype, device=device)
+        tokenizer, qformer_tokenizer = load_tokenizers(config, random_init)
+        rows = None if random_init else tokenizer.vocab_size    # InstructBLIP pads 32000 to 32064
+        with torch.device("meta" if device == "meta" else "cpu"):
+            model = cls(config, load(WhisperEncoder, config.whisper),
+                        load(VisualEncoder, config.instructblip),
+                        load(Llama, config.llm, vocab_size=rows), tokenizer, qformer_tokenizer)
         return model.to(device) if device else model
 
     @classmethod
-    def from_pretrained(cls, run_folder, dtype=None, device=None):
-        """A folder that save_pretrained (train.py) wrote -> model in eval mode."""
+    def from_pretrained(cls, run_folder, dtype=None, device=None, **sources):
+        """A folder that save_pretrained (train.py) wrote -> model in eval mode.  sources: whisper,
+        instructblip or llm in another place than where the run had them."""
         root = Path(run_folder)
         if not (root / "favor.json").exists():
             raise FileNotFoundError(f"{root}: no favor.json; wanted a checkpoint of train.py such "
                                     "as runs/tiny/best (make one: python train.py)")
         saved = hub.read_json(root / "favor.json")
-        model = cls.from_config(FavorConfig(**saved["config"]), dtype, device)
+        if saved.get("system", "favor") != cls.system:
+            raise ValueError(f"{root}: a checkpoint of --system {saved['system']}; pass that")
+        model = cls.from_config(FavorConfig(**saved["config"] | sources), dtype, device)
         model.load_trained(root)
         return model.eval()
 
@@ -400,16 +411,19 @@ class Favor(nn.Module):
         """favor.json (config and `facts`), model.safetensors (aligner) and lora/ (as peft's)."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        lora.save(self.llm, root / "lora")
+        if lora.layers(self.llm):
+            lora.save(self.llm, root / "lora")
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.aligner().state_dict().items()}
         save_file(tensors, root / "model.safetensors.tmp", metadata={"format": "pt"})
         os.replace(root / "model.safetensors.tmp", root / "model.safetensors")
-        hub.write_json(root / "favor.json", {"config": dataclasses.asdict(self.config), **facts})
+        hub.write_json(root / "favor.json", {"system": self.system,
+                                             "config": dataclasses.asdict(self.config), **facts})
 
     def load_trained(self, folder):
         """Reads what save_pretrained wrote into this model; strict both ways."""
         hub.load_into(self.aligner(), folder)
-        lora.load(self.llm, Path(folder) / "lora")
+        if lora.layers(self.llm):
+            lora.load(self.llm, Path(folder) / "lora")
 
     def trained_parameters(self):
         return [p for p in self.parameters() if p.requires_grad]
@@ -423,6 +437,12 @@ class Favor(nn.Module):
         return self
 
     # ---- frozen encoders
+    def reading(self):
+        """How clips are to be read: options of data.load_clip."""
+        config = self.config
+        return {"fps": config.fps, "size": self.visual.image_size, "antialias": config.antialias,
+                "frame_times": config.frame_times, "max_seconds": config.max_seconds}
+
     @torch.no_grad()
     def encode(self, clip, prompts):
         """One clip -> a Features for each prompt.  The ViT and Whisper run once: only the visual
@@ -436,7 +456,7 @@ class Favor(nn.Module):
                 wave = F.pad(wave[:samples], (0, max(0, samples - len(wave))))
             audio = self.whisper.encode(wave.to(device))                          # (S,D_a)
         if clip is not None and clip.frames is not None:
-            pixels = preprocess(clip.frames.permute(0, 2, 3, 1), self.visual.image_size).to(device)
+            pixels = to_pixels(clip.frames, self.visual.image_size).to(device)
             image = self.visual.encode_image(pixels)                              # (F,P,D_vit)
             ids, keep = (x.to(device).repeat_interleave(len(image), dim=0)        # (prompts*F,T)
                          for x in self.qformer_tokenizer(list(prompts)))
@@ -464,6 +484,16 @@ class Favor(nn.Module):
                  else math.ceil(len(audio) / self.audio_steps))
             visual = visual.expand(max(n, 1), -1, -1)
         return visual, audio
+
+    def empty_features(self, seconds):
+        """visual (F,V,D_v) and audio (S,D_a) of a clip of so many seconds, on the device "meta"."""
+        frames = math.ceil(seconds * self.config.fps)
+        return (torch.empty(frames, self.visual.n_queries, self.visual.width, device="meta"),
+                torch.empty(frames * self.audio_steps, self.whisper.config.width, device="meta"))
+
+    def can_use(self, record):
+        """Whether there is something to learn from a record."""
+        return True
 
     # ---- Eq. (1) and (2)
     def joint_windows(self, sample):
@@ -510,16 +540,18 @@ class Favor(nn.Module):
         pieces = [rearrange(piece, "w q d -> (w q) d") + touched for piece in tokens.split(counts)]
         return pieces, queries
 
+    def text_ids(self, sample, has_clip):
+        """Ids before the clip's vectors, ids after them, and the ids to learn."""
+        return prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target, has_clip)
+
     def length(self, sample):
         """L: text tokens and clip vectors of a sample in the LLM."""
         windows = self.window_count(sample)
-        text = prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target,
-                          has_clip=windows > 0)
-        return sum(map(len, text)) + windows * self.config.queries
+        return sum(map(len, self.text_ids(sample, windows > 0))) + windows * self.config.queries
 
     def answer_tokens(self, sample):
         """How many tokens of a sample are learnt: its answer and </s>."""
-        return len(prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target)[2])
+        return len(self.text_ids(sample, True)[2])
 
     def diversity_parts(self, sample):
         """How many terms the mean of Eq. (4) has from this sample: its windows ("sum": itself)."""
@@ -541,9 +573,7 @@ class Favor(nn.Module):
         tokens, queries = self.audio_visual_tokens(samples)
         rows = []
         for sample, vectors in zip(samples, tokens, strict=True):
-            before, after, answer = prompt_ids(
-                self.tokenizer, sample.prompt, sample.history, sample.target,
-                has_clip=len(vectors) > 0)
+            before, after, answer = self.text_ids(sample, has_clip=len(vectors) > 0)
             ids = torch.tensor([before + after + answer], device=vectors.device)
             text = self.llm.embed(ids)[0]                                         # (T,D_llm)
             rows.append((torch.cat([text[:len(before)], vectors.to(text), text[len(before):]]),
@@ -614,12 +644,46 @@ class Favor(nn.Module):
         """The answer to one question.  clip: a Clip, the path of any video, audio or image file, or
         None (text alone)."""
         if isinstance(clip, (str, Path)):
-            clip = clip_from_path(clip, fps=self.config.fps, size=self.visual.image_size,
-                                  frame_times=self.config.frame_times)
+            clip = clip_from_path(clip, **self.reading())
         sample = Sample(question, clip=clip, history=tuple(history), mask=mask)
         return self.generate([sample], stream=stream, **settings)[0]
+
+
+def from_official(path, model=None, dtype=None, device=None, **changes):
+    """The authors' released checkpoint (a torch file, or the folder that holds just it) -> Favor in
+    variant "official", eval mode.  model: the preset (default: 7b or 13b by the width of their LLM
+    projection); changes: fields of FavorConfig, such as where the frozen parts lie.
+    Raises ValueError that lists what is missing, unknown or of a wrong shape."""
+    aligner, adapters, _ = official.read_checkpoint(path)
+    width = len(aligner["llm_proj.weight"])
+    model = model or {4096: "7b", 5120: "13b"}.get(width)
+    if model is None:
+        raise ValueError(f"{path}: an LLM of width {width}; pass model= and the frozen parts")
+    r = len(next(t for name, t in adapters.items() if name.endswith("lora_A")))
+    config = preset(model, "official", **{"lora_r": r} | changes)
+    favor = Favor.from_config(config, dtype, device)
+    ours = {f"aligner.{n}": p for n, p in favor.aligner().named_parameters()} | {
+        f"{name}.{part}": getattr(layer, part).weight
+        for name, layer in lora.layers(favor.llm).items() for part in ("lora_A", "lora_B")}
+    theirs = {f"aligner.{n}": t for n, t in aligner.items()} | adapters
+    official.copy_all(theirs, ours, path)
+    return favor.eval()
 
 
 def local_source(source):
     """The miniature's sources are relative to this file, so that it works from any folder."""
     return HERE / source if (HERE / source).is_dir() else source
+
+
+def pretrained_part(cls, source, **settings):
+    return cls.from_pretrained(local_source(source), **settings)
+
+
+def load_tokenizers(config, random_init=False):
+    """The LLM's and the Q-Former's.  With random weights the miniature's stand in where a source is
+    no local folder: their ids fit into any vocabulary."""
+    def source(name, stand_in):
+        at_hand = local_source(name)
+        return at_hand if not random_init or Path(at_hand).is_dir() else HERE / "tiny" / stand_in
+    return (Tokenizer.from_pretrained(source(config.llm, "llama")),
+            QFormerTokenizer.from_pretrained(source(config.instructblip, "instructblip")))

@@ -17,7 +17,7 @@ import torch
 
 import cli
 from data import load_or_skip, report_skipped
-from favor import Favor, Features, local_source
+from favor import Features, local_source
 
 
 class FeatureStore:
@@ -50,13 +50,13 @@ class FeatureStore:
         return cls(kept["visual"], kept["audio"], spans, [tuple(pair) for pair in kept["skipped"]])
 
 
-def fingerprint(config, records):
+def fingerprint(config, records, system="favor"):
     """Hash of all that the features depend on: records, media files, reading rules, encoders.  A
     file counts by its size and time, so clips or weights made again are encoded again."""
     def stamp(path):
         stat = Path(path).stat() if Path(path).exists() else None
         return [str(path), *((stat.st_size, stat.st_mtime_ns) if stat else ())]
-    parts = [config.fps, config.frame_times, config.audio_seconds]
+    parts = [system, config.fps, config.frame_times, config.audio_seconds]
     for source in (config.whisper, config.instructblip):
         root = Path(local_source(source))
         parts += [source, *(stamp(f) for f in sorted(root.rglob("*")) if f.is_file())]
@@ -70,18 +70,17 @@ def fingerprint(config, records):
 _worker_model = None
 
 
-def _start_worker(config):
+def _start_worker(system, config):
     global _worker_model
     torch.set_num_threads(1)                               # as many processes as cores
-    _worker_model = Favor.from_config(config)
+    _worker_model = system.from_config(config)
 
 
 def _encode(job, model=None):
     """Records of one clip -> (visual by prompt {prompt: (F,V,D)}, audio, is_image, skipped)."""
     model, skipped = model or _worker_model, []
     prompts = list(dict.fromkeys(record.prompt for record in job))
-    clip = load_or_skip(job[0], skipped, fps=model.config.fps, size=model.visual.image_size,
-                        frame_times=model.config.frame_times)
+    clip = load_or_skip(job[0], skipped, **model.reading())
     if clip is None:
         return {}, None, False, skipped
     features = model.encode(clip, prompts)
@@ -93,7 +92,9 @@ def _encode(job, model=None):
 def keep_features(model, records, folder=None, workers=None, log=print):
     """Features of all records, from `folder` when they were kept there before, else computed (and
     kept there).  On the CPU all cores encode; a GPU, or a few clips, need this process only."""
-    path = Path(folder) / f"{fingerprint(model.config, records)}.pt" if folder else None
+    path = None
+    if folder:
+        path = Path(folder) / f"{fingerprint(model.config, records, model.system)}.pt"
     clips = {}
     for record in records:
         clips.setdefault((record.image, record.video, record.audio, record.start, record.end),
@@ -110,7 +111,8 @@ def keep_features(model, records, folder=None, workers=None, log=print):
         on_cpu = next(model.visual.parameters()).device.type == "cpu"
         workers = cli.cores() if on_cpu and len(jobs) > 200 else 1
     encode = _encode if workers > 1 else partial(_encode, model=model)
-    encoded = cli.parallel(encode, jobs, workers, _start_worker, (model.config,))
+    encoded = cli.parallel(encode, jobs, workers, _start_worker,
+                           (type(model), model.config))
     for done, (job, (by_prompt, heard, is_image, missed)) in enumerate(
             zip(jobs, encoded, strict=True), 1):
         skipped += missed

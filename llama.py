@@ -1,12 +1,12 @@
-"""LLaMA decoder (Vicuna 7B/13B), its generation and its tokenizer.  Paper Sec. 3.1, the LLM.
+"""LLaMA decoder (Vicuna, LLaMA-2, LLaMA-3), generation, tokenizer.  Paper Sec. 3.1, the LLM.
      ids (B,T) --embed--> (B,T,D) --layers: x + attn(norm(x)), x + mlp(norm(x))--> norm
          --> hidden (B,T,D) --lm_head--> logits (B,T,vocab)
      generate: prompt (B,T) or (B,T,D) --greedy, top-p or beams--> B lists of new ids
-     Tokenizer: text <-> ids, with sentencepiece
+     Tokenizer: text <-> ids, from tokenizer.model (sentencepiece) or tokenizer.json
    embeds (B,T,D) may take the place of ids: that is how sound and video enter. mask (B,T), True =
    keep. Module and tensor names are the Hub's (model.layers.N.self_attn.q_proj.weight), so that its
    files and peft's adapters fit without a rename table.
-   Public: LlamaConfig, Llama, KVCache, Tokenizer."""
+   Public: LlamaConfig, Llama, KVCache, Tokenizer, JsonTokenizer."""
 
 import math
 from dataclasses import dataclass, replace
@@ -20,6 +20,13 @@ from torch import nn
 
 import hub
 
+LLM_TENSORS = ("language_model.", "model.", "lm_head.")     # in an InstructBLIP's or a LLaMA's file
+# How longer texts than the trained ones are fitted in -> what config.json has to say about it
+ROPE_TYPES = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+ROPE_OPTIONS = ("original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim",
+                "beta_fast", "beta_slow", "truncate")
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -32,7 +39,8 @@ class LlamaConfig:
     ffn: int = 11008
     eps: float = 1e-6
     rope_theta: float = 10000.0
-    max_positions: int = 2048     # what it was trained on; nothing here depends on it
+    rope_scaling: tuple = ()      # or config.json's dict, which becomes sorted pairs: hashable
+    max_positions: int = 2048     # what it was trained on; only rope_scaling depends on it
     tie_embeddings: bool = False
     bos_id: int = 1
     eos_id: int | tuple = 2
@@ -44,18 +52,35 @@ class LlamaConfig:
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError(f"heads {self.heads}, kv_heads {self.kv_heads}, head_dim "
                              f"{self.head_dim}; wanted heads = n * kv_heads and an even head_dim")
+        object.__setattr__(self, "rope_scaling",
+                           rope_pairs(self.rope_scaling, self.max_positions))
+
+    @classmethod
+    def from_folder(cls, root):
+        """From config.json; a LLaMA's own generation_config.json adds its end tokens: the chat
+        models of LLaMA-3 may name the end of a turn only there."""
+        hf, more = hub.read_json(root / "config.json"), root / "generation_config.json"
+        if "text_config" not in hf and more.exists():
+            both = hf.get("eos_token_id"), hub.read_json(more).get("eos_token_id")
+            ends = [i for ids in both if ids is not None for i in as_tuple(ids)]
+            hf["eos_token_id"] = list(dict.fromkeys(ends)) or None
+        return cls.from_dict(hf)
 
     @classmethod
     def from_dict(cls, hf):
-        """From a Hub config.json, old style (rope_theta) or new (rope_parameters), LLaMA's own or
-        the text_config inside an InstructBLIP's; what it leaves out is LLaMA-1 7B's."""
+        """From a Hub config.json, old style (rope_theta and rope_scaling) or new (rope_parameters),
+        LLaMA's own or the text_config inside an InstructBLIP's; what it leaves out is LLaMA-1 7B's.
+        """
         inside = "text_config" in hf
         hf = hf.get("text_config", hf)
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+        theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or cls.rope_theta
+        if hf.get("original_max_position_embeddings"):    # beside rope_scaling it counts for more
+            rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
+        rotated = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
         odd = [f"{key}={got!r} (wanted {want!r})" for key, got, want in [
             ("model_type", hf.get("model_type", "llama"), "llama"),
-            ("rope_type", kind, "default"),
+            ("partial_rotary_factor", rotated, 1),
             ("hidden_act", hf.get("hidden_act", "silu"), "silu"),
             ("attention_bias", hf.get("attention_bias", False), False),
             ("mlp_bias", hf.get("mlp_bias", False), False)] if got != want]
@@ -65,15 +90,15 @@ class LlamaConfig:
             "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
             "heads": "num_attention_heads", "ffn": "intermediate_size", "eps": "rms_norm_eps",
             "max_positions": "max_position_embeddings", "tie_embeddings": "tie_word_embeddings",
-            "rope_theta": "rope_theta", "head_dim": "head_dim"}
+            "head_dim": "head_dim"}
         if not inside:            # InstructBLIP's text_config has had wrong ones (0 and 1)
             theirs |= {"bos_id": "bos_token_id", "eos_id": "eos_token_id"}
         ours = {name: hf[key] for name, key in theirs.items() if hf.get(key) is not None}
-        ours["rope_theta"] = rope.get("rope_theta", ours.get("rope_theta", cls.rope_theta))
         ours["kv_heads"] = hf.get("num_key_value_heads") or ours.get("heads", cls.heads)
         if isinstance(ours.get("eos_id"), list):
-            ours["eos_id"] = tuple(ours["eos_id"])
-        return cls(**ours)
+            ends = tuple(ours["eos_id"])
+            ours["eos_id"] = ends if len(ends) > 1 else ends[0]
+        return cls(**ours, rope_theta=theta, rope_scaling=rope)
 
     def to_dict(self):
         """As a Hub config.json, which any library reads."""
@@ -82,10 +107,38 @@ class LlamaConfig:
             "vocab_size": self.vocab_size, "hidden_size": self.width, "head_dim": self.head_dim,
             "intermediate_size": self.ffn, "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
-            "rms_norm_eps": self.eps, "rope_theta": self.rope_theta, "rope_scaling": None,
+            "rms_norm_eps": self.eps, "rope_theta": self.rope_theta,
+            "rope_scaling": dict(self.rope_scaling) or None,
             "max_position_embeddings": self.max_positions, "attention_bias": False,
             "mlp_bias": False, "tie_word_embeddings": self.tie_embeddings,
             "bos_token_id": self.bos_id, "eos_token_id": self.eos_id}
+
+
+def as_tuple(ids):
+    """One id or several -> a tuple."""
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def rope_pairs(fields, max_positions):
+    """config.json's rope_scaling (dict, its pairs or None) -> sorted pairs with the old key "type"
+    renamed and what transformers infers written down; () for "default".
+    Raises ValueError for an unknown type and for fields that it cannot do without."""
+    fields = {key: value for key, value in dict(fields or ()).items() if value is not None}
+    kind = fields.get("rope_type", fields.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"config.json: unsupported rope_type={kind!r} "
+                         f"(wanted {', '.join(ROPE_TYPES)}); use another LLaMA")
+    if kind == "default":
+        return ()
+    pairs = {key: fields[key] for key in ROPE_TYPES[kind] + ROPE_OPTIONS if key in fields}
+    if kind in ("llama3", "yarn"):
+        original = pairs.setdefault("original_max_position_embeddings", max_positions)
+        if kind == "yarn" and max_positions != original:
+            pairs.setdefault("factor", max_positions / original)
+    if missing := [key for key in ROPE_TYPES[kind] if key not in pairs]:
+        raise ValueError(f"config.json: rope_type={kind!r} without {', '.join(missing)}; "
+                         "add it to rope_scaling (rope_parameters)")
+    return tuple(sorted((pairs | {"rope_type": kind}).items()))
 
 
 class KVCache:
@@ -137,9 +190,55 @@ class RMSNorm(nn.Module):
 
 def rotary_angles(config, positions):
     """positions (B,T) -> cos, sin (B,1,T,d/2), always fp32: a buffer would be cast to bf16."""
-    index = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[:, None, :, None].float() * config.rope_theta ** (-index / config.head_dim)
-    return angles.cos(), angles.sin()
+    inverse, attention = rope_frequencies(config, positions)
+    angles = positions[:, None, :, None].float() * inverse[..., None, None, :]
+    return angles.cos() * attention, angles.sin() * attention
+
+
+def rope_frequencies(config, positions):
+    """-> inverse frequencies (d/2,), turned radians a position, and the factor of cos and sin, by
+    rope_scaling; transformers' numbers (test_llama.py).
+    "dynamic" depends on how long each row is by now: (B,d/2); transformers lets the longest row
+    decide for all.  Keys in a cache keep the angles that they were rotated with, as there, so that
+    for this type, beyond max_positions, cached is not the same as uncached."""
+    rope, d, theta = dict(config.rope_scaling), config.head_dim, config.rope_theta
+    kind, factor = rope.get("rope_type", "default"), rope.get("factor")
+    if kind == "dynamic":
+        grown = (positions.amax(dim=1, keepdim=True) + 1) / config.max_positions         # (B,1)
+        theta = theta * (1 + factor * (grown.clamp_min(1) - 1)) ** (d / (d - 2))
+    index = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32)
+    inverse = 1 / theta ** (index / d)
+    if kind in ("default", "dynamic"):
+        return inverse, 1.0
+    if kind == "linear":
+        return inverse / factor, 1.0
+    # What turns often within the original length is kept, what turns slowly is divided by factor.
+    original = rope["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        wavelength = 2 * math.pi / inverse
+        keep, attention = ((original / wavelength - low) / (high - low)).clamp(0, 1), 1.0
+    else:
+        keep, attention = yarn(rope, d, theta, original, index)
+    return (1 - keep) * inverse / factor + keep * inverse, attention
+
+
+def yarn(rope, d, theta, original, index):
+    """YaRN (arXiv 2309.00071): how much of each frequency is kept (d/2,), and the factor of cos and
+    sin.  The ramp runs from the pair that turns beta_fast times to the one that turns beta_slow."""
+    def pair(turns):                      # theta^(-2 pair/d) * original = 2 pi turns
+        return d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    first, last = pair(rope.get("beta_fast") or 32), pair(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, d - 1)
+    ramp = (index / 2 - first) / (last - first or 0.001)
+
+    def grown(scale):
+        return 0.1 * scale * math.log(max(rope["factor"], 1)) + 1
+    scales = rope.get("mscale"), rope.get("mscale_all_dim")
+    inferred = grown(scales[0]) / grown(scales[1]) if all(scales) else grown(1)
+    return 1 - ramp.clamp(0, 1), rope.get("attention_factor", inferred)
 
 
 def rotate(x, cos, sin):
@@ -225,15 +324,16 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, source, dtype=None, device=None, vocab_size=None):
         """Folder or Hub repo of a LLaMA, or of an InstructBLIP (its language_model), in eval mode.
-        dtype None: fp32.  vocab_size keeps the first rows of embed_tokens and lm_head: InstructBLIP
-        pads 32000 to 32064, and 64 made-up classes would take part in the softmax."""
-        root = hub.folder(source)
-        config = LlamaConfig.from_dict(hub.read_json(root / "config.json"))
+        dtype None: fp32.  vocab_size keeps so many rows of embed_tokens and lm_head at most:
+        InstructBLIP pads 32000 to 32064, and 64 made-up classes would take part in the softmax."""
+        root = hub.folder(source, ("generation_config.json",), LLM_TENSORS)
+        config = LlamaConfig.from_folder(root)
+        # A file with an lm_head is not tied, whatever config.json says; so in transformers.
+        if hub.open_tensors(root, lambda name: name.endswith("lm_head.weight")):
+            config = replace(config, tie_embeddings=False)
         rows = None
         if vocab_size is not None:
-            if vocab_size > config.vocab_size:
-                raise ValueError(f"{root}: a vocabulary of {config.vocab_size} cannot keep "
-                                 f"{vocab_size} rows; pass a smaller vocab_size or none")
+            vocab_size = min(vocab_size, config.vocab_size)
             config = replace(config, vocab_size=vocab_size)
             rows = {"model.embed_tokens.weight": vocab_size, "lm_head.weight": vocab_size}
         with torch.device("meta"):        # no memory and no initialisation that is thrown away
@@ -294,8 +394,7 @@ class Llama(nn.Module):
         it came as ids) get their positive logits divided, their negative ones multiplied by it.
         stream(row, id) is called for each new id at once.  eos_id: one or several, None: the
         config's."""
-        eos = self.config.eos_id if eos_id is None else eos_id
-        eos = [eos] if isinstance(eos, int) else list(eos)
+        eos = list(as_tuple(self.config.eos_id if eos_id is None else eos_id))
         prompt = ids if embeds is None else embeds
         padded_end = mask is not None and not mask[:, -1].all()
         for bad, why in [
@@ -433,13 +532,24 @@ class Tokenizer:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: missing; wanted LLaMA's sentencepiece model, which "
                                     "lies beside config.json in the Hub's repos")
-        self.pieces = SentencePieceProcessor(model_file=str(path))
+        try:
+            self.pieces = SentencePieceProcessor(model_file=str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not a sentencepiece model ({error}); if it is Meta's "
+                             "original LLaMA-3 file, put tokenizer.json there instead") from None
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         self.vocab_size = self.pieces.vocab_size()
 
-    @classmethod
-    def from_pretrained(cls, source):
-        return cls(hub.folder(source) / "tokenizer.model")
+    @staticmethod
+    def from_pretrained(source):
+        """Of a folder or Hub repo: from tokenizer.model, or from tokenizer.json if there is none.
+        """
+        root = hub.folder(source, ("tokenizer.model", "*.json"), tensors=())
+        for name, kind in (("tokenizer.model", Tokenizer), ("tokenizer.json", JsonTokenizer)):
+            if (root / name).is_file():
+                return kind(root / name)
+        raise FileNotFoundError(f"{root}: neither tokenizer.model nor tokenizer.json; copy one of "
+                                "them there from the LLM's repo")
 
     def encode(self, text):
         """Ids of `text`. Every call starts with its own word boundary, also in mid-sentence: the
@@ -466,3 +576,41 @@ class Tokenizer:
             return new
 
         return push
+
+
+class JsonTokenizer(Tokenizer):
+    """The same from a tokenizer.json: LLaMA-3's byte-level BPE, which has no word boundaries of its
+    own.  Which ids begin and end a text is said by config.json and generation_config.json."""
+
+    def __init__(self, path):
+        from tokenizers import Tokenizer as Pieces
+        root = Path(path).parent
+        try:
+            self.pieces = Pieces.from_file(str(path))
+        except Exception as error:        # the library raises nothing more specific
+            raise ValueError(f"{path}: not readable as a tokenizer.json ({error}); "
+                             "download it again") from None
+        self.pieces.no_truncation()       # some files come with a length
+        self.pieces.no_padding()
+        self.pieces.encode_special_tokens = True      # "<|eot_id|>" inside a text is spelt out
+        self.vocab_size = 1 + max(self.pieces.get_vocab().values())
+        config = LlamaConfig.from_folder(root)
+        ends = as_tuple(config.eos_id)
+        if wrong := {config.bos_id, *ends} - self.pieces.get_added_tokens_decoder().keys():
+            raise ValueError(
+                f"{path}: bos_token_id or eos_token_id {sorted(wrong)} is ordinary text there; "
+                "correct config.json (or generation_config.json)")
+        self.bos_id, self.eos_id = config.bos_id, ends[0]
+        if (root / "tokenizer_config.json").exists():             # says which of several is usual
+            usual = hub.read_json(root / "tokenizer_config.json").get("eos_token")
+            usual = usual["content"] if isinstance(usual, dict) else usual
+            usual_id = self.pieces.token_to_id(usual) if usual else None
+            self.eos_id = usual_id if usual_id in ends else self.eos_id
+
+    def encode(self, text):
+        """Ids of `text`; special tokens inside it are spelt out."""
+        return self.pieces.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        """Text of `ids`, without special tokens."""
+        return self.pieces.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -3,14 +3,14 @@
      torchrun --nproc_per_node 8 train.py     processes as torchrun starts them, nccl on GPUs
      python train.py                          on a CPU one a core, started by `one_a_core`, gloo
 The first process makes files and speaks.  Public: one_a_core, join, leave,
-rank, world, chief_first, summed, gathered."""
+precision, rank, world, chief_first, summed, gathered."""
 
 import os
 import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -56,6 +56,16 @@ def join():
         # the others end at once: torchrun and gloo both see to that.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=24))
     return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def precision(name, model, device):
+    """(dtype of the frozen weights, autocast for training, the reason in words).  name: a dtype's,
+    or "" for bfloat16 on a GPU and for the large models, float32 else."""
+    reason = "asked for" if name else f"{device.type}, {model}"
+    name = name or ("bfloat16" if device.type == "cuda" or model != "tiny" else "float32")
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    autocast = (torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext())
+    return dtype, autocast, f"{name} ({reason})"
 
 
 def rank():

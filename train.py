@@ -4,6 +4,7 @@
      torchrun --nproc_per_node 2 train.py          the same loss curve, however many processes
      torchrun --nproc_per_node 8 train.py --model 7b --data train.jsonl --out runs/7b
      python train.py --no-sync --out runs/no-sync  an ablation: each switch of the method is a flag
+     python train.py --model 13b --dry-run         the sizes and the memory it takes, no weights
 
 A run folder holds config.json, log.jsonl, loss.txt (the curve), last/ and best/ (checkpoints that
 eval.py, demo.py and Favor.from_pretrained open; last/ has state.pt to go on from).  A run that was
@@ -35,7 +36,9 @@ import eval as evaluation  # noqa: E402
 import hub  # noqa: E402
 import miniature  # noqa: E402
 import processes  # noqa: E402
-from favor import Favor, preset  # noqa: E402
+import sizes  # noqa: E402
+from baselines import SYSTEMS  # noqa: E402
+from favor import preset  # noqa: E402
 from features import keep_features  # noqa: E402
 
 
@@ -43,6 +46,7 @@ from features import keep_features  # noqa: E402
 @dataclass(frozen=True)
 class TrainConfig:
     model: str = "tiny"  # preset: tiny, 7b, 13b
+    system: str = "favor"  # or instructblip: the paper's fine-tuned baseline, without sound
     variant: str = "paper"  # paper, or official (what the authors' released code does)
     data: str = "media/miniature"  # a manifest (.jsonl), or a folder with train.jsonl
     out: str = ""  # run folder (default: runs/<model>)
@@ -54,6 +58,7 @@ class TrainConfig:
     warmup: int = 100  # steps of linear warm-up, then a cosine down to 2 %
     weight_decay: float = 0.01  # on matrices
     clip: float = 1.0  # largest gradient norm
+    mask: str = ""  # audio or visual: train and test without it (the single-modality rows)
     mask_share: float = 0.06  # of samples have the sound, the picture or both masked (a third each)
     val_share: float = 0.02  # of clips held out of training, to choose best/
     log_every: int = 20  # steps between log lines
@@ -61,8 +66,13 @@ class TrainConfig:
     seed: int = 0  # of weights, order and masks
     processes: int = 0  # on a CPU without torchrun (0: one a core, four at most)
     threads: int = 1  # processor threads a process; more of them wait for each other
+    dtype: str = ""  # of frozen weights: bfloat16 or float32 (default: float32 for tiny on a CPU)
     keep_features: bool | None = None  # encode each clip once, keep that (default: tiny only)
     test: bool = True  # end with the table of eval.py on <data>/test.jsonl
+    dry_run: bool = False  # print parameters and memory for --micro-batch clips, load nothing
+    clip_seconds: float = 30.0  # of a clip in the plan of --dry-run
+    random_init: bool = False  # full size, random weights, no download: does it fit, how fast
+    offline: bool = False  # take what the Hub's cache has, ask no network
     # frozen parts: folders in the Hub's layout, or Hub repos (default: the preset's)
     whisper: str | None = None  # e.g. openai/whisper-large-v2
     instructblip: str | None = None  # ViT and Q-Former, e.g. Salesforce/instructblip-vicuna-7b
@@ -76,7 +86,13 @@ class TrainConfig:
     fps: float | None = None  # video frames a second
 
     def __post_init__(self):
-        for name in ("steps", "batch", "lr", "log_every", "val_every"):
+        for name, wanted in (("system", ("favor", "instructblip")),
+                             ("mask", ("", "audio", "visual")),
+                             ("dtype", ("", "bfloat16", "float32"))):
+            if getattr(self, name) not in wanted:
+                raise ValueError(f"--{name} {getattr(self, name)}; "
+                                 f"wanted {' or '.join(filter(None, wanted))}")
+        for name in ("steps", "batch", "lr", "log_every", "val_every", "clip_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; "
                                  "wanted more than 0")
@@ -139,7 +155,9 @@ class Order:
 
 
 def drawn_mask(config, g):
-    """Which modality sample g has masked: none, mostly."""
+    """Which modality sample g has masked: --mask, else mostly none."""
+    if config.mask:
+        return config.mask
     rng = np.random.default_rng([config.seed, 7, g])
     return (str(rng.choice(["audio", "visual", "both"])) if rng.random() < config.mask_share
             else None)
@@ -150,17 +168,6 @@ def git_commit():
     done = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
                           capture_output=True, text=True)
     return done.stdout.strip() or "not a git checkout"
-
-
-def parameter_table(model):
-    """Parameters, trained parameters and dtype of each part."""
-    lines = ["| part | parameters | trained | dtype |", "|---|---|---|---|"]
-    for name, part in model.named_children():
-        parameters = list(part.parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        lines.append(f"| {name} | {sum(p.numel() for p in parameters):,} | {trained:,} | "
-                     f"{parameters[0].dtype} |")
-    return "\n".join(lines)
 
 
 def draw_curve(rows, height=10, width=72):
@@ -277,6 +284,19 @@ def validate(model, records, store, batch, device, autocast):
     return total / max(count, 1)
 
 
+# ---------------------------------------------------------------- the plan
+def dry_run(config):
+    """Prints what each part takes, and the memory of a step and of an answer, without weights."""
+    dtype, _, why = processes.precision(config.dtype, config.model, torch.device("cpu"))
+    model = SYSTEMS[config.system].from_config(config.method(), dtype, "meta", random_init=True)
+    sample = sizes.empty_sample(model, config.clip_seconds)
+    batch = config.micro_batch or config.batch
+    print(f"--model {config.model} --system {config.system}, weights {why}")
+    print(sizes.table(model))
+    print(f"\n{batch} clips of {config.clip_seconds:g} s at a time (--micro-batch):")
+    print(sizes.memory_plan(model, sample, batch))
+
+
 # ---------------------------------------------------------------- the run
 def main(config, argv):
     rank, world, device = processes.join()
@@ -287,8 +307,8 @@ def main(config, argv):
             f"--batch {config.batch} for {world} processes; wanted a sample for each at least")
     torch.set_num_threads(config.threads or max(1, cli.cores() // world))
     torch.manual_seed(config.seed)
-    dtype = torch.bfloat16 if device.type == "cuda" else None
-    autocast = torch.autocast("cuda", torch.bfloat16) if dtype else nullcontext()
+    dtype, autocast, why = processes.precision(config.dtype, config.model, device)
+    hub.offline(config.offline)
     out = Path(config.out or f"runs/{config.model}")
     out.mkdir(parents=True, exist_ok=True)
     started = time.time()
@@ -301,9 +321,14 @@ def main(config, argv):
     records, held_out = split_records(data.read_manifest(manifest), config.val_share)
 
     # model: frozen parts as they were pretrained, fresh aligner and LoRA
-    model = Favor.from_config(config.method(), dtype, device)
-    if config.start_from:
-        model.load_trained(config.start_from)
+    try:
+        model = SYSTEMS[config.system].from_config(
+            config.method(), dtype, device, random_init=config.random_init)
+        if config.start_from:
+            model.load_trained(config.start_from)
+    except (FileNotFoundError, ValueError) as error:         # what is missing or does not fit
+        raise SystemExit(str(error)) from error
+    records, held_out = ([r for r in part if model.can_use(r)] for part in (records, held_out))
     keep = config.keep_features if config.keep_features is not None else config.model == "tiny"
     keep = keep and not model.config.encoder_dropout       # with dropout no two passes are the same
     store = None
@@ -311,10 +336,9 @@ def main(config, argv):
         with processes.chief_first():
             store = keep_features(model, records + held_out, manifest.parent / "features", log=say)
         records, held_out = ([r for r in part if r.id in store] for part in (records, held_out))
-    say(parameter_table(model))
+    say(sizes.table(model))
     say(f"{len(records)} training questions, {len(held_out)} held out; {config.steps} steps of "
-        f"{config.batch} on {world} x {device.type}, weights "
-        f"{'bf16, trained parts fp32 (GPU)' if dtype else 'fp32 (CPU)'}")
+        f"{config.batch} on {world} x {device.type}; frozen weights {why}, trained ones float32")
 
     # optimiser, and where a stopped run goes on
     optimiser, first, best, rows = make_optimiser(model, config), 0, math.inf, []
@@ -406,17 +430,20 @@ def main(config, argv):
         say(curve)
     if config.test and (manifest.parent / "test.jsonl").exists():
         tested = data.read_manifest(manifest.parent / "test.jsonl")
+        tested = [r for r in tested if not model.tasks or r.task in model.tasks]
         processes.gathered(None)                             # best/ is written
         model.load_trained(out / "best")
         if keep:
             with processes.chief_first():
                 store = keep_features(model, tested, manifest.parent / "features", log=say)
-        predictions, _ = evaluation.evaluate(model, tested, store, batch=4 * val_batch, log=say)
+        views = evaluation.views_of(config.system, config.mask)
+        predictions, _ = evaluation.evaluate(
+            model, tested, store, views, batch=4 * val_batch, log=say)
         if chief:
             write_text(out / "predictions.jsonl",
                        "".join(json.dumps(p) + "\n" for p in predictions))
             write_text(out / "table.md",
-                       evaluation.table(predictions, tuple(evaluation.VIEWS)) + "\n")
+                       evaluation.table(predictions, views) + "\n")
             say((out / "table.md").read_text())
     say(f"{out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {out}/best   "
         f"({time.time() - started:.0f} s in all)")
@@ -425,6 +452,8 @@ def main(config, argv):
 
 if __name__ == "__main__":
     settings, _ = cli.parse(TrainConfig, __doc__)
+    if settings.dry_run:
+        sys.exit(dry_run(settings))
     if settings.start_from:                         # what is missing is said before the processes
         evaluation.find_checkpoint(settings.start_from)                # start, not once by each
     data.read_manifest(evaluation.find_manifest(settings.data, "train"))

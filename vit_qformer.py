@@ -25,6 +25,7 @@ import hub
 FRAMES_AT_ONCE = 64                                     # bounds memory: 32 s of video at 2 Hz
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # R, G, B of values in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+OUR_TENSORS = ("vision_model.", "qformer.", "query_tokens")   # what we read of an InstructBLIP
 
 
 @dataclass(frozen=True)
@@ -267,12 +268,11 @@ class VisualEncoder(nn.Module):
     def from_pretrained(cls, source, dtype=None, device=None):
         """An InstructBLIP on the Hub or in a local folder -> frozen encoder in eval mode. Its
         language model and its projection stay unread."""
-        root = hub.folder(source)
+        root = hub.folder(source, files=(), tensors=OUR_TENSORS)
         with torch.device("meta"):              # no time and memory for weights that get replaced
             encoder = cls(*read_config(root))
         encoder = encoder.to(dtype or torch.float32).to_empty(device=device or "cpu")
-        hub.load_into(encoder, root, only=("vision_model.", "qformer.", "query_tokens"),
-                      rename=(("vision_model.", "vit."),))
+        hub.load_into(encoder, root, only=OUR_TENSORS, rename=(("vision_model.", "vit."),))
         return encoder.eval().requires_grad_(False)
 
     def encode_image(self, pixels):
@@ -334,7 +334,7 @@ class QFormerTokenizer:
     @classmethod
     def from_pretrained(cls, source):
         """From <source>/qformer_tokenizer/vocab.txt, else from the tokenizer.json beside it."""
-        root = hub.folder(source) / "qformer_tokenizer"
+        root = hub.folder(source, ("qformer_tokenizer/*",), tensors=()) / "qformer_tokenizer"
         if (root / "vocab.txt").exists():
             return cls(wordpiece(root / "vocab.txt"))
         if (root / "tokenizer.json").exists():
@@ -409,11 +409,22 @@ def normalise(pixels):
     return standardise(pixels.float())
 
 
+def resize_plain(frames, size=224):
+    """uint8 (F,H,W,3) -> float (F,3,size,size), 0 to 255 and a little beyond: bicubic on floats, no
+    prefilter, overshoot kept.  Up to 13 away from PIL when shrinking."""
+    return F.interpolate(checked_frames(frames).float(), (size, size), mode="bicubic",
+                         align_corners=False)
+
+
 def preprocess(frames, size=224, antialias=True):
     """uint8 (F,H,W,3) -> float32 (F,3,size,size), the input of encode_image().
-    antialias=False is what the authors' released code does to video frames (not to still images):
-    bicubic on floats, no prefilter, overshoot kept. Up to 13/255 away from PIL when shrinking."""
-    if antialias:
-        return normalise(resize(frames, size))
-    x = checked_frames(frames).float()
-    return standardise(F.interpolate(x, (size, size), mode="bicubic", align_corners=False))
+    antialias=False is what the authors' released code does to video frames (not to still
+    images)."""
+    return normalise(resize(frames, size)) if antialias else standardise(resize_plain(frames, size))
+
+
+def to_pixels(frames, size=224):
+    """A Clip's frames (F,3,H,W), uint8 or floats of that range -> float32 (F,3,size,size)."""
+    if frames.is_floating_point():                             # resize_plain made them
+        return standardise(frames)
+    return preprocess(frames.permute(0, 2, 3, 1), size)

@@ -187,7 +187,8 @@ class WhisperEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, source, dtype=None, device=None):
         """Hub repo id or local folder -> frozen encoder in eval mode; a decoder is left unread."""
-        root = hub.folder(source)
+        root = hub.folder(source, files=("preprocessor_config.json",),
+                          tensors=("model.encoder.", "encoder."))
         with torch.device("meta"):                # no time and memory for weights that get replaced
             encoder = cls(WhisperConfig.from_folder(root))
         encoder = encoder.to(dtype or torch.float32).to_empty(device=device or "cpu")

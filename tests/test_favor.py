@@ -49,7 +49,7 @@ WHISPER = WhisperConfig(n_mels=80, width=20, layers=1, heads=2, ffn=32, max_sour
 VIT = ViTConfig(width=16, layers=1, heads=2, ffn=24, image_size=28, patch_size=14)
 CONFIG = FavorConfig(
     windows=K, queries=Q, width=20, layers=2, heads=2, causal_heads=4, ffn=28, max_positions=8 * N,
-    lora_r=4, lora_alpha=4, max_new_tokens=8, llm_vocab_size=None)
+    lora_r=4, lora_alpha=4, max_new_tokens=8)
 SHORT_OFFICIAL = OFFICIAL | {"audio_seconds": 3.0, "image_frames": 6}    # 3 s instead of 30 s
 VARIANTS = {
     "paper": {}, "no sync": {"sync": False}, "one window": {"windows": 0},
@@ -743,7 +743,8 @@ def test_a_file_is_read_as_the_config_says(build, monkeypatch, tmp_path):
     answer = model.answer(tmp_path / "a.wav", "what is said")
     assert answer == model.answer(str(tmp_path / "a.wav"), "what is said")
     assert answer == model.answer(clip_from_path(tmp_path / "a.wav"), "what is said") != ""
-    assert options == [{"fps": 4.0, "size": 28, "frame_times": "regular"}] * 2
+    assert options == [{"fps": 4.0, "size": 28, "frame_times": "regular", "max_seconds": None,
+                        "antialias": True}] * 2
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, 3, 5], ids=["both", "silent", "sound", "image", "text"])
@@ -868,8 +869,8 @@ def fields(config, *names):
 @pytest.mark.parametrize("name", ["7b", "13b"])
 def test_presets_hold_the_papers_numbers(name):
     config, vicuna = preset(name), f"Salesforce/instructblip-vicuna-{name}"
-    assert fields(config, "whisper", "instructblip", "llm", "llm_vocab_size") == (
-        "openai/whisper-large-v2", vicuna, vicuna, 32000)
+    assert fields(config, "whisper", "instructblip", "llm") == (
+        "openai/whisper-large-v2", vicuna, vicuna)
     assert fields(config, "fps", "windows", "queries", "layers", "width", "heads", "causal_heads",
                   "ffn") == (2.0, 10, 32, 2, 768, 12, 12, 3072)
     assert fields(config, "causal", "sync", "mask_padding", "frame_times", "audio_seconds",

@@ -1,5 +1,5 @@
-"""llama.py against transformers' LlamaForCausalLM (tiny, every parameter random) and itself:
-padding, cache and batch change nothing; the tokenizer against the sentencepiece package."""
+"""llama.py against transformers' LlamaForCausalLM (tiny and at full width, every parameter random)
+and itself: padding, cache and batch change nothing.  Its tokenizers: test_tokenizers.py."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ import torch
 from parity import check, randomise
 
 import hub
-from llama import KVCache, Llama, LlamaConfig, Tokenizer
+from llama import KVCache, Llama, LlamaConfig, rotary_angles
 
 VOCAB = 37
 EOS = 2
@@ -190,17 +190,21 @@ def test_config_styles(tmp_path):
     assert LlamaConfig.from_dict(instructblip) == config
     several = LlamaConfig.from_dict({"eos_token_id": [2, 5]})
     assert several.eos_id == (2, 5) and LlamaConfig.from_dict(several.to_dict()) == several
+    assert LlamaConfig.from_dict({"eos_token_id": [2]}) == LlamaConfig()
 
 
 @pytest.mark.parametrize("wrong", [
-    {"rope_type": {"rope_scaling": {"type": "linear", "factor": 2.0}}},
-    {"rope_type": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}},
-    {"rope_type": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}},
-    {"hidden_act": {"hidden_act": "gelu"}}, {"attention_bias": {"attention_bias": True}},
-    {"model_type": {"model_type": "opt"}}])
+    {"rope_type='longrope' .wanted default, linear, dynamic, yarn, llama3.": {
+        "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}},
+    {"rope_type='su' ": {"rope_scaling": {"type": "su", "factor": 2.0}}},
+    {"partial_rotary_factor=0.5 ": {"partial_rotary_factor": 0.5}},
+    {"partial_rotary_factor=0.5 ": {"rope_parameters": {"partial_rotary_factor": 0.5}}},
+    {"hidden_act=": {"hidden_act": "gelu"}}, {"attention_bias=": {"attention_bias": True}},
+    {"mlp_bias=": {"mlp_bias": True}}, {"model_type='opt'": {"model_type": "opt"}},
+    {"model_type='mistral' .wanted 'llama'.": {"model_type": "mistral", "sliding_window": None}}])
 def test_unsupported_config(wrong):
     (named, config), = wrong.items()
-    with pytest.raises(ValueError, match=f"unsupported {named}="):
+    with pytest.raises(ValueError, match=f"unsupported {named}"):
         LlamaConfig.from_dict(config)
 
 
@@ -224,6 +228,27 @@ def test_tied_embeddings(tmp_path):
     again = Llama.from_pretrained(tmp_path / "ours")
     check("tied, saved", again(some_ids()), ours(some_ids()), 0, 0)
 
+    tensors = {name: tensor.clone() for name, tensor in oracle.state_dict().items()}
+    for head in (1, 3):               # the file holds the lm_head as well, the same or its own
+        tensors["lm_head.weight"] *= head
+        hub.save_folder(tmp_path / "both", tensors, oracle.config.to_dict())
+        both = Llama.from_pretrained(tmp_path / "both")
+        check("tied, saved twice", both(some_ids()), head * ours(some_ids()))
+    theirs = type(oracle).from_pretrained(tmp_path / "both").eval()
+    check("tied, but another lm_head", both(some_ids()), theirs(some_ids()).logits)
+
+
+def test_end_tokens_of_generation_config(tmp_path):
+    """LLaMA-3's chat models: a text ends with one id, a turn with another one, named elsewhere."""
+    for here, there, wanted in [(2, [5, 2], (2, 5)), ([2, 5], 7, (2, 5, 7)), (2, 2, 2),
+                                (None, [7], 7), (5, None, 5), (None, None, 2)]:
+        hub.write_json(tmp_path / "config.json", {"eos_token_id": here})
+        hub.write_json(tmp_path / "generation_config.json", {"eos_token_id": there})
+        assert LlamaConfig.from_folder(tmp_path).eos_id == wanted
+    hub.write_json(tmp_path / "config.json", {"text_config": {"eos_token_id": 1}})
+    hub.write_json(tmp_path / "generation_config.json", {"eos_token_id": 7})
+    assert LlamaConfig.from_folder(tmp_path).eos_id == 2         # an InstructBLIP's say nothing
+
 
 @torch.no_grad()
 def test_padded_vocabulary_inside_instructblip(tmp_path):
@@ -236,8 +261,7 @@ def test_padded_vocabulary_inside_instructblip(tmp_path):
     ours, ids = Llama.from_pretrained(tmp_path, vocab_size=33), some_ids() % 33
     assert ours.config.vocab_size == 33 and ours.config.eos_id == EOS
     check("first rows", ours(ids), oracle(ids).logits[..., :33])
-    with pytest.raises(ValueError, match="37 cannot keep 99"):
-        Llama.from_pretrained(tmp_path, vocab_size=99)
+    assert Llama.from_pretrained(tmp_path, vocab_size=99).config.vocab_size == 37    # has no more
 
 
 def test_missing_unknown_and_wrong_tensors(tmp_path):
@@ -254,6 +278,174 @@ def test_missing_unknown_and_wrong_tensors(tmp_path):
         Llama.from_pretrained(tmp_path)
     hub.save_folder(tmp_path, tensors | {name: whole}, config)
     assert not Llama.from_pretrained(tmp_path).training
+
+
+# ---- rotary scaling -----------------------------------------------------------------------------
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+ROPES = {             # every type, with and without its optional fields
+    "default": {"rope_type": "default"}, "linear": {"rope_type": "linear", "factor": 2.5},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "llama3": LLAMA3 | {"original_max_position_embeddings": 64}, "llama3, no original": LLAMA3,
+    "yarn": YARN | {"original_max_position_embeddings": 8}, "yarn, no original": YARN,
+    "yarn, factor null": YARN | {"original_max_position_embeddings": 8, "factor": None},
+    "yarn, attention": YARN | {"attention_factor": 1.3},
+    "yarn, betas": YARN | {"beta_fast": 4.0, "beta_slow": 0.5, "truncate": False},
+    "yarn, mscale": YARN | {"mscale": 0.7, "mscale_all_dim": 1.1},
+    "yarn, half of mscale": YARN | {"mscale": 0.7}}
+SIZES = {"tiny": {"hidden_size": 36, "num_attention_heads": 4, "num_key_value_heads": 2,
+                  "head_dim": 10, "max_position_embeddings": 16},
+         "8b": {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
+                "max_position_embeddings": 8192}}
+
+
+def config_json(rope, style, theta=5e5, **settings):
+    """A config.json of one of the two styles; "oldest" says type instead of rope_type."""
+    if style == "new":
+        return settings | {"rope_parameters": rope | {"rope_theta": theta}}
+    if style == "oldest":
+        rope = {"type" if key == "rope_type" else key: value for key, value in rope.items()}
+    return settings | {"rope_theta": theta, "rope_scaling": rope}
+
+
+def same_angles(what, config, positions):
+    """Ours and the oracle's cos and sin at `positions` (1,T), from one config.json."""
+    from transformers import LlamaConfig as HubConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    oracle = LlamaRotaryEmbedding(HubConfig(**copy.deepcopy(config)))
+    wanted = oracle(torch.zeros(1), positions)
+    ours = LlamaConfig.from_dict(config)
+    assert LlamaConfig.from_dict(ours.to_dict()) == ours == LlamaConfig.from_dict(config)
+    assert hash(ours) == hash(LlamaConfig.from_dict(json.loads(json.dumps(ours.to_dict()))))
+    for name, got, want in zip(("cos", "sin"), rotary_angles(ours, positions), wanted, strict=True):
+        # Angles up to 1e4 are known to 1e-3 in fp32; these differ by the rounding of a frequency.
+        check(f"{name}, {what}", got[:, 0], want.chunk(2, dim=-1)[0],
+              2e-7 * max(10, positions.max()), 1e-4)
+    return ours
+
+
+@pytest.mark.parametrize("style", ["old", "oldest", "new"])
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotary_angles(rope, style):
+    config = config_json(ROPES[rope], style, **SIZES["tiny"])
+    ours = same_angles(f"{rope}, {style}", config, torch.arange(40)[None])
+    same_angles(f"{rope}, short", config, torch.arange(9)[None])
+    at = torch.tensor([[0, 1, 100, 1000, 8191, 10000]])
+    same_angles(f"{rope} at 8b's size", config_json(ROPES[rope], style, **SIZES["8b"]), at)
+    plain = LlamaConfig.from_dict(config_json({}, style, **SIZES["tiny"]))
+    changed = any((a - b).abs().max() > 0.05 for a, b in zip(
+        *(rotary_angles(c, torch.arange(40)[None]) for c in (ours, plain)), strict=True))
+    assert changed == (rope != "default")
+
+
+def test_rope_fields_in_odd_places():
+    """What transformers makes of them: the original length beside rope_scaling counts for more than
+    the one inside, rope_scaling for more than rope_parameters, and strange fields for nothing."""
+    tiny, positions = SIZES["tiny"], torch.arange(40)[None]
+    outside = {"original_max_position_embeddings": 32}
+    for rope in (LLAMA3, LLAMA3 | {"original_max_position_embeddings": 64}, YARN):
+        for style in ("old", "new"):
+            ours = same_angles("outside", config_json(rope, style, **tiny | outside), positions)
+            assert dict(ours.rope_scaling)["original_max_position_embeddings"] == 32
+    both = config_json({"type": "linear", "factor": 2.0}, "old", **tiny) | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    assert dict(same_angles("both styles", both, positions).rope_scaling)["factor"] == 2.0
+    strange = config_json(YARN | {"finetuned": True, "type": "linear"}, "old", **tiny)
+    assert dict(same_angles("strange fields", strange, positions).rope_scaling) == YARN | {
+        "original_max_position_embeddings": 16}
+    no_theta = {"rope_scaling": {"type": "linear", "factor": 2.0}} | tiny
+    assert same_angles("no theta", no_theta, positions).rope_theta == 10000.0
+
+
+@pytest.mark.parametrize("rope, missing", [
+    ({"type": "linear"}, "factor"), ({"rope_type": "dynamic", "factor": None}, "factor"), (
+        {"rope_type": "yarn"}, "factor"),
+    ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor, high_freq_factor")])
+def test_rope_fields_that_must_be_there(rope, missing):
+    with pytest.raises(ValueError, match=f"rope_type='.*' without {missing}; add it"):
+        LlamaConfig.from_dict({"rope_scaling": rope})
+    with pytest.raises(ValueError, match=f"without {missing}; add it"):
+        LlamaConfig(rope_scaling=rope)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope", [r for r in ROPES if r not in (
+    "yarn, no original", "yarn, factor null", "llama3, no original", "yarn, half of mscale")])
+def test_scaled_logits_and_answers(rope, tmp_path):
+    """Grouped-query attention, odd sizes, texts of more than twice the trained length."""
+    from transformers import LlamaForCausalLM
+    oracle = tiny_oracle(intermediate_size=53, num_hidden_layers=3, **SIZES["tiny"],
+                         rope_parameters=ROPES[rope] | {"rope_theta": 100.0})
+    oracle.lm_head.weight.data.mul_(3)
+    oracle.save_pretrained(tmp_path / "theirs")
+    ours, ids = Llama.from_pretrained(tmp_path / "theirs"), some_ids(2, 40)
+    logits = ours(ids)
+    check(f"logits, {rope}", logits, oracle(ids).logits)
+    ours.save_pretrained(tmp_path / "ours")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    check(f"saved by us, {rope}", again(ids).logits, logits)
+
+    answer = {"max_new_tokens": 25, "min_new_tokens": 25}
+    assert ours.generate(ids[:, :7], **answer) == theirs(oracle, ids[:, :7], **answer)
+
+    cache = KVCache(2, 40)
+    cached = torch.cat([ours(part, cache=cache) for part in ids.split([11, 20, 1, 8], 1)], dim=1)
+    if rope == "dynamic":           # keys keep the angles that they were rotated with
+        check("cached, dynamic, the first part", cached[:, :11], ours(ids[:, :11]))
+        assert (cached - logits).abs().max() > 1e-3
+    else:
+        check(f"cached, {rope}", cached, logits)
+
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[0, :13] = False            # also a dynamic row does not ask how long the others are
+    check(f"padded, {rope}", ours(ids, mask=mask)[:1, 13:], ours(ids[:1, 13:]))
+    half = Llama.from_pretrained(tmp_path / "ours", dtype=torch.bfloat16)(ids)
+    check(f"bf16, {rope}", half, logits, 1.0, 2e-2)
+
+
+# ---- full width ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def wide_weights():
+    """One layer of Vicuna 7B's size, all cut from one row of random numbers, each elsewhere."""
+    with torch.device("meta"):
+        shapes = list(Llama(LlamaConfig(vocab_size=VOCAB, layers=1)).named_parameters())
+    row = torch.empty(4096 * 11008 + 10 ** 5).uniform_(
+        -0.03, 0.03, generator=torch.Generator().manual_seed(0))
+    weights = {name: row[997 * i:997 * i + p.numel()].view(p.shape)
+               for i, (name, p) in enumerate(shapes)}
+    return {name: w + 1 if "norm" in name else w for name, w in weights.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads, rope", [(32, None), (8, LLAMA3)], ids=["vicuna", "llama-3"])
+def test_full_width(wide_weights, kv_heads, rope):
+    """One layer, 4096 wide, 32 heads, in fp32 and bf16; grouped: the first of the keys' rows."""
+    from transformers import LlamaConfig as HubConfig
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    weights = {name: w[:kv_heads * 128] if "k_proj" in name or "v_proj" in name else w
+               for name, w in wide_weights.items()}
+    config = HubConfig(vocab_size=VOCAB, num_hidden_layers=1, num_key_value_heads=kv_heads,
+                       rope_scaling=rope, max_position_embeddings=8, attn_implementation="eager")
+    with torch.device("meta"):                        # both models share the weights' memory
+        oracle, ours = LlamaForCausalLM(config), Llama(LlamaConfig.from_dict(config.to_dict()))
+    oracle.model.rotary_emb = LlamaRotaryEmbedding(config)
+    oracle.load_state_dict(weights, assign=True)
+    ours.load_state_dict(weights, assign=True)
+    ids, mask = some_ids(2, 13), torch.ones(2, 13, dtype=torch.bool)
+    mask[0, :3] = False
+    wanted = oracle.eval()(ids).logits
+    check("full width, fp32", ours(ids), wanted, 1e-4, 1e-5)
+    cache = KVCache(2, 13)
+    got = [ours(ids[:, :11], mask=mask[:, :11], cache=cache), ours(ids[:, 11:], cache=cache)]
+    got = torch.cat(got, dim=1)
+    check("full width, cached, padded", got[:1, 3:], oracle(ids[:1, 3:]).logits, 1e-4, 1e-5)
+    check("full width, cached", got[1:], wanted[1:], 1e-4, 1e-5)
+    answer = {"max_new_tokens": 3, "min_new_tokens": 3}
+    assert ours.generate(ids[:, :6], **answer) == theirs(oracle, ids[:, :6], **answer)
+    check("full width, bf16", ours.bfloat16()(ids), wanted, torch.inf, 2e-2)
 
 
 # ---- generation ---------------------------------------------------------------------------------
@@ -376,68 +568,6 @@ def test_generate_leaves_no_graph_and_runs_under_autocast(model):
 def test_needs_neither_transformers_nor_peft():
     source = open(sys.modules["llama"].__file__).read() + open(hub.__file__).read()
     assert "import transformers" not in source and "from transformers" not in source
-
-
-# ---- tokenizer ----------------------------------------------------------------------------------
-
-TEXTS = ["A dog barks.", "", " two  spaces ", "line\nbreak\ttab", "naïve Ĉapelo", "日本語", "🎈 up",
-         "</s><Img>USER: 12345", "▁odd"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """LLaMA's recipe at 300 pieces: BPE, byte fallback, split digits, identity normalisation."""
-    import sentencepiece
-    root = tmp_path_factory.mktemp("tokenizer")
-    lines = ["a dog barks and a child laughs while a car passes by the house"] * 3 + TEXTS[:4]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(root / "tokenizer"), model_type="bpe",
-        vocab_size=330, byte_fallback=True, split_digits=True, num_threads=1, unk_id=0, bos_id=1,
-        eos_id=2, pad_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        character_coverage=0.99, hard_vocab_limit=False, minloglevel=2)
-    return Tokenizer.from_pretrained(root)
-
-
-def test_tokenizer_is_sentencepiece(tokenizer, tmp_path):
-    import sentencepiece
-    (tmp_path / "copy.model").write_bytes(tokenizer.pieces.serialized_model_proto())
-    oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "copy.model"))
-    for text in TEXTS:
-        ids = tokenizer.encode(text)
-        assert ids == oracle.EncodeAsIds(text)
-        assert tokenizer.eos_id not in ids and tokenizer.bos_id not in ids
-        assert tokenizer.decode(ids) == oracle.DecodeIds(ids)
-        assert tokenizer.decode([1, *ids, 2]) == tokenizer.decode(ids)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, len(oracle))
-
-
-def test_every_segment_starts_with_its_own_word_boundary(tokenizer):
-    boundary = tokenizer.pieces.piece_to_id("▁a")
-    assert tokenizer.encode("a")[0] == boundary and tokenizer.encode(" a")[0] != boundary
-    assert tokenizer.encode("a") + tokenizer.encode("a") == [boundary] * 2
-    assert tokenizer.encode("aa") != [boundary] * 2
-
-
-@pytest.mark.parametrize("text", ["A dog 🎈🎈 barks", "naïve 日本語", "🎈", "x🎈", "two words"])
-def test_stream_decoder_never_shows_half_a_character(tokenizer, text):
-    ids = tokenizer.encode(text)
-    push = tokenizer.stream_decoder()
-    parts = [push(i) for i in ids]
-    assert "".join(parts) == tokenizer.decode(ids) == text
-    assert not any("\ufffd" in part for part in parts)
-    assert push() == ""
-
-
-def test_stream_decoder_shows_a_broken_character_in_the_end(tokenizer):
-    push = tokenizer.stream_decoder()
-    ids = tokenizer.encode("x🎈")[:-1]
-    assert "".join(push(i) for i in ids) == "x"
-    assert set(push()) == {"\ufffd"}
-
-
-def test_missing_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match="tokenizer.model: missing"):
-        Tokenizer.from_pretrained(tmp_path)
 
 
 def test_vicuna_7b_names_and_shapes():

@@ -150,7 +150,7 @@ def test_a_run(finished, unbroken, small_parts):
     config = json.loads((out / "config.json").read_text())
     assert config["method"]["whisper"] == str(small_parts / "whisper")
     assert config["train"]["batch"] == 8
-    assert "step 2/6: loss" in printed and "ETA" in printed and "| qformer | " in printed
+    assert "step 2/6: loss" in printed and "ETA" in printed and "| causal Q-Former | " in printed
     assert "cross-entropy, steps 1-6" in (out / "loss.txt").read_text()
     table = (out / "table.md").read_text()
     assert table in printed
@@ -164,7 +164,9 @@ def test_flags_reach_the_method(command, tmp_path):
     run(command(tmp_path, "--no-test", "--no-sync", steps=1, windows=2, queries=3, causal="none",
                 diversity=0.5))
     model = Favor.from_pretrained(tmp_path / "last")
-    assert dataclasses.astuple(model.config)[4:9] == ("paper", False, 2, "none", 0.5)
+    config = model.config
+    assert (config.variant, config.sync, config.windows, config.causal, config.diversity) == (
+        "paper", False, 2, "none", 0.5)
     assert model.qformer.queries.shape[1] == 3
     row = log_of(tmp_path)[0]
     assert row["loss"] == pytest.approx(row["ce"] + 0.5 * row["diversity"], abs=1e-6)

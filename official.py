@@ -1,0 +1,116 @@
+"""The authors' released FAVOR checkpoint (a torch file of the trained parts) in our names.
+
+     their file --weights_only--> {their key: tensor} --one table--> aligner, LoRA; strict both ways
+Which frozen parts it goes with, and what its switches mean: --variant official (README).  The file
+of their successor video-SALMONN has other parts and is told apart.
+
+Public: read_checkpoint; favor.from_official makes a model of it."""
+
+import re
+from pathlib import Path
+
+import torch
+
+# theirs -> ours, in this order.  What is trained first registered its name: video_*; older saves
+# also hold the same parameter as joint_* or speech_*.
+ALIASES = ((r"^(joint|speech)_(Qformer|query_tokens|frame_position_embedding)", r"video_\2"),
+           (r"^ln_(joint|speech)\.", "ln_video."))
+NAMES = (
+    ("speech_pre_qformer_proj.", "audio_proj."),
+    ("ln_video.", "qformer.joint_norm."),
+    ("video_frame_position_embedding.", "qformer.positions."),
+    ("video_query_tokens", "qformer.queries"),
+    ("video_Qformer.bert.embeddings.LayerNorm.", "qformer.query_norm."),
+    ("video_Qformer.bert.encoder.layer.", "qformer.layers."),
+    (".encoder_causal_attention.", ".causal_attention."),
+    (".crossattention.", ".cross_attention."),
+    (".attention.", ".self_attention."),
+    ("attention.self.", "attention."),
+    ("attention.output.dense.", "attention.output."),
+    ("attention.output.LayerNorm.", "attention.norm."),
+    (".intermediate_query.dense.", ".up."),
+    (".output_query.dense.", ".down."),
+    (".output_query.LayerNorm.", ".norm."),
+    ("llama_proj.", "llm_proj."),
+)
+LORA = re.compile(r"^llama_model\.base_model\.model\.(.+)\.(lora_[AB])(?:\.default)?\.weight$")
+# What the file may hold besides: InstructBLIP's own projection, which nothing uses, and buffers.
+EXTRAS = re.compile(r"^llm_proj\.|position_ids$|rotary_emb\.inv_freq$")
+SUCCESSOR = ("beats_pre_qformer_proj.", "low_query_tokens", "low_Qformer.")
+
+
+def read_checkpoint(path):
+    """-> aligner {our name: tensor}, LoRA {"module.lora_A": tensor}, names that were left out.
+    Raises ValueError, naming the file, for what is no FAVOR checkpoint; unknown keys are listed."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix in (".pt", ".pth", ".bin"))
+        if len(files) != 1:
+            raise ValueError(f"{path}: {len(files)} files that end in .pt, .pth or .bin; "
+                             "pass the checkpoint itself")
+        path = files[0]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; wanted the authors' checkpoint, "
+                                "e.g. pytorch_model_1_101.pt")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a torch file of tensors only ({type(error).__name__}: "
+                         f"{str(error).splitlines()[0]}); download it again") from error
+    while isinstance(saved, dict) and len(saved) <= 3 and (
+            inner := [v for k, v in saved.items() if k in ("module", "model", "state_dict")]):
+        saved = inner[0]
+    if not isinstance(saved, dict) or not all(isinstance(t, torch.Tensor) for t in saved.values()):
+        raise ValueError(f"{path}: holds no {{name: tensor}}; wanted the authors' checkpoint")
+    saved = {name.removeprefix("module."): tensor for name, tensor in saved.items()}
+    if found := [name for name in saved if name.startswith(SUCCESSOR)]:
+        raise ValueError(
+            f"{path}: a checkpoint of video-SALMONN, FAVOR's successor ({found[0]}, …): it hears "
+            "with BEATs too and reads windows at two resolutions, which is another model; wanted "
+            "one of FAVOR, whose ln_video is 1536 wide")
+    return (*renamed(saved, path), sorted(name for name in saved if EXTRAS.search(name)))
+
+
+def renamed(saved, path):
+    """{their name: tensor} -> aligner and LoRA under our names."""
+    aligner, adapters, unknown = {}, {}, []
+    for theirs, tensor in saved.items():
+        if EXTRAS.search(theirs):
+            continue
+        if match := LORA.match(theirs):
+            adapters[f"{match[1]}.{match[2]}"] = tensor
+            continue
+        ours = theirs
+        for pattern, name in ALIASES:
+            ours = re.sub(pattern, name, ours)
+        known = ours
+        for old, new in NAMES:
+            ours = ours.replace(old, new)
+        if not ours.startswith(("audio_proj.", "qformer.", "llm_proj.")):
+            unknown.append(theirs)
+        elif ours in aligner and not torch.equal(aligner[ours], tensor):
+            raise ValueError(f"{path}: {theirs} and {known} should be one parameter, but differ")
+        else:
+            aligner[ours] = tensor
+    if unknown:
+        raise ValueError(f"{path}: unknown names {', '.join(sorted(unknown)[:20])} "
+                         f"({len(unknown)}); wanted those of the released FAVOR")
+    if "llm_proj.weight" not in aligner or not adapters:
+        raise ValueError(f"{path}: no llama_proj.weight or no LoRA among its {len(saved)} names; "
+                         "wanted the released FAVOR")
+    return aligner, adapters
+
+
+@torch.no_grad()
+def copy_all(theirs, ours, path):
+    """{name: tensor} into {name: parameter}; ValueError lists what is missing, unknown, or of
+    another shape."""
+    wrong = [f"{name} {list(theirs[name].shape)}, wanted {list(ours[name].shape)}"
+             for name in theirs.keys() & ours.keys() if theirs[name].shape != ours[name].shape]
+    problems = [f"{label}: {', '.join(sorted(names)[:20])} ({len(names)})" for label, names in (
+        ("missing", ours.keys() - theirs.keys()), ("unknown", theirs.keys() - ours.keys()),
+        ("wrong shape", wrong)) if names]
+    if problems:
+        raise ValueError(f"{path}: does not fit this model; {'; '.join(problems)}")
+    for name, tensor in theirs.items():
+        ours[name].copy_(tensor)
