@@ -12,11 +12,13 @@ cli.quiet_threads()
 
 import argparse  # noqa: E402
 import sys  # noqa: E402
+import time  # noqa: E402
 
 import torch  # noqa: E402
 
 import hub  # noqa: E402
 import processes  # noqa: E402
+import sizes  # noqa: E402
 from data import clip_from_path  # noqa: E402
 from eval import EvalConfig, load_model  # noqa: E402
 
@@ -64,13 +66,17 @@ def main(argv=None):
     picture = "an image" if clip.is_image else f"{frames} frames"
     print(f"[{checkpoint or 'random weights'}: {picture}, {sound}]", file=sys.stderr)
     settings = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
+    started = time.time()
     if args.beams or model.config.beams > 1:
         print(model.answer(clip, args.question, mask=args.mask,
                            num_beams=args.beams or model.config.beams, **settings))
-        return
-    model.answer(clip, args.question, mask=args.mask, **settings,
-                 stream=lambda text: print(text, end="", flush=True))
-    print()
+    else:
+        model.answer(clip, args.question, mask=args.mask, **settings,
+                     stream=lambda text: print(text, end="", flush=True))
+        print()
+    if args.random_init:
+        peak = sizes.in_words(sizes.peak_memory(device))
+        print(f"[{time.time() - started:.1f} s, peak memory {peak}]", file=sys.stderr)
 
 
 if __name__ == "__main__":

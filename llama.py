@@ -558,8 +558,10 @@ class Tokenizer:
         return self.pieces.encode(text)
 
     def decode(self, ids):
-        """Text of `ids`, without control ids (<s>, </s>, padding)."""
-        return self.pieces.decode([i for i in map(int, ids) if not self.pieces.is_control(i)])
+        """Text of `ids`, without control ids (<s>, </s>, padding) and without ids that are no
+        pieces (an LLM with random weights says such)."""
+        return self.pieces.decode([i for i in map(int, ids) if i < self.vocab_size
+                                   and not self.pieces.is_control(i)])
 
     def stream_decoder(self):
         """A function push(id) -> the text that this id completes, "" while it is half a character
