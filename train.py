@@ -268,12 +268,13 @@ def train_step(model, samples, config, optimiser, step, world, device, autocast)
 
 
 @torch.no_grad()
-def validate(model, records, store, batch, device, autocast):
+def validate(model, records, store, batch, device, autocast, mask=None):
     """Mean cross-entropy a token on the held-out questions, of which each process has its share."""
     model.eval()
     total = count = 0
     for start in range(0, len(records), batch):
-        samples = evaluation.readable_samples(model, records[start:start + batch], store)[1]
+        samples = evaluation.readable_samples(
+            model, records[start:start + batch], store, mask)[1]
         if not samples:
             continue
         with autocast:
@@ -401,7 +402,8 @@ def main(config, argv):
                "seconds": round(time.time() - started, 1)}
         if done % config.val_every == 0 or done == config.steps:
             row["val_ce"] = ce if not chosen else validate(
-                model, chosen[rank::world], store, val_batch, device, autocast)
+                model, chosen[rank::world], store, val_batch, device, autocast,
+                config.mask or None)
         rows.append(row)
         if chief:
             with open(out / "log.jsonl", "a") as file:

@@ -578,6 +578,26 @@ def test_masks_are_drawn_at_their_rate():
                      for g in range(4000)]
 
 
+@pytest.mark.parametrize(("mask", "view"), [("audio", "visual only"), ("visual", "audio only")])
+def test_one_modality_alone(command, small_miniature, tmp_path, monkeypatch, mask, view):
+    """--mask: not one sample of training or validation, and no question of the test, has it."""
+    masks = set()
+    joint_windows = Favor.joint_windows
+
+    def spy(model, sample):
+        masks.add(sample.mask)
+        return joint_windows(model, sample)
+    monkeypatch.setattr(Favor, "joint_windows", spy)
+    run(command(tmp_path / "run", "--test", "--mask", mask, steps=2))
+    assert masks == {mask}
+    assert f"| task | n | {view} | chance |" in (tmp_path / "run" / "table.md").read_text()
+    masks.clear()
+    evaluation.main(evaluation.EvalConfig(
+        checkpoint=str(tmp_path / "run" / "best"), data=str(small_miniature), mask=mask,
+        task="avm", out=str(tmp_path / "said.jsonl")), [])
+    assert masks == {mask}
+
+
 # ---- kept features ------------------------------------------------------------------------------
 
 def same(a, b, tolerance):
