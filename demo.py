@@ -20,7 +20,7 @@ import hub  # noqa: E402
 import processes  # noqa: E402
 import sizes  # noqa: E402
 from data import clip_from_path  # noqa: E402
-from eval import EvalConfig, load_model  # noqa: E402
+from eval import EvalConfig, load_model, settled  # noqa: E402
 
 
 def main(argv=None):
@@ -48,14 +48,14 @@ def main(argv=None):
     parser.add_argument("--max-new-tokens", type=int, default=0, help="end the answer after these")
     args = parser.parse_args(argv)
     try:
-        config = EvalConfig(**{name: getattr(args, name) for name in (
+        config = settled(EvalConfig(**{name: getattr(args, name) for name in (
             "model", "checkpoint", "whisper", "instructblip", "llm", "dtype", "random_init",
-            "offline")})
+            "offline")}))
     except ValueError as error:
         parser.error(str(error))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hub.offline(args.offline)
-    dtype = processes.precision(args.dtype, args.model, device)[0]
+    dtype = processes.precision(args.dtype, config.model, device)[0]
     try:
         model, checkpoint = load_model(config, dtype, device)
         clip = clip_from_path(args.clip, args.audio, args.start, args.end, **model.reading())

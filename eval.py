@@ -41,7 +41,7 @@ VIEWS = {"both": None, "audio only": "visual", "visual only": "audio", "blind": 
 @dataclass(frozen=True)
 class EvalConfig:
     task: str = "all"  # all, or some of asr,ac,ic,ocr,vqa,videoqa,avsr,avsd,isqa,avssd,avm
-    model: str = "tiny"  # preset: tiny, 7b, 13b (a checkpoint says it itself)
+    model: str = "tiny"  # preset: tiny, 7b, 13b (a given --checkpoint says it itself)
     system: str = "favor"  # or the paper's baselines: whisper, instructblip
     checkpoint: str = ""  # folder that train.py wrote (default: runs/<model>/best, else tiny/favor)
     data: str = "media/miniature"  # a manifest (.jsonl), or a folder with test.jsonl
@@ -52,7 +52,7 @@ class EvalConfig:
     limit: int = 0  # at most so many questions a task (0: all)
     keep_features: bool = True  # encode each clip once and keep the features beside the manifest
     beams: int = 0  # beam search with so many beams (0: what the checkpoint says)
-    processes: int = 0  # on a CPU without torchrun (0: one a core, four at most)
+    processes: int = 0  # on a CPU without torchrun (0: tiny one a core, four at most; others one)
     dtype: str = ""  # bfloat16 or float32 (default: float32 for tiny on a CPU)
     random_init: bool = False  # full size, random weights, no download: does it fit, how fast
     offline: bool = False  # take what the Hub's cache has, ask no network
@@ -113,6 +113,13 @@ def find_checkpoint(path, model="tiny"):
     raise SystemExit(f"no checkpoint in {' or '.join(map(str, places))} (wanted favor.json there); "
                      "make one with: python train.py"
                      + (f" --model {model}" if model != "tiny" else ""))
+
+
+def settled(config):
+    """The same with the preset that its checkpoint was trained with."""
+    file = Path(config.checkpoint) / "favor.json"
+    trained = hub.read_json(file).get("train", {}) if config.checkpoint and file.exists() else {}
+    return dataclasses.replace(config, model=trained.get("model", config.model))
 
 
 def load_model(config, dtype=None, device=None):
@@ -255,6 +262,7 @@ def table(predictions, views):
 
 
 def main(config, argv):
+    config = settled(config)
     manifest = find_manifest(config.data, "test")
     every = config.task == "all" and not SYSTEMS[config.system].tasks
     records = [r for r in data.read_manifest(manifest) if every or r.task in config.tasks]
@@ -268,7 +276,9 @@ def main(config, argv):
     if unanswered:
         raise SystemExit(
             f"{manifest}: {unanswered[0]} has neither target nor refs to score against")
-    rank, _, device = processes.join()
+    rank, world, device = processes.join()
+    if world > 1:
+        torch.set_num_threads(max(1, cli.cores() // world))
     say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
     dtype, _, why = processes.precision(config.dtype, config.model, device)
     hub.offline(config.offline)
@@ -297,9 +307,10 @@ def main(config, argv):
 
 
 if __name__ == "__main__":
-    settings, _ = cli.parse(EvalConfig, __doc__)
+    settings = settled(cli.parse(EvalConfig, __doc__)[0])
     if settings.checkpoint or settings.system == "favor" and not settings.random_init:
         find_checkpoint(settings.checkpoint, settings.model)    # what is missing is said before the
     data.read_manifest(find_manifest(settings.data, "test"))    # processes start, not once by each
-    processes.one_a_core(settings.processes)
+    processes.one_a_core(settings.processes,          # each has its own copy of the weights
+                         most=4 if settings.model == "tiny" else 1)
     main(settings, sys.argv[1:])

@@ -64,8 +64,8 @@ class TrainConfig:
     log_every: int = 20  # steps between log lines
     val_every: int = 200  # steps between validations and checkpoints
     seed: int = 0  # of weights, order and masks
-    processes: int = 0  # on a CPU without torchrun (0: one a core, four at most)
-    threads: int = 1  # processor threads a process; more of them wait for each other
+    processes: int = 0  # on a CPU without torchrun (0: tiny one a core, four at most; others one)
+    threads: int = 0  # processor threads a process (0: tiny one, more would wait; others all)
     dtype: str = ""  # of frozen weights: bfloat16 or float32 (default: float32 for tiny on a CPU)
     keep_features: bool | None = None  # encode each clip once, keep that (default: tiny only)
     test: bool = True  # end with the table of eval.py on <data>/test.jsonl
@@ -306,7 +306,8 @@ def main(config, argv):
     if config.batch < world:
         raise SystemExit(
             f"--batch {config.batch} for {world} processes; wanted a sample for each at least")
-    torch.set_num_threads(config.threads or max(1, cli.cores() // world))
+    torch.set_num_threads(
+        config.threads or (1 if config.model == "tiny" else max(1, cli.cores() // world)))
     torch.manual_seed(config.seed)
     dtype, autocast, why = processes.precision(config.dtype, config.model, device)
     hub.offline(config.offline)
@@ -459,5 +460,6 @@ if __name__ == "__main__":
     if settings.start_from:                         # what is missing is said before the processes
         evaluation.find_checkpoint(settings.start_from)                # start, not once by each
     data.read_manifest(evaluation.find_manifest(settings.data, "train"))
-    processes.one_a_core(settings.processes, most=min(4, settings.batch))
+    processes.one_a_core(settings.processes,          # each has its own copy of the weights
+                         most=min(4, settings.batch) if settings.model == "tiny" else 1)
     main(settings, sys.argv[1:])
