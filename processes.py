@@ -51,6 +51,8 @@ def join():
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
+    if rank > 0:                                     # all wait for one download, one shows it
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if world > 1:
         # Long: all wait while the first process makes clips and features.  When a process dies,
         # the others end at once: torchrun and gloo both see to that.

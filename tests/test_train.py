@@ -578,6 +578,38 @@ def test_masks_are_drawn_at_their_rate():
                      for g in range(4000)]
 
 
+@pytest.fixture(scope="module")
+def llama3(tmp_path_factory):
+    """A LLaMA-3 in small: grouped-query attention, scaled rope, tied head, two ends, tokenizer.json
+    of byte-level BPE; saved by transformers."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+    root = tmp_path_factory.mktemp("llama3")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = decoders.ByteLevel()
+    pieces.add_special_tokens([AddedToken(name, special=True) for name in (
+        "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")])
+    pieces.save(str(root / "tokenizer.json"))
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=259, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, tie_word_embeddings=True,
+        bos_token_id=256, eos_token_id=[257, 258], rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64})
+    ).save_pretrained(root)
+    return root
+
+
+def test_another_llm(command, llama3, tmp_path):
+    """--llm: any LLaMA takes the place of Vicuna, in training and answering."""
+    run(command(tmp_path, "--no-test", steps=2, llm=llama3))
+    model = Favor.from_pretrained(tmp_path / "last")
+    assert model.llm.config.kv_heads == 2 and model.llm_proj.out_features == 48
+    assert model.tokenizer.bos_id == 256 and isinstance(model.answer(None, "Hello?"), str)
+
+
 @pytest.mark.parametrize(("mask", "view"), [("audio", "visual only"), ("visual", "audio only")])
 def test_one_modality_alone(command, small_miniature, tmp_path, monkeypatch, mask, view):
     """--mask: not one sample of training or validation, and no question of the test, has it."""
