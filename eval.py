@@ -18,7 +18,6 @@ cli.quiet_threads()
 import dataclasses  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
-import time  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -30,12 +29,10 @@ import hub  # noqa: E402
 import metrics  # noqa: E402
 import miniature  # noqa: E402
 import processes  # noqa: E402
+from answers import HISTORIES, VIEWS, Journal, answer_all, short_hash  # noqa: E402
 from baselines import SYSTEMS  # noqa: E402
-from favor import HERE, Sample, preset  # noqa: E402
+from favor import HERE, preset  # noqa: E402
 from features import keep_features  # noqa: E402
-
-# view: what is masked
-VIEWS = {"both": None, "audio only": "visual", "visual only": "audio", "blind": "both"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,7 @@ class EvalConfig:
     limit: int = 0  # at most so many questions a task (0: all)
     keep_features: bool = True  # encode each clip once and keep the features beside the manifest
     beams: int = 0  # beam search with so many beams (0: what the checkpoint says)
+    history: str = "gold"  # of dialogues: the right answers, none, or the model's own (model)
     processes: int = 0  # on a CPU without torchrun (0: tiny one a core, four at most; others one)
     dtype: str = ""  # bfloat16 or float32 (default: float32 for tiny on a CPU)
     random_init: bool = False  # full size, random weights, no download: does it fit, how fast
@@ -63,7 +61,7 @@ class EvalConfig:
 
     def __post_init__(self):
         for name, wanted in (("system", tuple(SYSTEMS)), ("mask", ("", "audio", "visual")),
-                             ("dtype", ("", "bfloat16", "float32"))):
+                             ("dtype", ("", "bfloat16", "float32")), ("history", HISTORIES)):
             if getattr(self, name) not in wanted:
                 raise ValueError(f"--{name} {getattr(self, name)}; "
                                  f"wanted {' or '.join(filter(None, wanted))}")
@@ -145,79 +143,22 @@ def find_manifest(path, split):
     return manifest
 
 
-def readable_samples(model, records, store, mask=None, skipped=None):
-    """Records and their kept features (store None: their decoded clips) -> the records whose clip
-    can be read, their Samples; (id, reason) of each other one joins the list `skipped`."""
-    skipped, read, samples = [] if skipped is None else skipped, [], []
-    for r in records:
-        if store is not None:
-            features, clip, bad = store[r.id] if r.id in store else None, None, r.id not in store
-            if bad:
-                skipped.append(
-                    (r.id, f"{r.id}: its clip could not be read when features were made"))
-        else:
-            features, clip = None, data.load_or_skip(r, skipped, **model.reading())
-            bad = clip is None
-        if not bad:
-            read.append(r)
-            samples.append(Sample(r.prompt, r.target, clip, features, r.history, mask))
-    return read, samples
-
-
-@torch.no_grad()
-def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, log=print):
-    """-> predictions, one dict a question with its answer in every view; scores {task: {view:
-    Score}}.  Questions about clips that cannot be read are left out and counted.  Under torchrun
-    each process answers its share, and all return everything."""
-    was_training, world = model.training, processes.world()
-    model.eval()
-    # of like length together
-    order = sorted(records, key=lambda r: (r.task, r.history != (), len(r.prompt)))
-    order = order[processes.rank()::world]
-    answers, skipped, started = {}, [], time.time()
-    settings = {"num_beams": beams} if beams else {}
-    log(f"answering {len(records)} questions, each {len(views)} times: {', '.join(views)}")
-    for start in range(0, len(order), batch):
-        part, samples = readable_samples(model, order[start:start + batch], store, skipped=skipped)
-        samples = [model.with_features(sample) for sample in samples]    # once for all views
-        for view in views:
-            same = [same_view(sample, view, views) for sample in samples]
-            fresh = [(r, dataclasses.replace(s, mask=VIEWS[view]))
-                     for r, s, twin in zip(part, samples, same, strict=True) if twin == view]
-            said = model.generate([s for _, s in fresh], **settings) if fresh else []
-            for (record, _), answer in zip(fresh, said, strict=True):
-                answers.setdefault(record.id, {})[view] = answer
-            for record, twin in zip(part, same, strict=True):
-                answers[record.id][view] = answers[record.id][twin]
-        done = min(start + batch, len(order))
-        if (start // batch) % 5 == 4 or done == len(order):
-            seconds = time.time() - started
-            log(f"  {done * world}/{len(order) * world}, {seconds:.0f} s, "
-                f"ETA {seconds / done * (len(order) - done):.0f} s")
-    model.train(was_training)
-    parts = processes.gathered((answers, skipped))
-    answers = {key: value for part, _ in parts for key, value in part.items()}
-    skipped = [reason for _, part in parts for reason in part]
+def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, history="gold",
+             journal=None, log=print):
+    """-> predictions, one dict a question with its answer in every view, in the records' order;
+    scores {task: {view: Score}}.  Questions about clips that cannot be read are left out and
+    counted.  Under torchrun each process answers its share, and all return everything."""
+    said, skipped = answer_all(model, records, store, views, batch, beams, history, journal, log)
     if skipped:
         log(data.report_skipped(skipped, len(records)))
-    if not answers:
+    if not said:
         raise SystemExit("none of the questions' clips can be read; look at the reasons above")
     predictions = [{"id": r.id, "task": r.task, "prompt": r.prompt,
-                    "references": list(r.refs or (r.target,)), **answers[r.id], "meta": r.meta}
-                   for r in records if r.id in answers]
+                    "references": list(r.refs or (r.target,)), **said[r.id], "meta": r.meta}
+                   for r in records if r.id in said]
     scores = {task: {view: score_of(task, rows, view) for view in views}
               for task, rows in by_task(predictions).items()}
     return predictions, scores
-
-
-def same_view(sample, view, views):
-    """The first of `views` in which the model gets the same as in `view`: without its picture, a
-    clip that has none is as it was."""
-    def left(view):
-        mask = VIEWS[view]
-        return [mask not in (name, "both") and getattr(sample.features, name) is not None
-                for name in ("audio", "visual")]
-    return next(other for other in views if left(other) == left(view))
 
 
 def by_task(predictions):
@@ -292,18 +233,55 @@ def main(config, argv):
     if config.keep_features and config.model == "tiny" and config.system != "whisper":
         with processes.chief_first():
             store = keep_features(model, records, manifest.parent / "features", log=say)
-    predictions, _ = evaluate(model, records, store, views, config.batch, config.beams, say)
-    processes.leave()
-    if rank > 0:
-        return
     own = checkpoint and checkpoint.resolve() != (HERE / "tiny" / "favor").resolve()
     folder = checkpoint if own else Path("runs") / (
         "tiny-committed" if checkpoint else f"{config.model}-{config.system}")
     out = Path(config.out or folder / "predictions.jsonl")
+    settings = {
+        "system": config.system, "model": config.model, "checkpoint": str(checkpoint),
+        "weights": weights_hash(checkpoint), "sources": [str(s) for s in sources_of(model)],
+        "dtype": why.split()[0], "manifest": str(manifest), "questions": len(records),
+        "ids": short_hash(*sorted(r.id for r in records)), "views": list(views),
+        "batch": config.batch, "beams": config.beams or model.config.beams,
+        "repetition penalty": model.config.repetition_penalty,
+        "max new tokens": model.config.max_new_tokens, "history": config.history}
+    journal = Journal(out.with_suffix(".parts"), settings)
+    predictions, scores = evaluate(
+        model, records, store, views, config.batch, config.beams, config.history, journal, say)
+    if rank == 0:
+        write_report(out, predictions, scores, views, settings)
+        print(table(predictions, views))
+        print(f"predictions: {out}, report: {out.with_suffix('.json')}")
+    journal.remove()
+    processes.leave()
+
+
+def weights_hash(checkpoint):
+    """Of the trained parts."""
+    files = sorted(checkpoint.rglob("*.safetensors")) if checkpoint else []
+    return short_hash(*files) if files else None
+
+
+def sources_of(model):
+    return [getattr(model.config, name) for name in ("whisper", "instructblip", "llm")]
+
+
+def write_report(out, predictions, scores, views, settings):
+    """predictions.jsonl, and beside it .md (the table) and .json (scores, settings, hashes)."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(row) + "\n" for row in predictions))
-    print(table(predictions, views))
-    print(f"predictions: {out}")
+    write_text(out, "".join(json.dumps(row) + "\n" for row in predictions))
+    write_text(out.with_suffix(".md"), table(predictions, views) + "\n")
+    hub.write_json(out.with_suffix(".json"), {
+        "settings": settings, "answered": len(predictions),
+        "scores": {task: {view: dataclasses.asdict(score) for view, score in by_view.items()}
+                   for task, by_view in scores.items()}})
+
+
+def write_text(path, text):
+    """Atomically: a kill leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import hub  # noqa: E402
 import miniature  # noqa: E402
 import processes  # noqa: E402
 import sizes  # noqa: E402
+from answers import readable_samples  # noqa: E402
 from baselines import SYSTEMS  # noqa: E402
 from favor import preset  # noqa: E402
 from features import keep_features  # noqa: E402
@@ -218,13 +219,6 @@ def save_checkpoint(folder, model, facts, state=None):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_text(path, text):
-    """Atomically: a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def latest_checkpoint(out):
     """last/, or its predecessor when a kill came between the renames; None in a fresh folder."""
     return next((f for f in (out / "last", out / "last.old") if (f / "state.pt").exists()), None)
@@ -273,8 +267,7 @@ def validate(model, records, store, batch, device, autocast, mask=None):
     model.eval()
     total = count = 0
     for start in range(0, len(records), batch):
-        samples = evaluation.readable_samples(
-            model, records[start:start + batch], store, mask)[1]
+        samples = readable_samples(model, records[start:start + batch], store, mask)[1]
         if not samples:
             continue
         with autocast:
@@ -365,7 +358,7 @@ def main(config, argv):
         say(f"going on from {resumed}, step {first}")
     if chief:
         hub.write_json(out / "config.json", {**facts, "method": dataclasses.asdict(model.config)})
-        write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        evaluation.write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     ddp = DistributedDataParallel(model) if world > 1 else model
     order = Order(records, config.seed)
     # at most 400, of all tasks: a manifest is often sorted by task
@@ -376,7 +369,7 @@ def main(config, argv):
         """Sample number g of the run; in the place of an unreadable clip, the next record."""
         for k in range(100):
             record = records[(order(g) + k) % len(records)]
-            found = evaluation.readable_samples(
+            found = readable_samples(
                 model, [record], store, drawn_mask(config, g), unreadable)[1]
             if found:
                 return found[0]
@@ -429,7 +422,7 @@ def main(config, argv):
     # end: the curve and the table
     if chief:
         curve = draw_curve(rows) if rows else "no steps"
-        write_text(out / "loss.txt", curve + "\n")
+        evaluation.write_text(out / "loss.txt", curve + "\n")
         say(curve)
     if config.test and (manifest.parent / "test.jsonl").exists():
         tested = data.read_manifest(manifest.parent / "test.jsonl")
@@ -441,11 +434,11 @@ def main(config, argv):
                 store = keep_features(model, tested, manifest.parent / "features", log=say)
         views = evaluation.views_of(config.system, config.mask)
         predictions, _ = evaluation.evaluate(
-            model, tested, store, views, batch=4 * val_batch, log=say)
+            model, tested, store, views, 4 * val_batch, log=say)
         if chief:
-            write_text(out / "predictions.jsonl",
+            evaluation.write_text(out / "predictions.jsonl",
                        "".join(json.dumps(p) + "\n" for p in predictions))
-            write_text(out / "table.md",
+            evaluation.write_text(out / "table.md",
                        evaluation.table(predictions, views) + "\n")
             say((out / "table.md").read_text())
     say(f"{out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {out}/best   "
