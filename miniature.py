@@ -50,9 +50,11 @@ LIPS = {"flat": ("red", "ring", "cross"), "shut": ("blue", "ball", "big"),
 WORDS = tuple(word for group in LIPS.values() for word in group)
 LIPS_OF = {word: lips for lips, group in LIPS.items() for word in group}
 
-# How often a training question is drawn: what is short of clips, or hard, more often.
+# How often a training question is drawn, by task or "task-type": what is short of clips, or hard,
+# more often.
 WEIGHTS = {"asr": 1.0, "ac": 0.8, "ic": 2.5, "ocr": 0.6, "vqa": 0.8, "videoqa": 1.6, "avsr": 1.3,
-           "avsd": 0.8, "isqa": 2.2, "avssd": 1.5, "avm": 1.2, "caption": 0.6}
+           "avsd": 0.8, "isqa": 2.2, "avssd": 1.5, "avm": 1.2, "avm-video": 2.4,
+           "caption": 0.6}
 TASKS = ("asr", "ac", "ic", "ocr", "vqa", "videoqa", "avsr", "avsd", "isqa", "avssd", "avm")
 PROMPTS = {
     "asr": "Transcribe the speech into text.",
@@ -611,7 +613,7 @@ def _make_one(job):
             continue                                     # dense captions only help the training
         meta = {key: extras[key] for key in ("chance", "type", "one_window") if key in extras}
         if split == "train":
-            meta["weight"] = WEIGHTS[task]
+            meta["weight"] = WEIGHTS.get(f"{task}-{extras.get('type')}", WEIGHTS[task])
         records.append(Record(
             id=f"{split}-{scene}-{index:05d}-{k}", task=task, prompt=prompt,
             target=target, refs=(target,),
@@ -631,7 +633,7 @@ def make(folder, seed=0, scale=1.0, workers=None, splits=("train", "test"), coun
         scene: max(1, round(n * scale)) for scene, n in TRAIN_CLIPS.items()}}
     workers = workers or cli.cores()
     for split in splits:
-        settings = {"seed": seed, "clips": counts[split], "version": 4}
+        settings = {"seed": seed, "clips": counts[split], "version": 5}
         stamp = folder / f"{split}.made.json"
         if stamp.exists() and json.loads(stamp.read_text()) == settings:
             continue
