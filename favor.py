@@ -398,6 +398,10 @@ class Favor(nn.Module):
         saved = hub.read_json(root / "favor.json")
         if saved.get("system", "favor") != cls.system:
             raise ValueError(f"{root}: a checkpoint of --system {saved['system']}; pass that")
+        known = {field.name for field in dataclasses.fields(FavorConfig)}
+        if unknown := sorted(set(saved["config"]) - known):
+            raise ValueError(f"{root}: favor.json has settings that are not known here: {unknown}; "
+                             f"it is of another version ({saved.get('commit', 'unknown commit')})")
         model = cls.from_config(FavorConfig(**saved["config"] | sources), dtype, device)
         model.load_trained(root)
         return model.eval()
@@ -681,9 +685,10 @@ def pretrained_part(cls, source, **settings):
 
 def load_tokenizers(config, random_init=False):
     """The LLM's and the Q-Former's.  With random weights the miniature's stand in where a source is
-    no local folder: their ids fit into any vocabulary."""
+    no local folder with a tokenizer: their ids fit into any vocabulary."""
     def source(name, stand_in):
-        at_hand = local_source(name)
-        return at_hand if not random_init or Path(at_hand).is_dir() else HERE / "tiny" / stand_in
+        there = Path(local_source(name))
+        files = "qformer_tokenizer" if stand_in == "instructblip" else "tokenizer.*"
+        return there if not random_init or any(there.glob(files)) else HERE / "tiny" / stand_in
     return (Tokenizer.from_pretrained(source(config.llm, "llama")),
             QFormerTokenizer.from_pretrained(source(config.instructblip, "instructblip")))

@@ -860,6 +860,12 @@ def test_errors_say_what_was_wanted(build, tmp_path):
     assert (build(fps=4.0).audio_steps, build(fps=20 / 7).audio_steps) == (5, 7)
 
 
+def test_a_checkpoint_of_another_version_says_so(tmp_path):
+    (tmp_path / "favor.json").write_text('{"config": {"wings": 2}, "commit": "abc"}')
+    with pytest.raises(ValueError, match=r"not known here: \['wings'\].*abc"):
+        Favor.from_pretrained(tmp_path)
+
+
 # ---- presets ------------------------------------------------------------------------------------
 
 def fields(config, *names):

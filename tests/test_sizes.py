@@ -101,6 +101,16 @@ def test_repo_of_unknown_size_is_named():
         sizes.random_part(Llama, "someone/model")
 
 
+def test_a_folder_with_nothing_but_its_sizes(tmp_path):
+    """--random-init --llm FOLDER: config.json is enough, the miniature's tokenizer stands in."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "vocab_size": 900, "hidden_size": 32, "intermediate_size": 40, '
+        '"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}')
+    model = Favor.from_config(preset("tiny", llm=str(tmp_path)), random_init=True)
+    assert model.llm.config.kv_heads == 2 and model.llm.config.vocab_size == 900
+    assert model.llm_proj.out_features == 32 and isinstance(model.eval().answer(None, "?"), str)
+
+
 @pytest.mark.parametrize("system", ["favor", "instructblip"])
 def test_random_models_answer(system):
     kind = SYSTEMS[system]
