@@ -21,7 +21,7 @@ from data import Record
 # What a task is scored by (metrics.py), the paper's headline first.
 METRICS = {"asr": ("wer",), "ac": ("spider", "cider"), "ic": ("cider", "meteor"),
            "ocr": ("textvqa_soft",), "vqa": ("word_match", "exact"), "videoqa": ("choice",),
-           "avsr": ("wer",), "avsd": ("judge_avsd",), "avssd": ("judge_avssd",),
+           "avsr": ("wer",), "avsd": ("judged",), "avssd": ("judged",),
            "avm": ("word_match",), "favd": ("bleu1", "bleu4", "meteor"),
            "valor": ("meteor", "cider"), "caption": ("cider", "meteor")}
 

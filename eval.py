@@ -18,6 +18,7 @@ cli.quiet_threads()
 import dataclasses  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
+from collections import Counter  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -26,6 +27,7 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import hub  # noqa: E402
+import judge  # noqa: E402
 import metrics  # noqa: E402
 import miniature  # noqa: E402
 import processes  # noqa: E402
@@ -33,11 +35,14 @@ from answers import HISTORIES, VIEWS, Journal, answer_all, short_hash  # noqa: E
 from baselines import SYSTEMS  # noqa: E402
 from favor import HERE, preset  # noqa: E402
 from features import keep_features  # noqa: E402
+from paper_numbers import PAPER  # noqa: E402
+
+TASKS = (*miniature.TASKS, "favd", "valor")      # Tables 2 and 3; Table 4
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    task: str = "all"  # all, or some of asr,ac,ic,ocr,vqa,videoqa,avsr,avsd,isqa,avssd,avm
+    task: str = "all"  # or some of asr,ac,ic,ocr,vqa,videoqa,avsr,avsd,isqa,avssd,avm,favd,valor
     model: str = "tiny"  # preset: tiny, 7b, 13b (a given --checkpoint says it itself)
     system: str = "favor"  # or the paper's baselines: whisper, instructblip
     checkpoint: str = ""  # folder that train.py wrote (default: runs/<model>/best, else tiny/favor)
@@ -50,6 +55,9 @@ class EvalConfig:
     keep_features: bool = True  # encode each clip once and keep the features beside the manifest
     beams: int = 0  # beam search with so many beams (0: what the checkpoint says)
     history: str = "gold"  # of dialogues: the right answers, none, or the model's own (model)
+    judge: str = ""  # of avsd, avssd: url (then name both), or file:VERDICTS (see judge.py)
+    judge_url: str = ""  # an OpenAI-compatible server; the key comes from the environment
+    judge_model: str = ""  # the judge's name there
     processes: int = 0  # on a CPU without torchrun (0: tiny one a core, four at most; others one)
     dtype: str = ""  # bfloat16 or float32 (default: float32 for tiny on a CPU)
     random_init: bool = False  # full size, random weights, no download: does it fit, how fast
@@ -65,16 +73,19 @@ class EvalConfig:
             if getattr(self, name) not in wanted:
                 raise ValueError(f"--{name} {getattr(self, name)}; "
                                  f"wanted {' or '.join(filter(None, wanted))}")
+        if self.judge not in ("", "url") and not self.judge.startswith("file:"):
+            raise ValueError(f"--judge {self.judge}; wanted url or file:VERDICTS (to write prompts "
+                             "for later: python judge.py PREDICTIONS --task avsd --judge none)")
         if self.random_init and (self.system == "whisper" or self.checkpoint):
             raise ValueError("--random-init goes with neither --system whisper nor --checkpoint")
         preset(self.model)
         unknown = set(self.views) - set(VIEWS)
         if unknown:
             raise ValueError(f"unknown views {sorted(unknown)}; there are {', '.join(VIEWS)}")
-        unknown = set(self.tasks) - set(miniature.TASKS)
+        unknown = set(self.tasks) - set(TASKS)
         if unknown and self.task != "all":
             raise ValueError(f"unknown task {', '.join(sorted(unknown))}; "
-                             f"there are {', '.join(miniature.TASKS)}, all")
+                             f"there are {', '.join(TASKS)}, all")
         able = SYSTEMS[self.system].tasks
         if able and self.task != "all" and set(self.tasks) - set(able):
             raise ValueError(f"--system {self.system} can do {', '.join(able)}, not {self.task}")
@@ -82,7 +93,7 @@ class EvalConfig:
     @property
     def tasks(self):
         if self.task == "all":
-            return SYSTEMS[self.system].tasks or miniature.TASKS
+            return SYSTEMS[self.system].tasks or TASKS
         return tuple(self.task.split(","))
 
     @property
@@ -146,50 +157,49 @@ def find_manifest(path, split):
 def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, history="gold",
              journal=None, log=print):
     """-> predictions, one dict a question with its answer in every view, in the records' order;
-    scores {task: {view: Score}}.  Questions about clips that cannot be read are left out and
-    counted.  Under torchrun each process answers its share, and all return everything."""
+    {task: number of questions whose clip cannot be read}, which are left out.  Under torchrun each
+    process answers its share, and all return everything."""
     said, skipped = answer_all(model, records, store, views, batch, beams, history, journal, log)
     if skipped:
         log(data.report_skipped(skipped, len(records)))
     if not said:
         raise SystemExit("none of the questions' clips can be read; look at the reasons above")
     predictions = [{"id": r.id, "task": r.task, "prompt": r.prompt,
-                    "references": list(r.refs or (r.target,)), **said[r.id], "meta": r.meta}
+                    "references": list(r.refs or (r.target,)), **said[r.id], "meta": r.meta,
+                    **({"options": list(r.options)} if r.options else {})}
                    for r in records if r.id in said]
-    scores = {task: {view: score_of(task, rows, view) for view in views}
-              for task, rows in by_task(predictions).items()}
-    return predictions, scores
+    return predictions, Counter(r.task for r in records if r.id not in said)
 
 
 def by_task(predictions):
     groups = {}
     for row in predictions:
         groups.setdefault(row["task"], []).append(row)
-    order = {task: i for i, task in enumerate(miniature.TASKS)}
+    order = {task: i for i, task in enumerate(TASKS)}
     return dict(sorted(groups.items(), key=lambda item: order.get(item[0], len(order))))
 
 
-def score_of(task, rows, view):
-    return metrics.score(task, [row[view] for row in rows], [row["references"] for row in rows])
+def scores_of(task, rows, view):
+    """{metric: Score or Unavailable}: the metrics that the records name, or the miniature's."""
+    names = rows[0]["meta"].get("metrics")
+    if names is None:
+        return {"wer_basic" if task in metrics.ERROR_RATES else "exact": metrics.score(
+            task, [row[view] for row in rows], [row["references"] for row in rows])}
+    return metrics.measure(names, [
+        {"options": [], **row, "answer": row[view], "verdict": row.get("verdicts", {}).get(view)}
+        for row in rows])
 
 
-def table(predictions, views):
-    """Markdown: a line a task, with chance and the 95 % interval, then the parts scored apart."""
-    lines = ["| task | n | " + " | ".join(views) + " | chance |", "|---" * (len(views) + 3) + "|"]
-
-    def line(label, task, rows):
-        chances = [row["meta"].get("chance") for row in rows]
-        accuracy = task not in metrics.ERROR_RATES
-        chance = (f"{100 * sum(chances) / len(rows):.1f}" if accuracy and None not in chances
-                  else "-")
-        cells = [str(score_of(task, rows, view)) if i == 0
-                 else f"{score_of(task, rows, view).value:.1f}" for i, view in enumerate(views)]
-        return f"| {label} | {len(rows)} | " + " | ".join(cells) + f" | {chance} |"
-
-    tasks = by_task(predictions)
+def table(predictions, views, missing=None):
+    """Markdown: a line a task and metric, with chance, the 95 % interval and, for the real
+    benchmark, the paper's FAVOR 13B; then the parts scored apart.  missing: {task: clips that could
+    not be read}."""
+    tasks, missing = by_task(predictions), missing or {}
+    real = any("dataset" in row["meta"] for row in predictions)
+    columns = [*views, "chance", *(["FAVOR 13B, paper"] if real else [])]
+    lines = ["| task | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for task, rows in tasks.items():
-        unit = "WER % ↓" if task in metrics.ERROR_RATES else "% ↑"
-        lines.append(line(f"**{task}** {unit}", task, rows))
+        lines += table_lines(f"**{task}**", task, rows, views, missing.get(task, 0), real)
     for task, rows in tasks.items():
         kinds = {}
         for row in rows:
@@ -198,8 +208,51 @@ def table(predictions, views):
                     value = row["meta"][key]
                     where = {True: "within one window", False: "across windows"}.get(value, value)
                     kinds.setdefault(where if name is None else value, []).append(row)
-        lines += [line(f"{task}: {kind}", task, part) for kind, part in sorted(kinds.items())]
+        if rows[0]["meta"].get("dataset") == "nextqa":
+            kinds = {f"type {kind}": part for kind, part in metrics.by_type(rows).items()}
+        for kind, part in sorted(kinds.items()):
+            lines += table_lines(f"{task}: {kind}", task, part, views, 0, real, part=True)
     return "\n".join(lines)
+
+
+def table_lines(label, task, rows, views, missing, real, part=False):
+    """A line for each metric of the rows."""
+    by_view, lines = [scores_of(task, rows, view) for view in views], []
+    chances = [row["meta"].get("chance") for row in rows]
+    for name, first in by_view[0].items():
+        scores = [scores[name] for scores in by_view]
+        arrow = getattr(first, "arrow", "")
+        unit = {"wer_basic": "WER %", "exact": "%"}.get(name, name)
+        accuracy = name not in ("wer", "wer_basic")
+        chance = (f"{100 * sum(chances) / len(rows):.1f}" if accuracy and None not in chances
+                  else "-")
+        cells = [str(first), *("n/a" if s.value is None else f"{s.value:.1f}" for s in scores[1:])]
+        if real:
+            paper = PAPER["FAVOR 13B"].get(task, {}).get(name)
+            chance += f" | {paper if paper is not None and not part else '-'}"
+        n = f"{len(rows)}" + (f" ({missing} missing)" if missing else "")
+        head = label if part else f"{label} {unit} {arrow}".rstrip()
+        lines.append(f"| {head} | {n} | " + " | ".join(cells) + f" | {chance} |")
+    return lines
+
+
+def ask_judge(config, predictions, views, log=print):
+    """row["verdicts"] = {view: True, False or None} for the tasks that are judged (judge.py)."""
+    rows = [row for row in predictions if "judged" in row["meta"].get("metrics", ())]
+    if not rows or not config.judge:
+        return
+    for view in views:
+        if config.judge == "url":
+            asked = judge.Judge(config.judge_url, config.judge_model)
+            verdicts, name = asked.verdicts(rows, view), config.judge_model
+            log(f"judge {name}, {view}: {asked.asked} requests, {verdicts.count(None)} of "
+                f"{len(rows)} not judged {asked.stopped}")
+        else:
+            path = config.judge.removeprefix("file:")
+            verdicts, name = judge.read_verdicts(path, rows, view), config.judge_model or path
+        for row, verdict in zip(rows, verdicts, strict=True):
+            row.setdefault("verdicts", {})[view] = verdict
+            row["judge"] = name
 
 
 def main(config, argv):
@@ -246,11 +299,13 @@ def main(config, argv):
         "repetition penalty": model.config.repetition_penalty,
         "max new tokens": model.config.max_new_tokens, "history": config.history}
     journal = Journal(out.with_suffix(".parts"), settings)
-    predictions, scores = evaluate(
+    predictions, missing = evaluate(
         model, records, store, views, config.batch, config.beams, config.history, journal, say)
     if rank == 0:
-        write_report(out, predictions, scores, views, settings)
-        print(table(predictions, views))
+        write_report(out, predictions, views, missing, settings)         # should the judge fail
+        ask_judge(config, predictions, views)
+        write_report(out, predictions, views, missing, settings)
+        print(table(predictions, views, missing))
         print(f"predictions: {out}, report: {out.with_suffix('.json')}")
     journal.remove()
     processes.leave()
@@ -266,15 +321,18 @@ def sources_of(model):
     return [getattr(model.config, name) for name in ("whisper", "instructblip", "llm")]
 
 
-def write_report(out, predictions, scores, views, settings):
+def write_report(out, predictions, views, missing, settings):
     """predictions.jsonl, and beside it .md (the table) and .json (scores, settings, hashes)."""
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "".join(json.dumps(row) + "\n" for row in predictions))
-    write_text(out.with_suffix(".md"), table(predictions, views) + "\n")
+    write_text(out.with_suffix(".md"), table(predictions, views, missing) + "\n")
+    scores = {task: {view: {
+        name: dataclasses.asdict(score) if score.value is not None else str(score)
+        for name, score in scores_of(task, rows, view).items()} for view in views}
+        for task, rows in by_task(predictions).items()}
     hub.write_json(out.with_suffix(".json"), {
-        "settings": settings, "answered": len(predictions),
-        "scores": {task: {view: dataclasses.asdict(score) for view, score in by_view.items()}
-                   for task, by_view in scores.items()}})
+        "settings": settings, "answered": len(predictions), "missing": dict(missing),
+        "scores": scores})
 
 
 def write_text(path, text):

@@ -433,13 +433,13 @@ def main(config, argv):
             with processes.chief_first():
                 store = keep_features(model, tested, manifest.parent / "features", log=say)
         views = evaluation.views_of(config.system, config.mask)
-        predictions, _ = evaluation.evaluate(
+        predictions, missing = evaluation.evaluate(
             model, tested, store, views, 4 * val_batch, log=say)
         if chief:
             evaluation.write_text(out / "predictions.jsonl",
                        "".join(json.dumps(p) + "\n" for p in predictions))
             evaluation.write_text(out / "table.md",
-                       evaluation.table(predictions, views) + "\n")
+                       evaluation.table(predictions, views, missing) + "\n")
             say((out / "table.md").read_text())
     say(f"{out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {out}/best   "
         f"({time.time() - started:.0f} s in all)")

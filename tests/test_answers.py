@@ -51,7 +51,7 @@ def test_killed_and_two_processes_give_the_same(checkpoint, small_miniature, tmp
     def lines():
         return [json.loads(text) for path in parts.glob("*.jsonl")
                 for text in path.read_text().split("\n")[:-1]]
-    for at_least in (4, 14):
+    for at_least in (2, 6):
         process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.time() + 60
         while sum("id" in line for line in lines()) < at_least and time.time() < deadline:
@@ -74,8 +74,8 @@ def test_killed_and_two_processes_give_the_same(checkpoint, small_miniature, tmp
         assert ours == (tmp_path / f"b{suffix}").read_bytes(), suffix
         assert ours == (tmp_path / f"c{suffix}").read_bytes(), suffix
     report = json.loads((tmp_path / "a.json").read_text())
-    assert report["answered"] == 36 and report["settings"]["weights"]
-    assert report["scores"]["videoqa"]["both"]["n"] == 4
+    assert report["answered"] == 14 and report["settings"]["weights"]
+    assert report["scores"]["videoqa"]["both"]["exact"]["n"] == 4
 
 
 def test_other_settings_are_not_mixed(tmp_path):

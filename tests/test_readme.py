@@ -50,7 +50,8 @@ def test_ci_runs_the_readme_command():
     assert "grep -m1 'python -m pytest$' README.md" in script
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", "demo.py", "miniature.py"])
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "demo.py", "miniature.py", "aveb.py",
+                                    "aveb_speech.py", "judge.py"])
 def test_the_commands_explain_themselves(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"],
                           capture_output=True, text=True, timeout=120)
@@ -58,10 +59,12 @@ def test_the_commands_explain_themselves(script):
 
 
 def test_the_flags_in_the_readme_exist():
-    """Every --flag that the README mentions is one of train.py's, eval.py's or demo.py's."""
-    known = "".join(subprocess.run([sys.executable, ROOT / s, "--help"],
+    """Every --flag that the README mentions is one of our scripts'."""
+    known = "".join(subprocess.run([sys.executable, ROOT / s, *command, "--help"],
                                    capture_output=True, text=True, timeout=120).stdout
-                    for s in ("train.py", "eval.py", "demo.py", "miniature.py"))
+                    for s, *command in (("train.py",), ("eval.py",), ("demo.py",), ("judge.py",),
+                                        ("miniature.py",), ("aveb.py", "prepare"),
+                                        ("aveb_speech.py", "isqa")))
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {
             "--nproc_per_node", "--nproc"}:
         assert flag in known, f"the README mentions {flag}, which no script knows"

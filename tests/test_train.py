@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+import answers
 import cli
 import data
 import demo
@@ -444,7 +445,7 @@ def test_the_loss_of_a_step_is_the_batch_mean(small_model, small_miniature):
     """Over answer tokens, not over samples or parts, and whatever the size of the parts."""
     records = data.read_manifest(small_miniature / "train.jsonl")[::9]
     store = features.keep_features(small_model, records, log=quiet)
-    _, samples = evaluation.readable_samples(small_model, records, store)
+    _, samples = answers.readable_samples(small_model, records, store)
     with torch.no_grad():
         wanted = small_model(samples)
     for micro_batch in (0, 1, 4):
@@ -806,7 +807,7 @@ def test_eval_one_task(finished, small_miniature, tmp_path):
     records = [r for r in data.read_manifest(small_miniature / "test.jsonl") if r.task == "videoqa"]
     assert [row["id"] for row in rows] == [r.id for r in records]
     for row, r in zip(rows, records, strict=True):
-        assert {*row} == {"id", "task", "prompt", "references", "meta", *evaluation.VIEWS}
+        assert {*row} == {"id", "task", "prompt", "references", "meta", "options", *evaluation.VIEWS}
         assert (row["references"], row["prompt"], row["meta"]) == ([r.target], r.prompt, r.meta)
     assert "| task | n | both | audio only | visual only | blind | chance |" in done.stdout
     assert "| **videoqa** % ↑ | 4 | " in done.stdout and "| 25.0 |" in done.stdout
@@ -836,7 +837,7 @@ def test_views(small_model, small_miniature):
     assert [row["id"] for row in rows] == [r.id for r in records]
     differ = 0
     for view, mask in evaluation.VIEWS.items():
-        _, samples = evaluation.readable_samples(small_model, records, store, mask)
+        _, samples = answers.readable_samples(small_model, records, store, mask)
         said = [small_model.generate([sample])[0] for sample in samples]
         assert [row[view] for row in rows] == said
         differ += sum(row[view] != row["both"] for row in rows)
