@@ -807,7 +807,8 @@ def test_eval_one_task(finished, small_miniature, tmp_path):
     records = [r for r in data.read_manifest(small_miniature / "test.jsonl") if r.task == "videoqa"]
     assert [row["id"] for row in rows] == [r.id for r in records]
     for row, r in zip(rows, records, strict=True):
-        assert {*row} == {"id", "task", "prompt", "references", "meta", "options", *evaluation.VIEWS}
+        assert {*row} == {"id", "task", "prompt", "references", "meta", "options",
+                          *evaluation.VIEWS}
         assert (row["references"], row["prompt"], row["meta"]) == ([r.target], r.prompt, r.meta)
     assert "| task | n | both | audio only | visual only | blind | chance |" in done.stdout
     assert "| **videoqa** % ↑ | 4 | " in done.stdout and "| 25.0 |" in done.stdout
