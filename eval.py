@@ -46,7 +46,7 @@ class EvalConfig:
     model: str = "tiny"  # preset: tiny, 7b, 13b (a given --checkpoint says it itself)
     system: str = "favor"  # or the paper's baselines: whisper, instructblip
     checkpoint: str = ""  # folder that train.py wrote (default: runs/<model>/best, else tiny/favor)
-    data: str = "media/miniature"  # a manifest (.jsonl), or a folder with test.jsonl
+    data: str = "media/miniature"  # a manifest (.jsonl), or a folder with test.jsonl or TASK.jsonl
     views: tuple = ()  # of "both" "audio only" "visual only" "blind" (default: all that differ)
     mask: str = ""  # audio or visual: as --views "visual only" or "audio only"
     out: str = ""  # predictions (default: in <checkpoint>/; runs/tiny-committed/ for tiny/favor)
@@ -154,6 +154,23 @@ def find_manifest(path, split):
     return manifest
 
 
+def find_manifests(path, tasks):
+    """As find_manifest, or <folder>/<task>.jsonl of those tasks that have one (aveb.py's)."""
+    path = Path(path)
+    found = [file for task in tasks if (file := path / f"{task}.jsonl").exists()]
+    return found if found and not (path / "test.jsonl").exists() else [find_manifest(path, "test")]
+
+
+def read_manifests(manifests):
+    """All records; SystemExit when an id stands in two files."""
+    records = [r for file in manifests for r in data.read_manifest(file)]
+    twice = [key for key, n in Counter(r.id for r in records).items() if n > 1]
+    if twice:
+        raise SystemExit(f"{', '.join(map(str, manifests))}: id {twice[0]!r} is in two of them; "
+                         "make ids unique")
+    return records
+
+
 def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, history="gold",
              journal=None, log=print):
     """-> predictions, one dict a question with its answer in every view, in the records' order;
@@ -257,9 +274,10 @@ def ask_judge(config, predictions, views, log=print):
 
 def main(config, argv):
     config = settled(config)
-    manifest = find_manifest(config.data, "test")
+    manifests = find_manifests(config.data, config.tasks)
+    manifest = ", ".join(map(str, manifests))
     every = config.task == "all" and not SYSTEMS[config.system].tasks
-    records = [r for r in data.read_manifest(manifest) if every or r.task in config.tasks]
+    records = [r for r in read_manifests(manifests) if every or r.task in config.tasks]
     if config.limit:
         seen = {}
         records = [r for r in records if seen.setdefault(r.task, []).append(r)
@@ -285,7 +303,7 @@ def main(config, argv):
     views, store = views_of(config.system, config.mask, config.views), None
     if config.keep_features and config.model == "tiny" and config.system != "whisper":
         with processes.chief_first():
-            store = keep_features(model, records, manifest.parent / "features", log=say)
+            store = keep_features(model, records, manifests[0].parent / "features", log=say)
     own = checkpoint and checkpoint.resolve() != (HERE / "tiny" / "favor").resolve()
     folder = checkpoint if own else Path("runs") / (
         "tiny-committed" if checkpoint else f"{config.model}-{config.system}")
@@ -293,7 +311,7 @@ def main(config, argv):
     settings = {
         "system": config.system, "model": config.model, "checkpoint": str(checkpoint),
         "weights": weights_hash(checkpoint), "sources": [str(s) for s in sources_of(model)],
-        "dtype": why.split()[0], "manifest": str(manifest), "questions": len(records),
+        "dtype": why.split()[0], "manifest": manifest, "questions": len(records),
         "ids": short_hash(*sorted(r.id for r in records)), "views": list(views),
         "batch": config.batch, "beams": config.beams or model.config.beams,
         "repetition penalty": model.config.repetition_penalty,
@@ -346,7 +364,7 @@ if __name__ == "__main__":
     settings = settled(cli.parse(EvalConfig, __doc__)[0])
     if settings.checkpoint or settings.system == "favor" and not settings.random_init:
         find_checkpoint(settings.checkpoint, settings.model)    # what is missing is said before the
-    data.read_manifest(find_manifest(settings.data, "test"))    # processes start, not once by each
+    read_manifests(find_manifests(settings.data, settings.tasks))     # processes start, not by each
     processes.one_a_core(settings.processes,          # each has its own copy of the weights
                          most=4 if settings.model == "tiny" else 1)
     main(settings, sys.argv[1:])

@@ -83,3 +83,17 @@ def test_from_an_official_folder_to_the_table(checkpoint, tmp_path, capsys):
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["scores"]["asr"]["both"]["wer"]["n"] == 2
     assert report["settings"]["ids"]
+
+
+def test_a_folder_with_a_manifest_a_task(tmp_path):
+    """--data FOLDER: videoqa.jsonl, asr.jsonl ... as far as they are there and asked for."""
+    for task in ("asr", "vqa"):
+        data.write_manifest(tmp_path / f"{task}.jsonl", [data.Record(f"{task}-1", task, "?", "x")])
+    both = evaluation.find_manifests(tmp_path, evaluation.EvalConfig().tasks)
+    assert [path.name for path in both] == ["asr.jsonl", "vqa.jsonl"]
+    assert [r.id for r in evaluation.read_manifests(both)] == ["asr-1", "vqa-1"]
+    assert evaluation.find_manifests(tmp_path, ("vqa",)) == [tmp_path / "vqa.jsonl"]
+    with pytest.raises(SystemExit, match="id 'asr-1' is in two of them"):
+        evaluation.read_manifests([both[0], both[0]])
+    with pytest.raises(SystemExit, match="no such manifest"):
+        evaluation.find_manifests(tmp_path, ("ocr",))
