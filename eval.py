@@ -321,7 +321,10 @@ def main(config, argv):
         model, records, store, views, config.batch, config.beams, config.history, journal, say)
     if rank == 0:
         write_report(out, predictions, views, missing, settings)         # should the judge fail
-        ask_judge(config, predictions, views)
+        try:
+            ask_judge(config, predictions, views)
+        except judge.JudgeError as error:
+            raise SystemExit(f"{out} is written, but not judged: {error}") from error
         write_report(out, predictions, views, missing, settings)
         print(table(predictions, views, missing))
         print(f"predictions: {out}, report: {out.with_suffix('.json')}")

@@ -56,7 +56,8 @@ def fingerprint(config, records, system="favor"):
     def stamp(path):
         stat = Path(path).stat() if Path(path).exists() else None
         return [str(path), *((stat.st_size, stat.st_mtime_ns) if stat else ())]
-    parts = [system, config.fps, config.frame_times, config.audio_seconds]
+    parts = [system, config.fps, config.frame_times, config.audio_seconds, config.antialias,
+             config.max_seconds]
     for source in (config.whisper, config.instructblip):
         root = Path(local_source(source))
         parts += [source, *(stamp(f) for f in sorted(root.rglob("*")) if f.is_file())]

@@ -706,7 +706,8 @@ def test_fingerprint(small_parts, mixed_records, tmp_path):
     for field, value in (("prompt", "other"), ("start", 0.5), ("end", 2.0), ("id", "other")):
         first = dataclasses.replace(mixed_records[0], **{field: value})
         assert changed(records=[first, *mixed_records[1:]]), field
-    for field, value in (("fps", 4.0), ("frame_times", "ends"), ("audio_seconds", 30.0)):
+    for field, value in (("fps", 4.0), ("frame_times", "ends"), ("audio_seconds", 30.0),
+                         ("antialias", False), ("max_seconds", 60.0)):
         assert changed(dataclasses.replace(config, **{field: value})), field
     for path in (Path(mixed_records[0].audio or mixed_records[0].image or mixed_records[0].video),
                  tmp_path / "whisper" / "model.safetensors",
