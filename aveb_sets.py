@@ -19,11 +19,15 @@ from pathlib import Path
 from data import Record
 
 # What a task is scored by (metrics.py), the paper's headline first.
-METRICS = {"asr": ("wer",), "ac": ("spider", "cider"), "ic": ("cider", "meteor"),
-           "ocr": ("textvqa_soft",), "vqa": ("word_match", "exact"), "videoqa": ("choice",),
-           "avsr": ("wer",), "avsd": ("judged",), "avssd": ("judged",),
-           "avm": ("word_match",), "favd": ("bleu1", "bleu4", "meteor"),
-           "valor": ("meteor", "cider"), "caption": ("cider", "meteor")}
+METRICS = {
+    "asr": ("wer", "wer_basic"), "ac": ("spider", "spice", "cider", "meteor"),
+    "ic": ("cider", "meteor", "bleu4"),
+    "ocr": ("textvqa_soft", "textvqa_equal", "textvqa_official", "answer_length"),
+    "vqa": ("word_match", "acc_vqa", "answer_length"), "videoqa": ("choice", "choice_lenient"),
+    "avsr": ("wer", "wer_basic"), "avsd": ("judged",), "isqa": ("isqa", "isqa_official"),
+    "avssd": ("judged", "label_match"), "avm": ("word_match",),
+    "favd": ("bleu1", "bleu4", "meteor"), "valor": ("meteor", "cider"),
+    "caption": ("cider", "meteor")}
 
 
 # ---------------------------------------- where files are, and what was found

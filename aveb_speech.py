@@ -136,7 +136,8 @@ def isqa_record(source, record, k, engine, voices, folder):
     name = hashlib.sha256("\n".join((engine, voice, text)).encode()).hexdigest()[:16]
     return Record(f"isqa-{source}-{record.id}", "isqa", ISQA_PROMPT, record.target,
                   image=record.image, audio=str(folder / f"{source}-{name}.wav"), refs=record.refs,
-                  meta=record.meta | {"type": source, "source": source, "question_id": record.id,
+                  meta=record.meta | {"metrics": list(METRICS["isqa"]), "type": source,
+                                      "source": source, "question_id": record.id,
                                       "question_text": record.prompt, "spoken_text": text,
                                       "voice": voice, "engine": engine})
 

@@ -11,6 +11,7 @@ Public: tokenise, bleu_counts, bleu, cider_d, meteor, spice, use, CannotRun."""
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -241,6 +242,21 @@ def _conversation(command, name):
                 pass
 
 
+def _kept(jar):
+    """Remembers what a jar said: tables and reports ask for the same answers again, and Java takes
+    half a minute to start."""
+    said = {}
+
+    @functools.wraps(jar)
+    def run(answers, references, *more):
+        key = TOOLS, hashlib.sha256(json.dumps([answers, references]).encode()).digest(), len(more)
+        if key not in said:
+            said[key] = jar(answers, references, *more)
+        return said[key]
+    return run
+
+
+@_kept
 def meteor(answers, references, resamples=()):
     """Tokens -> METEOR 1.5 in 0..1 and that of each resample (how often each item is in it).  The
     jar aligns each answer with each of its references and keeps the best; the score is made of the
@@ -271,6 +287,7 @@ SPICE_FAILURES = {"NoClassDefFoundError": "CoreNLP 3.6.0 is missing",
                   "OutOfMemoryError": "too little memory"}
 
 
+@_kept
 def spice(answers, references):
     """Tokens -> SPICE of each item, 0..1: F1 of the scene graphs' tuples (Anderson et al. 2016).
     The jar parses with Stanford CoreNLP 3.6.0, to be put into lib/ beside it (a large download

@@ -16,7 +16,6 @@ import cli
 cli.quiet_threads()
 
 import dataclasses  # noqa: E402
-import json  # noqa: E402
 import sys  # noqa: E402
 from collections import Counter  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
@@ -25,19 +24,17 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
+import captions  # noqa: E402
 import data  # noqa: E402
 import hub  # noqa: E402
 import judge  # noqa: E402
-import metrics  # noqa: E402
 import miniature  # noqa: E402
 import processes  # noqa: E402
 from answers import HISTORIES, VIEWS, Journal, answer_all, short_hash  # noqa: E402
 from baselines import SYSTEMS  # noqa: E402
 from favor import HERE, preset  # noqa: E402
 from features import keep_features  # noqa: E402
-from paper_numbers import PAPER  # noqa: E402
-
-TASKS = (*miniature.TASKS, "favd", "valor")      # Tables 2 and 3; Table 4
+from tables import TASKS, report_text, write_report  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,13 @@ class EvalConfig:
     keep_features: bool = True  # encode each clip once and keep the features beside the manifest
     beams: int = 0  # beam search with so many beams (0: what the checkpoint says)
     history: str = "gold"  # of dialogues: the right answers, none, or the model's own (model)
-    judge: str = ""  # of avsd, avssd: url (then name both), or file:VERDICTS (see judge.py)
-    judge_url: str = ""  # an OpenAI-compatible server; the key comes from the environment
-    judge_model: str = ""  # the judge's name there
+    judge: str = ""  # of avsd, avssd: url, self (this model), none (writes prompts), file:VERDICTS
+    judge_url: str = ""  # an OpenAI-compatible server; the key comes from FAVOR_JUDGE_KEY
+    judge_model: str = ""  # the judge's name there; it stands beside the score
+    judge_budget: int = 10_000  # most requests of this run
+    java: str = "java"  # for METEOR, SPICE and their tokeniser
+    spice_jar: str = ""  # spice-1.0.jar beside lib/ with Stanford CoreNLP 3.6.0 (user's download)
+    spice_java: str = ""  # SPICE wants Java 8 or 11 (default: as --java)
     processes: int = 0  # on a CPU without torchrun (0: tiny one a core, four at most; others one)
     dtype: str = ""  # bfloat16 or float32 (default: float32 for tiny on a CPU)
     random_init: bool = False  # full size, random weights, no download: does it fit, how fast
@@ -73,9 +74,8 @@ class EvalConfig:
             if getattr(self, name) not in wanted:
                 raise ValueError(f"--{name} {getattr(self, name)}; "
                                  f"wanted {' or '.join(filter(None, wanted))}")
-        if self.judge not in ("", "url") and not self.judge.startswith("file:"):
-            raise ValueError(f"--judge {self.judge}; wanted url or file:VERDICTS (to write prompts "
-                             "for later: python judge.py PREDICTIONS --task avsd --judge none)")
+        if self.judge not in judge.WAYS and not self.judge.startswith("file:"):
+            raise ValueError(f"--judge {self.judge}; wanted url, self, none or file:VERDICTS")
         if self.random_init and (self.system == "whisper" or self.checkpoint):
             raise ValueError("--random-init goes with neither --system whisper nor --checkpoint")
         preset(self.model)
@@ -188,88 +188,42 @@ def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, hist
     return predictions, Counter(r.task for r in records if r.id not in said)
 
 
-def by_task(predictions):
-    groups = {}
-    for row in predictions:
-        groups.setdefault(row["task"], []).append(row)
-    order = {task: i for i, task in enumerate(TASKS)}
-    return dict(sorted(groups.items(), key=lambda item: order.get(item[0], len(order))))
-
-
-def scores_of(task, rows, view):
-    """{metric: Score or Unavailable}: the metrics that the records name, or the miniature's."""
-    names = rows[0]["meta"].get("metrics")
-    if names is None:
-        return {"wer_basic" if task in metrics.ERROR_RATES else "exact": metrics.score(
-            task, [row[view] for row in rows], [row["references"] for row in rows])}
-    return metrics.measure(names, [
-        {"options": [], **row, "answer": row[view], "verdict": row.get("verdicts", {}).get(view)}
-        for row in rows])
-
-
-def table(predictions, views, missing=None):
-    """Markdown: a line a task and metric, with chance, the 95 % interval and, for the real
-    benchmark, the paper's FAVOR 13B; then the parts scored apart.  missing: {task: clips that could
-    not be read}."""
-    tasks, missing = by_task(predictions), missing or {}
-    real = any("dataset" in row["meta"] for row in predictions)
-    columns = [*views, "chance", *(["FAVOR 13B, paper"] if real else [])]
-    lines = ["| task | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for task, rows in tasks.items():
-        lines += table_lines(f"**{task}**", task, rows, views, missing.get(task, 0), real)
-    for task, rows in tasks.items():
-        kinds = {}
-        for row in rows:
-            for key, name in (("type", ""), ("one_window", None)):
-                if key in row["meta"]:
-                    value = row["meta"][key]
-                    where = {True: "within one window", False: "across windows"}.get(value, value)
-                    kinds.setdefault(where if name is None else value, []).append(row)
-        if rows[0]["meta"].get("dataset") == "nextqa":
-            kinds = {f"type {kind}": part for kind, part in metrics.by_type(rows).items()}
-        for kind, part in sorted(kinds.items()):
-            lines += table_lines(f"{task}: {kind}", task, part, views, 0, real, part=True)
-    return "\n".join(lines)
-
-
-def table_lines(label, task, rows, views, missing, real, part=False):
-    """A line for each metric of the rows."""
-    by_view, lines = [scores_of(task, rows, view) for view in views], []
-    chances = [row["meta"].get("chance") for row in rows]
-    for name, first in by_view[0].items():
-        scores = [scores[name] for scores in by_view]
-        arrow = getattr(first, "arrow", "")
-        unit = {"wer_basic": "WER %", "exact": "%"}.get(name, name)
-        accuracy = name not in ("wer", "wer_basic")
-        chance = (f"{100 * sum(chances) / len(rows):.1f}" if accuracy and None not in chances
-                  else "-")
-        cells = [str(first), *("n/a" if s.value is None else f"{s.value:.1f}" for s in scores[1:])]
-        if real:
-            paper = PAPER["FAVOR 13B"].get(task, {}).get(name)
-            chance += f" | {paper if paper is not None and not part else '-'}"
-        n = f"{len(rows)}" + (f" ({missing} missing)" if missing else "")
-        head = label if part else f"{label} {unit} {arrow}".rstrip()
-        lines.append(f"| {head} | {n} | " + " | ".join(cells) + f" | {chance} |")
-    return lines
-
-
-def ask_judge(config, predictions, views, log=print):
-    """row["verdicts"] = {view: True, False or None} for the tasks that are judged (judge.py)."""
+def ask_judge(config, model, predictions, views, out, log=print):
+    """row["verdicts"] = {view: True, False or None} and row["judge"] = its name, for the tasks that
+    are judged (judge.py)."""
     rows = [row for row in predictions if "judged" in row["meta"].get("metrics", ())]
-    if not rows or not config.judge:
+    way = config.judge or ("url" if config.judge_url else "")
+    if not rows or not way:
         return
+    if way == "none":
+        path, n = judge.write_prompts(out.with_suffix(".prompts.jsonl"), rows, views)
+        log(f'{n} prompts for a judge: {path}; add "verdict": "Yes" or "No" to its lines, then '
+            f"--judge file:{path}")
+        return
+    asked = None
+    if way == "url":
+        asked = judge.Judge(config.judge_url, config.judge_model, budget=config.judge_budget)
+    elif way == "self":
+        asked = judge.OwnJudge(model, config.judge_model)
     for view in views:
-        if config.judge == "url":
-            asked = judge.Judge(config.judge_url, config.judge_model)
-            verdicts, name = asked.verdicts(rows, view), config.judge_model
+        if asked:
+            verdicts, name = asked.verdicts(rows, view), asked.model
             log(f"judge {name}, {view}: {asked.asked} requests, {verdicts.count(None)} of "
-                f"{len(rows)} not judged {asked.stopped}")
+                f"{len(rows)} not judged {asked.stopped}".rstrip())
         else:
-            path = config.judge.removeprefix("file:")
+            path = way.removeprefix("file:")
             verdicts, name = judge.read_verdicts(path, rows, view), config.judge_model or path
         for row, verdict in zip(rows, verdicts, strict=True):
             row.setdefault("verdicts", {})[view] = verdict
             row["judge"] = name
+
+
+def trained_on(model, checkpoint):
+    """{data set: {task: samples}} that the checkpoint was trained on; {} for public weights as they
+    are, None where it is not told."""
+    if checkpoint is None:
+        return {} if model.system != "favor" else None
+    return hub.read_json(checkpoint / "favor.json").get("mixture")
 
 
 def main(config, argv):
@@ -294,6 +248,7 @@ def main(config, argv):
     say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
     dtype, _, why = processes.precision(config.dtype, config.model, device)
     hub.offline(config.offline)
+    captions.use(java=config.java, spice_jar=config.spice_jar, spice_java=config.spice_java)
     try:
         model, checkpoint = load_model(config, dtype, device)
     except (FileNotFoundError, ValueError) as error:      # what is missing or does not fit
@@ -315,18 +270,19 @@ def main(config, argv):
         "ids": short_hash(*sorted(r.id for r in records)), "views": list(views),
         "batch": config.batch, "beams": config.beams or model.config.beams,
         "repetition penalty": model.config.repetition_penalty,
-        "max new tokens": model.config.max_new_tokens, "history": config.history}
+        "max new tokens": model.config.max_new_tokens, "history": config.history,
+        "task": config.task, "mixture": trained_on(model, checkpoint)}
     journal = Journal(out.with_suffix(".parts"), settings)
     predictions, missing = evaluate(
         model, records, store, views, config.batch, config.beams, config.history, journal, say)
     if rank == 0:
         write_report(out, predictions, views, missing, settings)         # should the judge fail
         try:
-            ask_judge(config, predictions, views)
+            ask_judge(config, model, predictions, views, out)
         except judge.JudgeError as error:
             raise SystemExit(f"{out} is written, but not judged: {error}") from error
         write_report(out, predictions, views, missing, settings)
-        print(table(predictions, views, missing))
+        print(report_text(predictions, views, missing, settings))
         print(f"predictions: {out}, report: {out.with_suffix('.json')}")
     journal.remove()
     processes.leave()
@@ -340,27 +296,6 @@ def weights_hash(checkpoint):
 
 def sources_of(model):
     return [getattr(model.config, name) for name in ("whisper", "instructblip", "llm")]
-
-
-def write_report(out, predictions, views, missing, settings):
-    """predictions.jsonl, and beside it .md (the table) and .json (scores, settings, hashes)."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(json.dumps(row) + "\n" for row in predictions))
-    write_text(out.with_suffix(".md"), table(predictions, views, missing) + "\n")
-    scores = {task: {view: {
-        name: dataclasses.asdict(score) if score.value is not None else str(score)
-        for name, score in scores_of(task, rows, view).items()} for view in views}
-        for task, rows in by_task(predictions).items()}
-    hub.write_json(out.with_suffix(".json"), {
-        "settings": settings, "answered": len(predictions), "missing": dict(missing),
-        "scores": scores})
-
-
-def write_text(path, text):
-    """Atomically: a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

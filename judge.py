@@ -10,7 +10,8 @@ A server's key comes from FAVOR_JUDGE_KEY (or OPENAI_API_KEY) and from nowhere e
 kept as they come: a run that was cut off goes on, and the same run again asks nobody.
 verdicts.jsonl: lines {"key" or "id", "verdict": "Yes" or "No"}, with "key" as in the prompts.
 
-Public: Judge, JudgeError, prompt_of, label_match, report.  Needs the standard library only."""
+Public: Judge, OwnJudge, JudgeError, prompt_of, write_prompts, label_match, report.  Needs the
+standard library only."""
 
 import argparse
 import email.utils
@@ -37,6 +38,7 @@ TEMPLATES = {  # Sun et al. 2023 (arXiv 2310.05863), Appendix B, word for word
     "avssd": "Is the sound source mentioned in answer “{reference}” the same as the sound source "
              "mentioned in answer “{answer}”? Answer “Yes” if they are the same, and “No” if they "
              "are different or one does not mention the sound source."}
+WAYS = ("", "url", "self", "none")                # besides file:VERDICTS; "": nobody is asked
 LONGEST = 1000            # characters of a question, reference or answer that the judge is shown
 QUIET = 120.0             # s; a server that wants a longer pause ends the run, another goes on
 GIVE_UP = 5               # so many prompts without an answer one after the other end the run
@@ -258,6 +260,24 @@ class Judge:
         return text.replace(self._secret, "***") if self._secret else text
 
 
+class OwnJudge:
+    """Our own model as the judge: it reads the same prompt as a text question, greedy.  `asked` and
+    `stopped` as in Judge; nothing is kept, as the model is at hand."""
+    stopped = ""
+
+    def __init__(self, model, name=""):
+        self.favor, self.model, self.said, self.asked = model, name or "the model itself", {}, 0
+
+    def verdicts(self, rows, view="both"):
+        """As Judge.verdicts."""
+        prompts = [prompt_of(row, view) for row in rows]
+        due = [prompt for prompt in dict.fromkeys(prompts) if prompt and prompt not in self.said]
+        for prompt in due:
+            self.said[prompt] = self.favor.answer(None, prompt, num_beams=1, max_new_tokens=3)
+        self.asked = len(due)
+        return [bool(prompt and decided(self.said[prompt])) for prompt in prompts]
+
+
 def _retry_after(value):
     """Seconds, from seconds or a date; None when it is neither."""
     try:
@@ -273,6 +293,17 @@ def read_rows(path):
         return [dict(json.loads(x)) for x in Path(path).read_text("utf-8").split("\n") if x.strip()]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: wanted one JSON object a line ({error})") from None
+
+
+def write_prompts(path, rows, views=("both",)):
+    """What a judge would be asked about the answers, a line {"id", "key", "prompt"} each -> path,
+    number of lines.  ValueError where the file holds verdicts."""
+    if path.exists() and '"verdict"' in path.read_text():
+        raise ValueError(f"{path}: holds verdicts; move it away first")
+    asked = {key_of(prompt): {"id": row["id"], "key": key_of(prompt), "prompt": prompt}
+             for view in views for row in rows if (prompt := prompt_of(row, view))}
+    path.write_text("".join(json.dumps(line) + "\n" for line in asked.values()))
+    return path, len(asked)
 
 
 def read_verdicts(path, rows, view="both"):
@@ -318,24 +349,22 @@ def main(argv=None):
                 if r.get("task") == args.task]
         if not rows:
             raise ValueError(f"{args.predictions}: no answers of task {args.task}")
-        return _judged(args, rows, [prompt_of(row, args.view) for row in rows])
+        for row in rows:
+            prompt_of(row, args.view)                             # says what a line lacks
+        return _judged(args, rows)
     except (ValueError, OSError, JudgeError) as error:
         sys.exit(f"judge.py: {error}")
 
 
-def _judged(args, rows, prompts):
+def _judged(args, rows):
     if args.task == "avssd":
         print(report("avssd", "none, label_match (not comparable)", [label_match(
             row.get(args.view, row.get("answer")),
             row["meta"].get("label") or row["references"][0]) for row in rows]))
     if args.judge == "none":
-        path = Path(args.predictions).with_suffix(f".{args.task}.prompts.jsonl")
-        lines = [json.dumps({"id": row["id"], "key": key_of(p), "prompt": p}) + "\n"
-                 for row, p in zip(rows, prompts, strict=True) if p]
-        if path.exists() and '"verdict"' in path.read_text():
-            raise ValueError(f"{path}: holds verdicts; move it away first")
-        path.write_text("".join(lines))
-        print(f'{len(lines)} prompts: {path}; add "verdict" to its lines, then --judge file:{path}')
+        path, n = write_prompts(
+            Path(args.predictions).with_suffix(f".{args.task}.prompts.jsonl"), rows, (args.view,))
+        print(f'{n} prompts: {path}; add "verdict" to its lines, then --judge file:{path}')
         return 0
     if args.judge.startswith("file:"):
         verdicts = read_verdicts(args.judge[5:], rows, args.view)

@@ -5,11 +5,11 @@ PAPER[system][task] = {metric: value}, metric named as in metrics.METRICS, value
 rates (less is better), SPIDEr, CIDEr, METEOR, BLEU, accuracies.  The authors' test subsets and
 their ChatGPT judge are not public: AVSD, AVSSD and ISQA compare in protocol only.
 
-Public: PAPER, CHANCE."""
+Public: PAPER, TABLES, TRAINED_BY."""
 
 COLUMNS = (("asr", "wer"), ("ac", "spider"), ("ic", "cider"), ("ic", "meteor"),
            ("ocr", "textvqa_soft"), ("vqa", "word_match"), ("videoqa", "choice"), ("avsr", "wer"),
-           ("avsd", "judged"), ("isqa", "word_match"), ("avssd", "judged"), ("avm", "word_match"))
+           ("avsd", "judged"), ("isqa", "isqa"), ("avssd", "judged"), ("avm", "word_match"))
 AVEB = """
 Whisper large-v2            | 2.9  -    -    -    -    -    -    8.3  -    -    -    -
 InstructBLIP 13B            | -    -    84.5 26.0 36.5 48.9 21.0 -    41.4 -    1.1  -
@@ -38,7 +38,26 @@ Video-LLaMA 7B              | 20.8 2.4  15.0 39.4 6.5  16.5 10.7 1.2  10.9 21.3
 FAVOR 7B                    | 24.9 2.8  14.8 42.6 9.9  18.3 8.6  13.4 13.9 42.6
 FAVOR 13B                   | 28.2 3.0  15.2 44.2 10.9 19.1 8.8  15.3 14.2 46.9
 """
-CHANCE = {"videoqa": 20.0, "avm": 50.0}
+SINGLE = ("Whisper large-v2", "InstructBLIP 13B", "InstructBLIP 13B fine-tuned", "Video-LLaMA 7B",
+          "FAVOR 13B audio only", "FAVOR 13B visual only", "FAVOR 7B", "FAVOR 13B")
+CAPTIONING = ("VALOR-base", "Video-LLaMA 7B", "FAVOR 7B", "FAVOR 13B")
+# {title: (lines (task, metric, Table 1's mark), systems)}, in the paper's order
+UNSEEN = ("ic", "ocr", "vqa", "isqa", "avssd", "avm", "favd", "valor")
+TABLES = {
+    "Table 2: single-modal tasks": (("asr", "ac", "videoqa", "ic", "ocr", "vqa"), SINGLE),
+    "Table 3: audio-visual tasks": (("avsr", "avsd", "isqa", "avssd", "avm"), SINGLE),
+    "Table 4: audio-visual captions": (
+        ("favd", "favd fine-tuned", "valor", "valor fine-tuned"), CAPTIONING)}
+TABLES = {title: (tuple((task, metric, "zero-shot" if task in UNSEEN else "")
+                        for name in tasks for task, metric in (*COLUMNS, *CAPTION_COLUMNS)
+                        if task == name), systems)
+          for title, (tasks, systems) in TABLES.items()}
+# the data sets (aveb_sets.SETS) after which a task is no longer zero-shot; isqa and avm: any
+# training on the task itself
+TRAINED_BY = {"asr": ("librispeech",), "ac": ("audiocaps",), "ic": ("flickr30k",),
+              "ocr": ("textvqa",), "vqa": ("gqa",), "videoqa": ("nextqa",), "avsr": ("how2",),
+              "avsd": ("avsd",), "isqa": (), "avssd": ("vggss", "vggsound"), "avm": (),
+              "favd": ("favdbench",), "valor": ("valor",)}
 
 
 def _read(table, columns, systems):

@@ -22,6 +22,7 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 import zlib  # noqa: E402
+from collections import Counter  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from functools import partial  # noqa: E402
@@ -37,6 +38,7 @@ import hub  # noqa: E402
 import miniature  # noqa: E402
 import processes  # noqa: E402
 import sizes  # noqa: E402
+import tables  # noqa: E402
 from answers import readable_samples  # noqa: E402
 from baselines import SYSTEMS  # noqa: E402
 from favor import preset  # noqa: E402
@@ -224,6 +226,18 @@ def latest_checkpoint(out):
     return next((f for f in (out / "last", out / "last.old") if (f / "state.pt").exists()), None)
 
 
+def mixture_of(records, start_from=""):
+    """{data set: {task: samples}} of the records and of the checkpoint that training began with
+    (None when that does not tell)."""
+    mixture = (hub.read_json(Path(start_from) / "favor.json").get("mixture") if start_from else {})
+    if mixture is None:
+        return None
+    for (name, task), n in Counter((r.meta.get("dataset", "own"), r.task) for r in records).items():
+        tasks = mixture.setdefault(name, {})
+        tasks[task] = tasks.get(task, 0) + n
+    return mixture
+
+
 # ---------------------------------------------------------------- one step, one validation
 def train_step(model, samples, config, optimiser, step, world, device, autocast):
     """Forward and backward over this process's share of a batch -> (loss, ce, diversity, grad
@@ -337,8 +351,9 @@ def main(config, argv):
 
     # optimiser, and where a stopped run goes on
     optimiser, first, best, rows = make_optimiser(model, config), 0, math.inf, []
+    mixture = mixture_of(records, config.start_from)
     facts = {"train": dataclasses.asdict(config), "commit": git_commit(),
-             "command": " ".join(["train.py", *argv])}
+             "command": " ".join(["train.py", *argv]), "mixture": mixture}
     resumed = latest_checkpoint(out)
     if resumed:
         state = torch.load(resumed / "state.pt", map_location="cpu", weights_only=True)
@@ -358,7 +373,7 @@ def main(config, argv):
         say(f"going on from {resumed}, step {first}")
     if chief:
         hub.write_json(out / "config.json", {**facts, "method": dataclasses.asdict(model.config)})
-        evaluation.write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        tables.write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     ddp = DistributedDataParallel(model) if world > 1 else model
     order = Order(records, config.seed)
     # at most 400, of all tasks: a manifest is often sorted by task
@@ -422,7 +437,7 @@ def main(config, argv):
     # end: the curve and the table
     if chief:
         curve = draw_curve(rows) if rows else "no steps"
-        evaluation.write_text(out / "loss.txt", curve + "\n")
+        tables.write_text(out / "loss.txt", curve + "\n")
         say(curve)
     if config.test and (manifest.parent / "test.jsonl").exists():
         tested = data.read_manifest(manifest.parent / "test.jsonl")
@@ -436,11 +451,9 @@ def main(config, argv):
         predictions, missing = evaluation.evaluate(
             model, tested, store, views, 4 * val_batch, log=say)
         if chief:
-            evaluation.write_text(out / "predictions.jsonl",
-                       "".join(json.dumps(p) + "\n" for p in predictions))
-            evaluation.write_text(out / "table.md",
-                       evaluation.table(predictions, views, missing) + "\n")
-            say((out / "table.md").read_text())
+            tables.write_report(out / "predictions.jsonl", predictions, views, missing,
+                                {"checkpoint": str(out / "best"), "mixture": mixture})
+            say((out / "predictions.md").read_text())
     say(f"{out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {out}/best   "
         f"({time.time() - started:.0f} s in all)")
     processes.leave()

@@ -16,6 +16,7 @@ import captions
 import data
 import eval as evaluation
 import favor
+import tables
 import train
 from aveb_sets import SAVEBENCH, SETS, Files, narration
 from favor import Favor
@@ -353,10 +354,10 @@ def test_prepare_check_eval(case, tmp_path, clips, small_model, monkeypatch):
     rows, lost = evaluation.evaluate(small_model, records, None, ("both",), log=lines.append)
     assert len(rows) == len(records) - broken == len(records) - lost.total()
     monkeypatch.setattr(captions, "_java", no_java)          # METEOR takes half a minute to load
-    for task, part in evaluation.by_task(rows).items():
-        scores = evaluation.scores_of(task, part, "both")
+    for part in tables.by_task(rows).values():
+        scores = tables.scores_of(part, "both")
         assert set(scores) == set(part[0]["meta"]["metrics"])
-    assert evaluation.table(rows, ("both",), lost).count("\n") >= len(scores)
+    assert tables.table(rows, ("both",), lost).count("\n") >= len(scores)
 
 
 def records_of(tmp_path, clips, case):
@@ -385,7 +386,7 @@ def test_what_a_record_keeps(tmp_path, clips):
     next_one, = records_of(tmp_path, clips, "nextqa")
     assert next_one.options == tuple(OPTIONS.split(",")) and next_one.meta["type"] == "causal"
     text, = records_of(tmp_path, clips, "textvqa")
-    assert text.target == "stop" and text.meta["metrics"] == ["textvqa_soft"]
+    assert text.target == "stop" and text.meta["metrics"][0] == "textvqa_soft"
     gqa, = records_of(tmp_path, clips, "gqa")
     assert gqa.meta["type"] == "verify" and gqa.meta["full_answer"] == "No, it is dry."
     assert records_of(tmp_path, clips, "vggss")[0].meta["label"] == "donkey, ass braying"

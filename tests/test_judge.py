@@ -396,7 +396,8 @@ def test_help_teaches_without_importing_torch():
 def test_the_interval_is_that_of_metrics(right, n):
     answers, references = ["a"] * n, [["a"]] * right + [["b"]] * (n - right)
     line = judging.report("avsd", "j", [True] * right + [False] * (n - right) + [None])
-    value, interval = str(metrics.score("avsd", answers, references)).split(" ", 1)
+    rows = [{"answer": a, "references": r} for a, r in zip(answers, references, strict=True)]
+    value, interval = str(metrics.METRICS["exact"](rows)).split(" ", 1)
     assert line == f"avsd: {value} % {interval}, n {n}, not judged 1, judge: j"
 
 

@@ -7,9 +7,20 @@ import random
 import numpy as np
 import pytest
 
+import aveb_sets
 import metrics
 import miniature
 import paper_numbers
+from whisper_norm import whisper_english, whisper_normaliser
+
+
+def row(answer, *references, **more):
+    return {"id": "1", "prompt": "", "answer": answer, "references": list(references),
+            "options": [], "meta": {}, **more}
+
+
+def value(name, *rows):
+    return metrics.METRICS[name](list(rows)).value
 
 
 def brute_force(a, b):
@@ -39,33 +50,16 @@ def test_normalise():
     assert metrics.normalise(" . ") == []
 
 
-@pytest.mark.parametrize("answer, references, right", [
-    ("Red ball.", ["red ball"], True), ("red  ball", ["blue box", "Red, ball"], True),
-    ("red", ["red ball"], False), ("red ball box", ["red ball"], False),
-    ("ball red", ["red ball"], False),
-    ("", ["red"], False), ("redball", ["red ball"], False)])
-def test_exact_match(answer, references, right):
-    assert metrics.exact_match(answer, references) is right
-
-
 def test_word_error_rate_by_hand():
     # 1 wrong word of 3; 2 too many over 1; 2 of 2 missing; 1 too many over 2: 6 errors over 8 words
     answers = ["red blue ring", "the big ball", "", "Yes, it is"]
     references = [["red blue ball"], ["ball"], ["one two"], ["yes it"]]
     pairs = metrics.word_error_rate(answers, [r[0] for r in references])
     assert pairs.tolist() == [[1, 3], [2, 1], [2, 2], [1, 2]]
-    for task in metrics.ERROR_RATES:
-        assert metrics.score(task, answers, references).value == pytest.approx(100 * 6 / 8)
+    rows = [row(a, *r) for a, r in zip(answers, references, strict=True)]
+    assert value("wer_basic", *rows) == pytest.approx(100 * 6 / 8)
     # the sum over words, not the mean over utterances (1/3 + 2 + 1 + 1/2) / 4
     assert np.mean(pairs[:, 0] / pairs[:, 1]) == pytest.approx(3.8333 / 4, abs=1e-4)
-
-
-def test_word_error_rate_is_jiwers():
-    jiwer = pytest.importorskip("jiwer")
-    texts = [" ".join(words) for words in random_texts(300, seed=2)]
-    answers, references = texts[:150], [text or "a" for text in texts[150:]]
-    ours = metrics.score("asr", answers, [[r] for r in references])
-    assert ours.value == pytest.approx(100 * jiwer.wer(references, answers), abs=1e-9)
 
 
 # Wilson's interval, from its published tables
@@ -73,42 +67,33 @@ def test_word_error_rate_is_jiwers():
     (8, 10, 49.02, 94.33), (0, 10, 0, 27.75), (10, 10, 72.25, 100), (50, 100, 40.38, 59.62),
     (1, 1, 20.65, 100)])
 def test_interval_of_an_accuracy(right, n, low, high):
-    score = metrics.score("vqa", ["yes"] * n, [["yes"]] * right + [["no"]] * (n - right))
+    score = metrics.METRICS["exact"]([row("yes", "yes" if k < right else "no") for k in range(n)])
     assert (score.value, score.n) == (pytest.approx(100 * right / n), n)
     assert (score.low, score.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
 
 
 def test_interval_of_an_error_rate():
-    score = metrics.score("asr", ["a b", "a x"], [["a b"], ["a b"]])
-    # errors - rate * words = -0.5 and 0.5, deviation 0.7071; * sqrt(2) / 4 words * 1.96 = 0.49
-    assert (score.value, score.low, score.high) == (25, 0, pytest.approx(74))
-    # as wide as what resampling the utterances gives
+    """As wide as what resampling the utterances with another generator gives."""
     dice = np.random.default_rng(0)
     words = dice.integers(1, 6, 300)
     errors = dice.binomial(words, 0.3)
-    answers = [" ".join(["x"] * e + ["a"] * (w - e)) for e, w in zip(errors, words, strict=True)]
-    score = metrics.score("asr", answers, [[" ".join(["a"] * w)] for w in words])
+    score = metrics.METRICS["wer_basic"]([
+        row(" ".join(["x"] * e + ["a"] * (w - e)), " ".join(["a"] * w))
+        for e, w in zip(errors, words, strict=True)])
     picks = dice.integers(0, 300, (2000, 300))
     low, high = np.percentile(100 * errors[picks].sum(1) / words[picks].sum(1), (2.5, 97.5))
     assert (score.low, score.high) == (pytest.approx(low, abs=0.5), pytest.approx(high, abs=0.5))
     assert str(score) == f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
 
 
-def test_nothing_to_score():
-    with pytest.raises(ValueError, match="vqa: nothing to score"):
-        metrics.score("vqa", [], [])
-    with pytest.raises(ValueError):
-        metrics.score("vqa", ["yes"], [])
-
-
 # ---------------------------------------------------------------- metrics by name
-def row(answer, *references, **more):
-    return {"id": "1", "prompt": "", "answer": answer, "references": list(references),
-            "options": [], "meta": {}, **more}
-
-
-def value(name, *rows):
-    return metrics.METRICS[name](list(rows)).value
+@pytest.mark.parametrize("answer, references, right", [
+    ("Red ball.", ["red ball"], True), ("red  ball", ["blue box", "Red, ball"], True),
+    ("red", ["red ball"], False), ("red ball box", ["red ball"], False),
+    ("ball red", ["red ball"], False),
+    ("", ["red"], False), ("redball", ["red ball"], False)])
+def test_exact_match(answer, references, right):
+    assert value("exact", row(answer, *references)) == 100 * right
 
 
 def test_both_word_error_rates_are_jiwers():
@@ -120,7 +105,7 @@ def test_both_word_error_rates_are_jiwers():
         said, meant = ([" ".join(dice.choice(words) for _ in range(dice.randrange(6)))
                         for _ in range(1 + seed % 7)] for _ in range(2))
         rows = [row(a, r) for a, r in zip(said, meant, strict=True)]
-        for name, normaliser in (("wer", metrics.whisper_normaliser()[0]),
+        for name, normaliser in (("wer", whisper_normaliser()[0]),
                                  ("wer_basic", metrics.normalise)):
             pairs = [(" ".join(normaliser(r)), " ".join(normaliser(metrics.without_chat(a))))
                      for a, r in zip(said, meant, strict=True)]
@@ -148,7 +133,7 @@ def test_both_word_error_rates_are_jiwers():
     ("two and a half", "2.5"), ("travelled to the theatre", "traveled to the theater"),
     ("", ""), ("Realise, analyse; organised labour", "realize analyze organized labor")])
 def test_whisper_english(text, words):
-    assert " ".join(metrics.whisper_english(text)) == words
+    assert " ".join(whisper_english(text)) == words
 
 
 def english_sentences():
@@ -173,7 +158,7 @@ def test_whisper_english_is_nearly_the_original():
     from whisper_normalizer.english import EnglishTextNormalizer
     original, sentences = EnglishTextNormalizer(), english_sentences()
     theirs = [original(text).split() for text in sentences]
-    ours = [metrics.whisper_english(text) for text in sentences]
+    ours = [whisper_english(text) for text in sentences]
     same = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
     words = sum(metrics.edit_distance(a, b) for a, b in zip(ours, theirs, strict=True))
     print(f"equal on {100 * same:.1f} % of {len(ours)} sentences, "
@@ -183,7 +168,7 @@ def test_whisper_english_is_nearly_the_original():
 
 
 def test_wer_says_which_normaliser(monkeypatch):
-    ours = metrics.whisper_english, "norm=ours"
+    ours = whisper_english, "norm=ours"
     monkeypatch.setattr(metrics, "whisper_normaliser", lambda: ours)
     score = metrics.METRICS["wer"]([row('Here is the transcription: "It is two."', "It's 2"),
                                     row(None, "x")])
@@ -280,19 +265,55 @@ def test_small_metrics():
 
 
 def test_measure():
-    scores = metrics.measure(("exact", "spider"), [row("a", "a"), row(None, "b")])
-    assert (scores["exact"].value, scores["exact"].missing) == (100, 1)
+    rows = [row(answer, "a", meta={"metrics": names}) for answer, names in
+            (("a", ["exact", "spider"]), (None, ["exact"]), ("a", ["choice"]))]
+    scores = metrics.measure(rows)
+    assert list(scores) == ["exact", "spider", "choice"]
+    assert (scores["exact"].value, scores["exact"].n, scores["exact"].missing) == (100, 1, 1)
+    assert scores["choice"].n == 1
+    assert list(metrics.measure([row("a", "a", task="asr")])) == ["wer_basic"]
+    assert list(metrics.measure([row("a", "a", task="mine")])) == ["exact"]
     with pytest.raises(ValueError, match="no metric f1; there are wer, wer_basic"):
-        metrics.measure(("f1",), [])
+        metrics.measure([row("a", "a", meta={"metrics": ["f1"]})])
     with pytest.raises(ValueError, match="exact: 1 has no references"):
         metrics.METRICS["exact"]([row("a")])
     for name, function in metrics.METRICS.items():
         assert str(function([])) == "n/a (no answers)", name
 
 
+def test_every_item_has_its_score():
+    def items(name, *rows):
+        return list(metrics.METRICS[name]([{**r, "id": k} for k, r in enumerate(rows)])
+                    .items.values())
+    assert items("exact", row("a", "a"), row("b", "a")) == [100, 0]
+    assert items("wer_basic", row("a x", "a b"), row("a", ""), row("", "a")) == [50, None, 100]
+    assert items("textvqa_soft", row("a", "a", "b", "b", "b")) == [pytest.approx(33.3333)]
+    assert metrics.METRICS["exact"]([row(None, "a"), {**row("a", "a"), "id": "2"}]).items == {
+        "2": 100}
+
+
+def test_label_match():
+    donkey = {"meta": {"label": "donkey, ass braying"}}
+    assert value("label_match", row("An ass brays.", "It is a donkey.", **donkey)) == 100
+    assert value("label_match", row("It is a horse.", "It is a donkey.", **donkey),
+                 row("", "x", **donkey)) == 0
+
+
+def test_spoken_questions_are_scored_as_their_source():
+    """Half right by TextVQA's thirds, half by GQA's word match."""
+    text = row("stop sign", *["stop"] * 2, *["go"] * 8, meta={"source": "textvqa"})
+    scene = row("it is red", "red", meta={"source": "gqa"})
+    assert value("isqa", text) == pytest.approx(200 / 3, abs=1e-3)
+    assert value("isqa", text, scene) == pytest.approx((200 / 3 + 100) / 2, abs=1e-3)
+    assert value("isqa_official", text, scene) == 0             # neither equals a human answer
+    assert value("isqa_official", {**text, "answer": "stop"}, {**scene, "answer": "the red"}) == (
+        pytest.approx((60 + 100) / 2))
+
+
 CEILINGS = {"wer": (0, 100), "wer_basic": (0, 100), "word_match": (100, 0), "exact": (100, 0),
             "textvqa_soft": (100, 0), "textvqa_official": (100, 0), "textvqa_equal": (100, 0),
-            "choice": (100, 0), "choice_lenient": (100, 0), "acc_vqa": (100, 0)}
+            "choice": (100, 0), "choice_lenient": (100, 0), "acc_vqa": (100, 0),
+            "isqa": (100, 0), "isqa_official": (100, 0)}
 
 
 @pytest.mark.parametrize("name", CEILINGS)
@@ -308,7 +329,8 @@ def test_ceiling_and_floor_of_the_miniature(small_miniature, task):
     import data
     records = [r for r in data.read_manifest(small_miniature / "test.jsonl") if r.task == task]
     references = [list(r.refs or (r.target,)) for r in records]
-    best, worst = (metrics.score(task, answers, references).value
+    name, = metrics.default_metrics(task)
+    best, worst = (value(name, *(row(a, *r) for a, r in zip(answers, references, strict=True)))
                    for answers in ([r[0] for r in references], [""] * len(references)))
     assert (best, worst) == ((0, 100) if task in metrics.ERROR_RATES else (100, 0))
 
@@ -330,5 +352,10 @@ def test_paper_numbers():
     assert paper["no causal, div, sync"]["avm"] == {"word_match": 72.0}
     assert paper["VALOR-base"] == {"valor fine-tuned": {"meteor": 14.8, "cider": 55.7}}
     assert len(paper) == 14
-    names = {name for tasks in paper.values() for cells in tasks.values() for name in cells}
-    assert names <= set(metrics.METRICS)
+    cells = {(task, name) for tasks in paper.values() for task, found in tasks.items()
+             for name in found}
+    assert {name for _, name in cells} <= set(metrics.METRICS)
+    shown = {(task, name) for rows, _ in paper_numbers.TABLES.values() for task, name, _ in rows}
+    assert shown == cells
+    for task, name in cells:                      # what a task is scored by comes with its number
+        assert name in aveb_sets.METRICS[task.split()[0]], (task, name)

@@ -28,6 +28,7 @@ import eval as evaluation
 import favor
 import features
 import miniature
+import tables
 import train
 from favor import Favor, Features, Sample
 
@@ -153,7 +154,7 @@ def test_a_run(finished, unbroken, small_parts):
     assert config["train"]["batch"] == 8
     assert "step 2/6: loss" in printed and "ETA" in printed and "| causal Q-Former | " in printed
     assert "cross-entropy, steps 1-6" in (out / "loss.txt").read_text()
-    table = (out / "table.md").read_text()
+    table = (out / "predictions.md").read_text()
     assert table in printed
     for task in miniature.TASKS:
         assert f"| **{task}** " in table
@@ -623,7 +624,8 @@ def test_one_modality_alone(command, small_miniature, tmp_path, monkeypatch, mas
     monkeypatch.setattr(Favor, "joint_windows", spy)
     run(command(tmp_path / "run", "--test", "--mask", mask, steps=2))
     assert masks == {mask}
-    assert f"| task | n | {view} | chance |" in (tmp_path / "run" / "table.md").read_text()
+    table = (tmp_path / "run" / "predictions.md").read_text()
+    assert f"| task | n | missing | {view} | chance |" in table
     masks.clear()
     evaluation.main(evaluation.EvalConfig(
         checkpoint=str(tmp_path / "run" / "best"), data=str(small_miniature), mask=mask,
@@ -808,7 +810,7 @@ def test_eval_one_task(finished, small_miniature, tmp_path):
     records = [r for r in data.read_manifest(small_miniature / "test.jsonl") if r.task == "videoqa"]
     assert [row["id"] for row in rows] == [r.id for r in records]
     for row, r in zip(rows, records, strict=True):
-        assert {*row} == {"id", "task", "prompt", "references", "meta", "options",
+        assert {*row} == {"id", "task", "prompt", "references", "meta", "options", "scores",
                           *evaluation.VIEWS}
         assert (row["references"], row["prompt"], row["meta"]) == ([r.target], r.prompt, r.meta)
     assert "| task | n | both | audio only | visual only | blind | chance |" in done.stdout
@@ -853,7 +855,7 @@ def test_eval_without_kept_features_and_with_views(finished, small_miniature, tm
     evaluate(*words, "--no-keep-features", "--views", "both", "blind")
     fresh = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert sorted(row["task"] for row in fresh) == ["avm"] * 3 + ["isqa"] * 2
-    assert "| task | n | both | blind | chance |" in capsys.readouterr().out
+    assert "| task | n | missing | both | blind | chance |" in capsys.readouterr().out
     evaluate(*words)
     kept = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [row["both"] for row in kept] == [row["both"] for row in fresh]
@@ -897,22 +899,23 @@ def test_which_checkpoint(tmp_path, monkeypatch):
 def test_table():
     """Scores and chance by hand; a kind a line; across and within windows apart."""
     def row(task, answer, reference, **meta):
-        return {"task": task, "references": [reference], "both": answer, "blind": "x", "meta": meta}
+        return {"id": task, "task": task, "references": [reference], "both": answer, "blind": "x",
+                "meta": meta}
     rows = [row("videoqa", "red", "red", chance=0.25, type="after", one_window=True),
             row("videoqa", "Red.", "red", chance=0.25, type="before", one_window=False),
             row("videoqa", "blue", "red", chance=0.25, type="before", one_window=False),
             row("asr", "a b", "a c"), row("mine", "yes", "yes")]
-    lines = evaluation.table(rows, ("both", "blind")).splitlines()
-    assert lines[0] == "| task | n | both | blind | chance |"
-    assert lines[2].startswith("| **asr** WER % ↓ | 1 | 50.0 [")
-    assert lines[2].endswith("| 100.0 | - |")
-    assert lines[3].startswith("| **videoqa** % ↑ | 3 | 66.7 [20.8, 93.9] | 0.0 | 25.0 |")
-    assert lines[4].startswith("| **mine** % ↑ | 1 | 100.0 [")
+    lines = tables.table(rows, ("both", "blind")).splitlines()
+    assert lines[0] == "| task | n | missing | both | blind | chance |"
+    assert lines[2].startswith("| **asr** WER % ↓ | 1 | 0 | 50.0 [")
+    assert lines[2].endswith("| 100.0 [100.0, 100.0] | - |")
+    assert lines[3] == ("| **videoqa** % ↑ | 3 | 0 | 66.7 [20.8, 93.9] | 0.0 [0.0, 56.2] | 25.0 |")
+    assert lines[4].startswith("| **mine** % ↑ | 1 | 0 | 100.0 [")
     parts = {line.split("|")[1].strip(): line for line in lines[5:]}
     assert {*parts} == {f"videoqa: {k}"
                         for k in ("after", "before", "within one window", "across windows")}
-    assert "| 2 | 50.0 [" in parts["videoqa: across windows"]
-    assert "| 1 | 100.0 [" in parts["videoqa: after"]
+    assert "| 2 | 0 | 50.0 [" in parts["videoqa: across windows"]
+    assert "| 1 | 0 | 100.0 [" in parts["videoqa: after"]
 
 
 # ---- demo.py ------------------------------------------------------------------------------------
