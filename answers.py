@@ -27,8 +27,9 @@ HISTORIES = ("gold", "none", "model")
 
 
 class Journal:
-    """Lines {"id", "answers": {view: text}} or {"id", "skipped": why} in a folder; every start of
-    every process has a file of its own, whose first line says under which settings.
+    """Lines {"id", "prompt", "answers": {view: text}, "references"} or {"id", "skipped": why} in a
+    folder, as they are made; every start of every process has a file of its own, whose first line
+    says under which settings.
     folder None: nothing is kept.  SystemExit when the folder is of other settings."""
 
     def __init__(self, folder, settings=None):
@@ -196,5 +197,6 @@ def answer_batch(model, part, store, views, history, settings):
                 answers[r.id][view] = text
         for r, twin in zip(read, same, strict=True):
             answers[r.id][view] = answers[r.id][twin]
-    return [{"id": r.id, "answers": answers[r.id]} for r in read] + [
+    return [{"id": r.id, "prompt": r.prompt, "answers": answers[r.id],
+             "references": list(r.refs or (r.target,))} for r in read] + [
         {"id": key, "skipped": why} for key, why in skipped]

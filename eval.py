@@ -173,7 +173,8 @@ def read_manifests(manifests):
 
 def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, history="gold",
              journal=None, log=print):
-    """-> predictions, one dict a question with its answer in every view, in the records' order;
+    """-> predictions, one dict a question with its answer in every view ("answer": in the first),
+    in the records' order;
     {task: number of questions whose clip cannot be read}, which are left out.  Under torchrun each
     process answers its share, and all return everything."""
     said, skipped = answer_all(model, records, store, views, batch, beams, history, journal, log)
@@ -181,7 +182,7 @@ def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, hist
         log(data.report_skipped(skipped, len(records)))
     if not said:
         raise SystemExit("none of the questions' clips can be read; look at the reasons above")
-    predictions = [{"id": r.id, "task": r.task, "prompt": r.prompt,
+    predictions = [{"id": r.id, "task": r.task, "prompt": r.prompt, "answer": said[r.id][views[0]],
                     "references": list(r.refs or (r.target,)), **said[r.id], "meta": r.meta,
                     **({"options": list(r.options)} if r.options else {})}
                    for r in records if r.id in said]

@@ -810,10 +810,11 @@ def test_eval_one_task(finished, small_miniature, tmp_path):
     records = [r for r in data.read_manifest(small_miniature / "test.jsonl") if r.task == "videoqa"]
     assert [row["id"] for row in rows] == [r.id for r in records]
     for row, r in zip(rows, records, strict=True):
-        assert {*row} == {"id", "task", "prompt", "references", "meta", "options", "scores",
+        assert {*row} == {"id", "task", "prompt", "answer", "references", "meta", "options",
+                          "scores",
                           *evaluation.VIEWS}
         assert (row["references"], row["prompt"], row["meta"]) == ([r.target], r.prompt, r.meta)
-    assert "| task | n | both | audio only | visual only | blind | chance |" in done.stdout
+    assert "| task | n | missing | both | audio only | visual only | blind | chance |" in done.stdout
     assert "| **videoqa** % ↑ | 4 | " in done.stdout and "| 25.0 |" in done.stdout
     assert "**asr**" not in done.stdout
     # the same answers one by one, and as train.py gave them
