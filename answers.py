@@ -85,19 +85,17 @@ def short_hash(*things):
 
 
 def readable_samples(model, records, store, mask=None, skipped=None):
-    """Records and their kept features (store None: their decoded clips) -> the records whose clip
-    can be read, their Samples; (id, reason) of each other one joins the list `skipped`."""
+    """Records and their kept features (where there are none: their decoded clips) -> the records
+    whose clip can be read, their Samples; (id, reason) of the others joins the list `skipped`."""
     skipped, read, samples = [] if skipped is None else skipped, [], []
+    reading = model.reading() if store is None else store.reading
     for r in records:
-        if store is not None:
-            features, clip, bad = store[r.id] if r.id in store else None, None, r.id not in store
-            if bad:
-                skipped.append(
-                    (r.id, f"{r.id}: its clip could not be read when features were made"))
-        else:
-            features, clip = None, data.load_or_skip(r, skipped, **model.reading())
-            bad = clip is None
-        if not bad:
+        features, clip = store.get(r) if store is not None else None, None
+        if features is None and store is not None and (why := store.reason(r)):
+            skipped.append((r.id, why))
+        elif features is None:                  # also where the disk was full before its turn came
+            clip = data.load_or_skip(r, skipped, **reading)
+        if features is not None or clip is not None:
             read.append(r)
             samples.append(Sample(r.prompt, r.target, clip, features, r.history, mask))
     return read, samples

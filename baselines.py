@@ -31,6 +31,7 @@ FRAMES = 5                       # of a video, equally spaced: 5 x 32 = 160 vect
 class InstructBlip(Favor):
     """ViT, instruction-reading Q-Former, language_projection and Vicuna: no sound, no windows."""
     system = "instructblip"
+    needs_picture = True                   # the image and video data (Sec. 4.2)
     tasks = ("ic", "ocr", "vqa", "videoqa", "avsd", "avssd")
 
     def __init__(self, config, visual, projection, llm, tokenizer, qformer_tokenizer):
@@ -99,10 +100,6 @@ class InstructBlip(Favor):
         """A video's, on the device "meta"."""
         vit = self.visual.vit.config
         return torch.empty(FRAMES, vit.n_patches + 1, vit.width, device="meta"), None
-
-    def can_use(self, record):
-        """The image and video data (Sec. 4.2)."""
-        return record.image is not None or record.video is not None
 
     def window_count(self, sample):
         image, _ = self.features_of(sample)

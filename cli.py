@@ -25,7 +25,7 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def parallel(function, jobs, workers, start=None, args=()):
+def parallel(function, jobs, workers, start=None, args=(), chunk=8):
     """Yields function(job) in the order of the jobs, from `workers` fresh processes, each of which
     calls start(*args) first; 1 worker: in this process, without start.
     A worker that dies ends all with an error; multiprocessing.Pool would wait for it for ever."""
@@ -34,7 +34,7 @@ def parallel(function, jobs, workers, start=None, args=()):
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (start, args)) as pool:
-        yield from pool.map(function, jobs, chunksize=8)
+        yield from pool.map(function, jobs, chunksize=chunk)
 
 
 def _start_worker(start, args):

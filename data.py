@@ -1,9 +1,9 @@
 """Media files and manifests -> what the model takes.  Paper Sec. 4.1: 2 frames/s, 16 kHz.
      manifest.jsonl --read_manifest--> Record --load_clip--> Clip(frames (F,3,224,224), audio (S,))
    Time 0 of a file is its first picture or sound, whichever comes first, so both stay synchronous.
-   Public: Record, read_manifest, write_manifest; Clip, load_clip, clip_from_path, load_or_skip,
-   report_skipped; probe, read_frames, read_image, read_audio, MediaError; write_video, write_wav,
-   write_png."""
+   Public: Record, read_manifest, write_manifest, parse_line, to_record; Clip, load_clip,
+   clip_from_path, load_or_skip, report_skipped; probe, read_frames, read_image, read_audio,
+   MediaError; write_video, write_wav, write_png."""
 
 import json
 import math
@@ -57,49 +57,82 @@ class Record:
 
 
 MEDIA = ("image", "video", "audio")
-WANTED = dict.fromkeys(("id", "task", "prompt", "target", *MEDIA), "a string") | {
-    "start": "seconds >= 0", "end": "seconds >= 0", "refs": "a list of strings",
-    "options": "a list of strings", "history": "a list of [question, answer]", "meta": "an object"}
+NEEDED = tuple(f.name for f in fields(Record)
+               if f.default is MISSING and f.default_factory is MISSING)
 
 
-def _fits(name, value):
-    def texts(x):
-        return isinstance(x, (list, tuple)) and all(isinstance(s, str) for s in x)
-    if name in ("start", "end"):      # bool is an int and NaN is JSON to Python: neither is a time
-        return (isinstance(value, (int, float)) and not isinstance(value, bool)
-                and math.isfinite(value) and value >= 0)
-    if name in ("refs", "options"):
-        return texts(value)
-    if name == "history":
-        return isinstance(value, (list, tuple)) and all(texts(t) and len(t) == 2 for t in value)
-    if name == "meta":
-        return isinstance(value, dict)
-    return isinstance(value, str) and (value != "" or name in ("prompt", "target"))
+def _text(x):
+    return isinstance(x, str) and x != ""
 
 
-def _checked_record(values, where, folder):
-    """dict -> Record; ValueError names `where`. Relative media paths are taken from `folder`."""
-    values = {name: value for name, value in values.items() if value is not None}
-    missing = [f.name for f in fields(Record)
-               if f.default is MISSING and f.default_factory is MISSING and f.name not in values]
-    unknown = sorted(set(values) - set(WANTED))
-    if missing or unknown:
-        raise ValueError(f"{where}: missing {missing}, unknown {unknown}; the fields are "
-                         f"{', '.join(WANTED)} (anything else belongs into meta)")
+def _any_text(x):
+    return isinstance(x, str)
+
+
+def _time(x):           # bool is an int and NaN is JSON to Python: neither is a time
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf
+
+
+def _texts(x):
+    return isinstance(x, (list, tuple)) and all(map(_any_text, x))
+
+
+def _turns(x):
+    return isinstance(x, (list, tuple)) and all(_texts(t) and len(t) == 2 for t in x)
+
+
+WANTED = {  # field: (whether a value fits, what is wanted in words)
+    **dict.fromkeys(("id", "task"), (_text, "a string")),
+    **dict.fromkeys(("prompt", "target"), (_any_text, "a string")),
+    **dict.fromkeys(MEDIA, (_text, "a string")),
+    **dict.fromkeys(("start", "end"), (_time, "seconds >= 0")),
+    **dict.fromkeys(("refs", "options"), (_texts, "a list of strings")),
+    "history": (_turns, "a list of [question, answer]"),
+    "meta": (lambda x: isinstance(x, dict), "an object")}
+
+
+def check_values(values, where):
+    """A line of a manifest, parsed: dict without the fields that are null.  ValueError names
+    `where`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: a {type(values).__name__}, wanted one object a line")
+    if None in values.values():
+        values = {name: value for name, value in values.items() if value is not None}
+    missing = [name for name in NEEDED if name not in values]
+    if missing or not values.keys() <= WANTED.keys():
+        raise ValueError(f"{where}: missing {missing}, unknown {sorted(set(values) - set(WANTED))};"
+                         f" the fields are {', '.join(WANTED)} (anything else belongs into meta)")
     for name, value in values.items():
-        if not _fits(name, value):
-            raise ValueError(f"{where}: {name} is {value!r}, wanted {WANTED[name]}; correct it")
-    if values.get("end", math.inf) <= values.get("start", 0):
+        fits, wanted = WANTED[name]
+        if not fits(value):
+            raise ValueError(f"{where}: {name} is {value!r}, wanted {wanted}; correct it")
+    if "end" in values and values["end"] <= values.get("start", 0):
         raise ValueError(f"{where}: end {values['end']} is not after start "
                          f"{values.get('start', 0)}; wanted seconds of the source file; correct it")
     if "image" in values and "video" in values:
         raise ValueError(f"{where}: has an image and a video; keep one of the two")
+    return values
+
+
+def parse_line(line, where):
+    """Bytes of one line -> checked dict.  ValueError names `where`."""
+    try:
+        return check_values(json.loads(line.decode("utf-8")), where)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}); wanted one object a line") from None
+
+
+def to_record(values, folder):
+    """Checked dict -> Record.  Relative media paths are taken from `folder`; absolute ones stay."""
+    values = dict(values)
     for name in values.keys() & {"refs", "options"}:
         values[name] = tuple(values[name])
     if "history" in values:
         values["history"] = tuple(tuple(turn) for turn in values["history"])
     for name in values.keys() & set(MEDIA):
-        values[name] = str(Path(folder) / values[name])      # an absolute path stays as it is
+        values[name] = str(Path(folder) / values[name])
     return Record(**values)
 
 
@@ -114,15 +147,7 @@ def read_manifest(path):
         where = f"{path}, line {number}"
         if not line.strip():
             continue
-        try:
-            values = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error}); wanted one object a line") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{where}: a {type(values).__name__}, wanted one object a line")
-        record = _checked_record(values, where, Path(path).parent)
+        record = to_record(parse_line(line, where), Path(path).parent)
         if record.id in first_line:
             raise ValueError(f"{where}: id {record.id!r} is taken by line {first_line[record.id]}; "
                              "make ids unique")
@@ -139,7 +164,7 @@ def write_manifest(path, records):
     folder, lines, seen = Path(os.path.abspath(path)).parent, [], set()
     for record in records:
         where = f"{path}, record {record.id!r}"
-        _checked_record(vars(record), where, folder)
+        check_values(vars(record), where)
         if record.id in seen:
             raise ValueError(f"{where}: this id is written twice; make ids unique")
         seen.add(record.id)
@@ -503,6 +528,7 @@ class Clip:
     audio: torch.Tensor | None = None         # float32 (S,), 16 kHz
     is_image: bool = False
     fps: float = 2.0
+    cut: str = ""                             # what max_seconds left out, in words
 
     @property
     def seconds(self):
@@ -517,7 +543,7 @@ def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None
     A video's own sound is cut where its picture ends; a silent video gives audio None.
     sound_only: pictures stay unread, for models that do not look."""
     start, end = record.start or 0.0, record.end
-    if max_seconds is not None:
+    if max_seconds:
         end = min(math.inf if end is None else end, start + max_seconds)
     clip = Clip(is_image=record.image is not None, fps=2.0 if frame_times == "ends" else fps)
     if record.image is not None and record.video is not None:
@@ -534,7 +560,20 @@ def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None
             clip.audio = read_audio(record.video, start, min(ends, default=None))
     if record.audio is not None:
         clip.audio = read_audio(record.audio, start, end)
+    clip.cut = _cut(record, clip, max_seconds)
+    if clip.cut:
+        warnings.warn(f"{record.video or record.audio}: {clip.cut}", stacklevel=2)
     return clip
+
+
+def _cut(record, clip, most):
+    """'the first 300 of 10800.0 s are read', where max_seconds cut a clip."""
+    path, start = record.video or record.audio, record.start or 0.0
+    if not most or not path or clip.seconds < most - 0.5:
+        return ""
+    ends = [end for end in (probe(path).seconds, record.end) if end]
+    left = min(ends, default=0.0) - start
+    return f"the first {most:g} of {left:.1f} s are read" if left > most + 0.5 else ""
 
 
 def clip_from_path(path, audio=None, start=None, end=None, **options):

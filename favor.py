@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import hub
 import lora
@@ -66,7 +67,7 @@ class FavorConfig:
     frame_times: str = "regular"            # 0, 0.5, 1.0 s ...; "ends": a second's first and last
     audio_seconds: float | None = None      # None: the true length; 30.0: always exactly 30 s
     image_frames: int = 1                   # frames that an image alone becomes
-    max_seconds: float | None = None        # of a clip that are read; None: all
+    max_seconds: float = 300.0              # DIFF: of a clip are read at most; 0: all
     antialias: bool = True                  # shrink video frames as PIL does; False: bare bicubic
     mask_padding: bool = True               # False: only rows that fill the last window are masked,
     #                                         and only in the cross-attention
@@ -240,6 +241,7 @@ class CausalQFormerLayer(nn.Module):
 
 class CausalQFormer(nn.Module):
     """Eq. (2): Q trained queries read each window of synchronised frames, every window alike."""
+    checkpointing = False         # in training, layers keep only their inputs (sharding.py)
 
     def __init__(self, config, joint_width):
         super().__init__()
@@ -284,8 +286,10 @@ class CausalQFormer(nn.Module):
         dropout = self.config.dropout
         queries = F.dropout(self.query_norm(self.queries), dropout, self.training)
         queries = queries.expand(len(windows), -1, -1)                            # (W,Q,D)
+        again = self.checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            queries = layer(queries, x, causal_keep, keys)
+            queries = (checkpoint(layer, queries, x, causal_keep, keys, use_reentrant=False)
+                       if again else layer(queries, x, causal_keep, keys))
         return queries
 
 
@@ -349,6 +353,7 @@ class Favor(nn.Module):
     """Frozen Whisper, ViT and Q-Former; trained audio projection, causal Q-Former, LLM projection
     and LoRA on the LLM."""
     system, tasks = "favor", None          # the systems beside it: baselines.py; None: all tasks
+    needs_picture = False                  # whether records without one teach nothing
 
     def __init__(self, config, whisper, visual, llm, tokenizer, qformer_tokenizer):
         super().__init__()
@@ -389,9 +394,9 @@ class Favor(nn.Module):
 
     @classmethod
     def from_pretrained(cls, run_folder, dtype=None, device=None, **sources):
-        """A folder that save_pretrained (train.py) wrote -> model in eval mode.  sources: whisper,
-        instructblip or llm in another place than where the run had them."""
-        root = Path(run_folder)
+        """A folder that save_pretrained (train.py) wrote, or such a Hub repo -> model in eval mode.
+        sources: whisper, instructblip or llm in another place than where the run had them."""
+        root = hub.folder(run_folder, ("lora/*",), config="favor.json")
         if not (root / "favor.json").exists():
             raise FileNotFoundError(f"{root}: no favor.json; wanted a checkpoint of train.py such "
                                     "as runs/tiny/best (make one: python train.py)")
@@ -494,10 +499,6 @@ class Favor(nn.Module):
         frames = math.ceil(seconds * self.config.fps)
         return (torch.empty(frames, self.visual.n_queries, self.visual.width, device="meta"),
                 torch.empty(frames * self.audio_steps, self.whisper.config.width, device="meta"))
-
-    def can_use(self, record):
-        """Whether there is something to learn from a record."""
-        return True
 
     # ---- Eq. (1) and (2)
     def joint_windows(self, sample):
@@ -651,6 +652,21 @@ class Favor(nn.Module):
             clip = clip_from_path(clip, **self.reading())
         sample = Sample(question, clip=clip, history=tuple(history), mask=mask)
         return self.generate([sample], stream=stream, **settings)[0]
+
+    def push_to_hub(self, repo_id, folder=None, private=False, token=None, **facts):
+        """Uploads the trained parts with a model card to the Hub's user/name, which from_pretrained
+        opens.  facts: what favor.json and the card are to say beside the config (commit, mixture
+        ...); folder: a new one, where what is uploaded stays.  A run that train.py wrote has its
+        facts and scores already: python share.py push RUN user/name."""
+        import tempfile
+
+        import share  # only now: it imports this file
+        if folder and Path(folder).exists():
+            raise FileExistsError(f"{folder}: is there already; name a new folder")
+        with tempfile.TemporaryDirectory() as temporary:
+            root = Path(folder or temporary)
+            self.save_pretrained(root, **facts)
+            return share.push(root, repo_id, private, token)
 
 
 def from_official(path, model=None, dtype=None, device=None, **changes):

@@ -57,9 +57,9 @@ def is_offline():
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def folder(source, files=SMALL_FILES, tensors=("",)):
+def folder(source, files=SMALL_FILES, tensors=("",), config="config.json"):
     """A local folder as it is, else the Hub repo `source` as a folder of the Hub's cache (HF_HOME).
-    What is not there yet is downloaded, with a progress bar: config.json, `files` (patterns; those
+    What is not there yet is downloaded, with a progress bar: `config`, `files` (patterns; those
     the repo lacks are left out), and the shards that hold tensors whose names start with one of
     `tensors` (() = no weights). A connection that breaks is taken up again where it broke; a run
     that was killed keeps its finished files.
@@ -69,17 +69,19 @@ def folder(source, files=SMALL_FILES, tensors=("",)):
         return path
     if path.is_absolute() or repo.startswith(".") or repo.count("/") != 1:
         raise FileNotFoundError(
-            f"{source}: no such folder; wanted a folder in the Hub's layout (config.json + "
+            f"{source}: no such folder; wanted a folder in the Hub's layout ({config} + "
             "model.safetensors) or a Hub repo id such as openai/whisper-large-v2")
-    small, shards = ["config.json", *files, *([INDEX] if tensors else [])], []
+    small, shards = [config, *files, *([INDEX] if tensors else [])], []
     root = _fetch(repo, small)
+    if not (root / config).exists():            # asked for on its own, the Hub says why it is not
+        root = _fetch(repo, [config], alone=True).parent
     if tensors:
         places = _weight_map(root / INDEX) if (root / INDEX).exists() else {"": SINGLE}
         shards = sorted({shard for name, shard in places.items() if name.startswith(tuple(tensors))}
                         or set(places.values()))               # a layout of which we know nothing
         root = _fetch(repo, small + shards)
-    for name in ("config.json", *shards):
-        if not (root / name).exists():          # asked for on its own, the Hub says why it is not
+    for name in shards:
+        if not (root / name).exists():
             root = _fetch(repo, [name], alone=True).parent
     return root
 
@@ -138,6 +140,8 @@ def _known_failure(error, repo, wanted):
             f"{repo}: the Hub refuses {absent} ({status or 'gated'}); accept the terms on "
             f"https://huggingface.co/{repo}, then `hf auth login`, or set HF_TOKEN")
     local = isinstance(error, errors.LocalEntryNotFoundError)
+    if isinstance(error, errors.EntryNotFoundError) and not local and "favor.json" in wanted:
+        return FileNotFoundError(f"{repo}: the repo has no favor.json, it is no checkpoint of ours")
     if isinstance(error, errors.EntryNotFoundError) and not local:
         return FileNotFoundError(
             f"{repo}: the repo has no {', '.join(wanted)}; where it has pytorch_model*.bin: `hf "
@@ -343,9 +347,10 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
-def _write(path, tensors, dtype=None):
+def _write(path, tensors, dtype=None, read=None):
     """Writes the safetensors file `path`.tmp, one tensor at a time -> that path.
-    dtype: what floating tensors become; None: they stay as they are."""
+    dtype: what floating tensors become; None: they stay as they are.  read(name): gives the numbers
+    of tensors that have only a shape and a dtype (device "meta")."""
     codes, header, end = {dtype: code for code, dtype in DTYPES.items()}, {}, 0
     kinds = {n: dtype if dtype and t.is_floating_point() else t.dtype for n, t in tensors.items()}
     order = sorted(tensors, key=lambda n: (-kinds[n].itemsize, n))    # keeps every one aligned
@@ -360,7 +365,8 @@ def _write(path, tensors, dtype=None):
         with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
-                tensor = tensors[name].detach().to("cpu", kinds[name]).contiguous()
+                tensor = read(name) if read else tensors[name]
+                tensor = tensor.detach().to("cpu", kinds[name]).contiguous()
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy())
     except BaseException:                        # a full disk should get its room back
         temporary.unlink(missing_ok=True)

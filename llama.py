@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import hub
 
@@ -305,6 +306,8 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
+    checkpointing = False         # in training, blocks keep only their input (sharding.py)
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -372,8 +375,10 @@ class Llama(nn.Module):
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -T:]              # (B,T)
         cos, sin = rotary_angles(self.config, positions)
         keep = attention_mask(mask, T)
+        again = self.checkpointing and cache is None and torch.is_grad_enabled()
         for layer in self.model.layers:
-            x = layer(x, cos, sin, keep, cache)
+            x = (checkpoint(layer, x, cos, sin, keep, None, use_reentrant=False) if again
+                 else layer(x, cos, sin, keep, cache))
         return self.model.norm(x)
 
     def forward(self, ids=None, *, embeds=None, mask=None, cache=None, last_only=False):

@@ -78,6 +78,11 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_world():
+    """Processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
 def leave():
     """All wait for all, then part."""
     if dist.is_initialized():

@@ -743,7 +743,7 @@ def test_a_file_is_read_as_the_config_says(build, monkeypatch, tmp_path):
     answer = model.answer(tmp_path / "a.wav", "what is said")
     assert answer == model.answer(str(tmp_path / "a.wav"), "what is said")
     assert answer == model.answer(clip_from_path(tmp_path / "a.wav"), "what is said") != ""
-    assert options == [{"fps": 4.0, "size": 28, "frame_times": "regular", "max_seconds": None,
+    assert options == [{"fps": 4.0, "size": 28, "frame_times": "regular", "max_seconds": 300.0,
                         "antialias": True}] * 2
 
 

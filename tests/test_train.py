@@ -4,9 +4,9 @@ random weights: runs, two processes = one, resume = no stop, kept features = fre
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,16 +21,19 @@ import pytest
 import torch
 
 import answers
+import checkpoints
 import cli
+import corpus
 import data
 import demo
 import eval as evaluation
 import favor
 import features
+import loader
 import miniature
 import tables
 import train
-from favor import Favor, Features, Sample
+from favor import Favor
 
 ROOT = Path(train.__file__).parent
 quiet = lambda *_: None                                                          # noqa: E731
@@ -134,7 +137,11 @@ def test_a_run(finished, unbroken, small_parts):
     out, printed = finished
     rows = log_of(out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert {*rows[0]} == {"step", "loss", "ce", "diversity", "lr", "grad_norm", "seconds"}
+    assert {*rows[0]} == {"step", "loss", "ce", "diversity", "cosine", "lr", "grad_norm", "task_ce",
+                          "skipped", "clips_per_s", "tokens_per_s", "tflops", "memory_gib",
+                          "wait_share", "eta_s"}
+    assert {*rows[0]["task_ce"]} <= {*miniature.TASKS, "caption"} and rows[0]["skipped"] == 0
+    assert rows[0]["cosine"] == rows[0]["diversity"]
     assert ["val_ce" in row for row in rows] == [False, True] * 3
     for row in rows:
         assert row["loss"] == pytest.approx(row["ce"] + 0.01 * row["diversity"], abs=1e-6)
@@ -219,7 +226,7 @@ def test_the_processes_share_the_batch(command, tmp_path, monkeypatch):
     whole_step = train.train_step
 
     def train_step(model, samples, config, optimiser, step, *rest):
-        share = [f"{s.prompt} {s.target} {s.mask}" for s in samples]
+        share = [f"{d.sample.prompt} {d.sample.target} {d.sample.mask}" for d in samples]
         (tmp_path / f"{config.out[-3:]} {step} {os.getpid()}").write_text(json.dumps(share))
         return whole_step(model, samples, config, optimiser, step, *rest)
 
@@ -251,7 +258,8 @@ def one_sided(small_miniature, tmp_path_factory):
     for pair in (("text", "image"), ("sound", "video"), ("image", "text"), ("text", "text"),
                  ("sound", "both")):
         for kind in pair * 2:
-            rows.append(dataclasses.replace(by_kind[kind][len(rows) % 3], id=f"row {len(rows)}"))
+            rows.append(dataclasses.replace(
+                by_kind[kind][len(rows) % 3], id=f"row {len(rows)}", meta={}))
     path = tmp_path_factory.mktemp("one-sided") / "train.jsonl"
     data.write_manifest(path, rows)
     return path
@@ -260,7 +268,7 @@ def one_sided(small_miniature, tmp_path_factory):
 @pytest.mark.parametrize("words", [["--no-test"], ["--no-test", "--no-sync"]],
                          ids=["sync", "no sync"])
 def test_processes_with_different_samples(command, one_sided, tmp_path, words, monkeypatch):
-    monkeypatch.setattr(train, "epoch_order", lambda records, seed, epoch: np.arange(len(records)))
+    monkeypatch.setattr(corpus.Order, "epoch", lambda self, epoch: np.arange(len(self.weights)))
     flags = {"data": one_sided, "steps": 5, "batch": 4, "val_share": 0, "mask_share": 0}
     two_processes(command(tmp_path / "two", *words, **flags))    # one makes the features, both read
     run(command(tmp_path / "one", *words, **flags))
@@ -373,8 +381,7 @@ def test_resume_is_no_stop(command, tmp_path, monkeypatch):
     run(command(out))
     assert losses(out) == losses(tmp_path / "whole")
     assert [row["step"] for row in log_of(out)] == [1, 2, 3, 4, 5, 6]
-    seconds = [row["seconds"] for row in log_of(out)]
-    assert seconds == sorted(seconds)                           # the time before the stops counts
+    assert [json.loads(line)["event"] for line in open(out / "events.jsonl")].count("resumed") == 2
     for name in ("best", "last"):
         ours, theirs = weights(out / name), weights(tmp_path / "whole" / name)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -426,57 +433,87 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_model, tmp_path, mo
         "first rename": lambda m: m.setattr(Path, "rename", killed),
         "second rename": lambda m: m.setattr(
             Path, "rename", lambda self, to: killed() if self.suffix == ".new" else real(self, to))}
-    assert train.latest_checkpoint(tmp_path) is None
-    train.save_checkpoint(tmp_path / "last", small_model, {}, {"step": 1})
+    assert checkpoints.latest(tmp_path) is None
+    checkpoints.save(tmp_path / "last", small_model, {}, {"step": 1})
     # the second time perhaps without last/
     for _ in range(2):
         with monkeypatch.context() as broken, contextlib.suppress(KeyboardInterrupt):
             breaks[moment](broken)
-            train.save_checkpoint(tmp_path / "last", small_model, {}, {"step": 2})
-        assert saved_step(train.latest_checkpoint(tmp_path)) == 1
-    train.save_checkpoint(tmp_path / "last", small_model, {}, {"step": 3})
-    assert train.latest_checkpoint(tmp_path) == tmp_path / "last"
+            checkpoints.save(tmp_path / "last", small_model, {}, {"step": 2})
+        assert saved_step(checkpoints.latest(tmp_path)) == 1
+    checkpoints.save(tmp_path / "last", small_model, {}, {"step": 3})
+    assert checkpoints.latest(tmp_path) == tmp_path / "last"
     assert saved_step(tmp_path / "last") == 3
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
 # ---- a step -------------------------------------------------------------------------------------
 
-def test_the_loss_of_a_step_is_the_batch_mean(small_model, small_miniature):
+def drawn(samples):
+    return [loader.Drawn(k, str(k), "any", sample) for k, sample in enumerate(samples)]
+
+
+def one_step(model, samples, config, optimiser):
+    return train.train_step(model, drawn(samples), config, optimiser, 0, torch.device("cpu"),
+                            contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("limits", [
+    {"micro_batch": 0}, {"micro_batch": 1}, {"micro_batch": 4},
+    {"micro_batch": 0, "micro_tokens": 100}, {"micro_batch": 3, "micro_frames": 12}])
+def test_the_loss_of_a_step_is_the_batch_mean(small_model, small_miniature, limits):
     """Over answer tokens, not over samples or parts, and whatever the size of the parts."""
     records = data.read_manifest(small_miniature / "train.jsonl")[::9]
     store = features.keep_features(small_model, records, log=quiet)
     _, samples = answers.readable_samples(small_model, records, store)
     with torch.no_grad():
         wanted = small_model(samples)
-    for micro_batch in (0, 1, 4):
-        model = Favor.from_config(small_model.config)
-        model.load_state_dict(small_model.state_dict())
-        config = train.TrainConfig(micro_batch=micro_batch, warmup=0, steps=10)
-        optimiser = train.make_optimiser(model, config)
-        loss, ce, diversity, norm = train.train_step(
-            model, samples, config, optimiser, 0, 1, torch.device("cpu"), contextlib.nullcontext())
-        assert [loss, ce, diversity] == pytest.approx(
-            [wanted[name].item() for name in ("loss", "ce", "diversity")], abs=1e-5)
-        assert optimiser.param_groups[0]["lr"] == pytest.approx(1.5e-3) and norm > 0
-        assert all(p.grad is None for p in model.parameters())
-        frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
-        ours, before = model.state_dict(), small_model.state_dict()
-        assert all(torch.equal(ours[name], before[name]) for name in frozen)
-        moved = [n for n, p in model.named_parameters() if p.requires_grad
-                 and not torch.equal(p, before[n])]
-        assert {"lora_B", "audio_proj"} <= {part for name in moved for part in name.split(".")}
+    config = train.TrainConfig(warmup=0, steps=10, **limits)
+    optimiser = train.make_optimiser(small_model, config)
+    before = {name: p.detach().clone() for name, p in small_model.named_parameters()}
+    row = one_step(small_model, [*samples, None], config, optimiser)          # None: not readable
+    assert [row[name] for name in ("loss", "ce", "diversity")] == pytest.approx(
+        [wanted[name].item() for name in ("loss", "ce", "diversity")], abs=1e-5)
+    total, n = row["task_ce"]["any"]
+    assert n == len(samples) and total / n == pytest.approx(
+        wanted["item_ce"].mean().item(), abs=1e-4)
+    assert row["grad_norm"] > 0 and len(row["work"]["llm_tokens"]) == len(samples)
+    optimiser.step()
+    moved = [name for name, p in small_model.named_parameters() if not torch.equal(p, before[name])]
+    assert {"lora_B", "audio_proj"} <= {part for name in moved for part in name.split(".")}
+    learn = {name for name, p in small_model.named_parameters() if p.requires_grad}
+    assert {*moved} <= learn
 
 
-def test_a_broken_step_stops_the_run(small_model):
-    with torch.no_grad():
-        small_model.llm_proj.bias[0] = torch.nan
+def test_a_step_without_a_readable_clip(small_model):
     config = train.TrainConfig()
     optimiser = train.make_optimiser(small_model, config)
-    sample = Sample("what", "red", features=Features(torch.zeros(2, 4, 16)))
-    with pytest.raises(RuntimeError, match="step 8: loss nan.*lower --lr"):
-        train.train_step(small_model, [sample], config, optimiser, 7, 1, torch.device("cpu"),
-                         contextlib.nullcontext())
+    assert one_step(small_model, [None, None], config, optimiser) == {"loss": None}
+
+
+def test_a_broken_step_stops_the_run(command, tmp_path, monkeypatch, capsys):
+    """A loss that is not a number: its ids are written down; it ends, or --max-skips leaves the
+    step out and the weights as they were."""
+    whole = train.train_step
+
+    def broken(model, drawn, config, optimiser, step, *rest):
+        row = whole(model, drawn, config, optimiser, step, *rest)
+        return {**row, "grad_norm": math.nan} if step in (1, 3) else row
+    monkeypatch.setattr(train, "train_step", broken)
+    with pytest.raises(SystemExit, match="step 2: loss .*, gradient norm nan; the batch's ids"):
+        run(command(tmp_path / "ends"))
+    events = [json.loads(line) for line in open(tmp_path / "ends" / "events.jsonl")]
+    assert events[0]["event"] == "nonfinite" and len(events[0]["ids"]) == 8
+    assert not (tmp_path / "ends" / "last").exists()
+    capsys.readouterr()
+    run(command(tmp_path / "goes", max_skips=2, val_every=1, save_every=1, keep=0))
+    assert capsys.readouterr().out.count("is left out") == 2
+    steps = [weights(tmp_path / "goes" / f"step-{n:06d}") for n in range(1, 7)]
+    same = [all(torch.equal(a[k], b[k]) for k in a)
+            for a, b in zip(steps, steps[1:], strict=False)]
+    assert same == [True, False, True, False, False]
+    with pytest.raises(SystemExit, match="step 4: "):
+        run(command(tmp_path / "few", max_skips=1))
 
 
 def test_learning_rate():
@@ -500,85 +537,7 @@ def test_weight_decay_is_for_matrices(small_model):
     assert count == len([p for p in small_model.parameters() if p.requires_grad])
 
 
-# ---- the data's order ---------------------------------------------------------------------------
-
-def record(number, task="vqa", **media):
-    return data.Record(f"{task}-{number}", task, "what", "red", **media)
-
-
-def test_split_is_by_clip():
-    kinds = (("parade", "mp4", "video"), ("still", "png", "image"), ("speech", "wav", "audio"))
-    records = [record(f"{kind}-{k}-{q}", **{field: f"/x/train/{kind}_{k:05d}.{suffix}"})
-               for kind, suffix, field in kinds for k in range(1500) for q in range(3)]
-    for share in (0.02, 0.1, 0.5):
-        kept, held_out = train.split_records(records, share)
-        assert len(kept) + len(held_out) == len(records)
-        assert len(held_out) / len(records) == pytest.approx(share, rel=0.25)
-        clips = [{r.video or r.image or r.audio for r in part} for part in (kept, held_out)]
-        assert not clips[0] & clips[1]
-        for kind, *_ in kinds:                                    # of each kind its share
-            part = sum(kind in r.id for r in held_out) / 4500
-            assert part == pytest.approx(share, rel=0.35)
-    numbers = [{Path(r.video or r.image or r.audio).stem[-5:] for r in held_out if kind in r.id}
-               for kind, *_ in kinds]
-    # not the same numbers of every kind
-    assert len(numbers[0] & numbers[1]) < 0.7 * len(numbers[0])
-    moved = [dataclasses.replace(r, **{f: getattr(r, f).replace("/x/", "/elsewhere/")
-                                       for f in data.MEDIA
-                                       if getattr(r, f)}) for r in records]
-    assert [r.id for r in train.split_records(moved, 0.5)[1]] == [r.id for r in held_out]
-    assert train.split_records(records, 0) == (records, [])
-    # an image with two sounds is one clip
-    both = [record(k, image="/x/train/a.png", audio=f"/x/train/a_{k}.wav") for k in range(40)]
-    assert 0 in map(len, train.split_records(both, 0.5))
-
-
-def test_epochs_follow_the_weights():
-    records = [dataclasses.replace(record(f"{task}{k}", task), meta=meta) for task, meta in
-               (("vqa", {"weight": 0.5}), ("isqa", {"weight": 1.6}), ("mine", {}))
-               for k in range(200)]
-    counts = np.zeros(len(records))
-    for epoch in range(50):
-        order = train.epoch_order(records, seed=3, epoch=epoch)
-        assert (order == train.epoch_order(records, 3, epoch)).all()
-        times = np.bincount(order, minlength=len(records))
-        for part, weight in ((times[:200], 0.5), (times[200:400], 1.6), (times[400:], 1.0)):
-            assert part.min() >= int(weight) and part.max() <= int(np.ceil(weight))
-        counts += times
-    assert counts.reshape(3, 200).mean(1) / 50 == pytest.approx([0.5, 1.6, 1.0], abs=0.03)
-    first, second = train.epoch_order(records, 3, 0), train.epoch_order(records, 3, 1)
-    assert list(first[:20]) != list(second[:20]) and list(first) != sorted(first)
-    assert list(first[:20]) != list(train.epoch_order(records, 4, 0)[:20])
-
-
-def test_order_is_a_function_of_the_number():
-    records = [record(k, task) for task in ("vqa", "isqa") for k in range(10)]
-    order = train.Order(records, seed=1)
-    epochs = np.concatenate([train.epoch_order(records, 1, epoch) for epoch in range(4)])
-    whole = [order(g) for g in range(len(epochs) - 5)]
-    assert whole == list(epochs[:-5])
-    # a resumed run asks for a late one first
-    late = train.Order(records, seed=1)
-    assert [late(g) for g in (50, 51, 3)] == [whole[50], whole[51], whole[3]]
-    # the processes' shares of a batch are the batch
-    batch, world, step = 7, 3, 2
-    shares = [range(step * batch + rank, (step + 1) * batch, world) for rank in range(world)]
-    assert sorted(g for share in shares for g in share) == list(range(14, 21))
-    with pytest.raises(ValueError, match="no training questions"):
-        train.Order([], seed=0)
-
-
-def test_masks_are_drawn_at_their_rate():
-    config = train.TrainConfig(mask_share=0.3)
-    drawn = [train.drawn_mask(config, g) for g in range(4000)]
-    assert drawn == [train.drawn_mask(config, g) for g in range(4000)]
-    assert np.mean([mask is not None for mask in drawn]) == pytest.approx(0.3, abs=0.03)
-    for mask in ("audio", "visual", "both"):
-        assert np.mean([m == mask for m in drawn]) == pytest.approx(0.1, abs=0.02)
-    assert not any(train.drawn_mask(train.TrainConfig(mask_share=0), g) for g in range(200))
-    assert drawn != [train.drawn_mask(train.TrainConfig(mask_share=0.3, seed=1), g)
-                     for g in range(4000)]
-
+# ---- other parts, one modality -------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def llama3(tmp_path_factory):
@@ -633,91 +592,7 @@ def test_one_modality_alone(command, small_miniature, tmp_path, monkeypatch, mas
     assert masks == {mask}
 
 
-# ---- kept features ------------------------------------------------------------------------------
-
-def same(a, b, tolerance):
-    """Two Features hold the same, None where None."""
-    for name in ("visual", "audio"):
-        x, y = getattr(a, name), getattr(b, name)
-        assert (x is None) == (y is None), name
-        if x is not None:
-            assert x.shape == y.shape and (x.float() - y.float()).abs().max() <= tolerance, name
-    assert a.is_image == b.is_image
-
-
-@pytest.fixture(scope="module")
-def mixed_records(small_miniature, tmp_path_factory):
-    """Two records a task, copied into a folder of their own, and a text."""
-    folder, picked = tmp_path_factory.mktemp("media"), {}
-    for r in data.read_manifest(small_miniature / "train.jsonl"):
-        if len(picked.setdefault(r.task, [])) < 2:
-            picked[r.task].append(dataclasses.replace(r, **{
-                kind: shutil.copy(getattr(r, kind), folder) for kind in data.MEDIA
-                if getattr(r, kind)}))
-    return [*(r for rs in picked.values() for r in rs),
-            data.Record("text", "mine", "say yes", "yes")]
-
-
-def test_kept_features_are_fresh_ones(small_model, mixed_records, tmp_path, monkeypatch):
-    logged = []
-    store = features.keep_features(small_model, mixed_records, tmp_path, workers=1,
-                                   log=logged.append)
-    assert len({*store.spans}) == len(mixed_records) and not store.skipped
-    for r in mixed_records:
-        clip = data.load_clip(r, size=small_model.visual.image_size)
-        same(store[r.id], small_model.encode(clip, [r.prompt])[0], tolerance=2e-3)       # fp16
-    assert store["text"] == Features(None, None, False)
-    # again: from disk, without touching a clip, whatever the records' order
-    def encode(*_, **__):
-        raise AssertionError("encoded again")
-    monkeypatch.setattr(features, "_encode", encode)
-    again = features.keep_features(small_model, mixed_records[::-1], tmp_path, workers=1,
-                                   log=logged.append)
-    for r in mixed_records:
-        same(again[r.id], store[r.id], tolerance=0)
-    assert len([*tmp_path.iterdir()]) == 1
-    with pytest.raises(AssertionError, match="encoded again"):
-        features.keep_features(small_model, mixed_records[1:], tmp_path, workers=1, log=quiet)
-
-
-def test_features_made_by_other_processes(small_model, mixed_records, monkeypatch):
-    alone = features.keep_features(small_model, mixed_records, workers=1, log=quiet)
-    fork = multiprocessing.get_context("fork")                    # spawned ones: test_cli.py
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
-    shared = features.keep_features(small_model, mixed_records, workers=2, log=quiet)
-    for r in mixed_records:
-        same(shared[r.id], alone[r.id], tolerance=1e-3)
-
-
-def test_fingerprint(small_parts, mixed_records, tmp_path):
-    for name in ("whisper", "instructblip"):
-        shutil.copytree(small_parts / name, tmp_path / name)
-    config = favor.preset("tiny", whisper=str(tmp_path / "whisper"),
-                          instructblip=str(tmp_path / "instructblip"))
-    seen = {features.fingerprint(config, mixed_records)}
-
-    def changed(config=config, records=mixed_records):
-        mark = features.fingerprint(config, records)
-        new = mark not in seen
-        seen.add(mark)
-        return new
-
-    assert not changed() and not changed(records=mixed_records[::-1])
-    assert not changed(records=[dataclasses.replace(r, target="other") for r in mixed_records])
-    assert changed(records=mixed_records[1:])
-    for field, value in (("prompt", "other"), ("start", 0.5), ("end", 2.0), ("id", "other")):
-        first = dataclasses.replace(mixed_records[0], **{field: value})
-        assert changed(records=[first, *mixed_records[1:]]), field
-    for field, value in (("fps", 4.0), ("frame_times", "ends"), ("audio_seconds", 30.0),
-                         ("antialias", False), ("max_seconds", 60.0)):
-        assert changed(dataclasses.replace(config, **{field: value})), field
-    for path in (Path(mixed_records[0].audio or mixed_records[0].image or mixed_records[0].video),
-                 tmp_path / "whisper" / "model.safetensors",
-                 tmp_path / "whisper" / "preprocessor_config.json",
-                 tmp_path / "instructblip" / "qformer_tokenizer" / "vocab.txt"):
-        path.write_bytes(path.read_bytes() + b"\n")               # made again
-        assert changed(), path
-
+# ---- broken clips --------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def broken_manifest(small_miniature, tmp_path_factory):
@@ -736,36 +611,6 @@ def broken_manifest(small_miniature, tmp_path_factory):
     return folder
 
 
-def test_broken_clips_are_skipped_and_counted(small_model, broken_manifest, tmp_path):
-    records = data.read_manifest(broken_manifest / "train.jsonl")
-    bad = [r.id for r in records if "broken" in (r.video or "")]
-    logged = []
-    store = features.keep_features(small_model, records, tmp_path, log=logged.append)
-    assert {r.id for r in records if r.id not in store} == {*bad} and len(bad) > 3
-    told = next(line for line in logged if line.startswith("skipped"))
-    assert "skipped 2 of" in told
-    assert "bad.mp4: not readable" in told and "missing.mp4: no such file" in told
-    again = features.keep_features(small_model, records, tmp_path, log=quiet)
-    assert again.skipped == store.skipped
-    with pytest.raises(ValueError,
-                       match="none of 2 clips could be read; first reason: .*bad.mp4|missing.mp4"):
-        features.keep_features(small_model, [r for r in records if r.id in bad], log=quiet)
-
-
-def test_features_are_written_whole(small_model, mixed_records, tmp_path, monkeypatch):
-    def half_written(_, path):
-        Path(path).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as broken, contextlib.suppress(KeyboardInterrupt):
-        broken.setattr(torch, "save", half_written)
-        features.keep_features(small_model, mixed_records[:2], tmp_path, log=quiet)
-    store = features.keep_features(small_model, mixed_records[:2], tmp_path, log=quiet)
-    assert len(features.keep_features(small_model, mixed_records[:2], tmp_path,
-                                      log=quiet).spans) == 2
-    same(store[mixed_records[0].id], store[mixed_records[0].id], 0)
-
-
 # ---- without kept features ----------------------------------------------------------------------
 
 def test_training_without_kept_features(command, unbroken, tmp_path):
@@ -780,6 +625,12 @@ def test_a_run_goes_on_past_broken_clips(command, broken_manifest, tmp_path, cap
     assert len(log_of(tmp_path)) == 4
     printed = capsys.readouterr().out
     assert "bad.mp4: not readable" in printed or "missing.mp4: no such file" in printed
+    lost = [json.loads(line) for line in open(tmp_path / "skipped.jsonl")]
+    rows = data.read_manifest(broken_manifest / "train.jsonl")
+    bad = {r.id for r in rows if "broken" in (r.video or "")}
+    assert lost and {line["id"] for line in lost} <= bad
+    assert sum(row["skipped"] for row in log_of(tmp_path)) == len(lost)
+    assert f"skipped {len(lost)} samples of " in printed
     answered = [json.loads(line)
                 for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     tested = data.read_manifest(broken_manifest / "test.jsonl")
@@ -791,11 +642,11 @@ def test_nothing_readable_is_an_error(command, broken_manifest, tmp_path, capsys
     records = [r for r in data.read_manifest(broken_manifest / "train.jsonl")
                if "broken" in (r.video or "")]
     data.write_manifest(tmp_path / "train.jsonl", records)
-    with pytest.raises(SystemExit, match="in a row cannot be read"):
+    with pytest.raises(SystemExit, match="steps in a row without a clip that can be read"):
         run(command(tmp_path / "run", "--no-test", "--no-keep-features", data=tmp_path,
                     val_share=0))
     with pytest.raises(SystemExit, match="nowhere.*no such manifest"):
-        run(command(tmp_path / "run", data=tmp_path / "nowhere"))
+        run(command(tmp_path / "other", data=tmp_path / "nowhere"))
 
 
 # ---- eval.py ------------------------------------------------------------------------------------

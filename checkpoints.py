@@ -1,0 +1,107 @@
+"""Checkpoints that survive: whole or not there, whatever happens while they are written.
+
+     RUN/last/   where to go on: trained parts, optimiser, position     every --val-every steps
+     RUN/best/   lowest held-out loss so far: trained parts
+     RUN/step-000500/   kept snapshots (--save-every), the older ones pruned (--keep)
+Written beside the old one, fsynced, then swapped by renaming: a kill at any moment leaves a whole
+one, a full disk the one before.  What a run needs to go on exactly is small: the seeds of every
+rank and step follow from --seed, the data's position from the step.
+
+Public: save, save_or_say, latest, load_state, prune, StopSignal."""
+
+import errno
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+
+
+def save(folder, model, facts, state=None):
+    """Favor.save_pretrained, and state.pt where `state` is given, in the place of `folder`.
+    OSError when it cannot be written; then the old one is as it was."""
+    folder = Path(folder)
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        model.save_pretrained(new, **facts)
+        if state is not None:
+            torch.save(state, new / "state.pt")
+        for path in (*new.rglob("*"), new):
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)             # its space may be what others need
+        raise
+    if folder.exists():                                    # else .old is the only whole one
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path):
+    """Onto the disk, also if the machine loses its power next."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_or_say(folder, model, facts, state=None, say=print):
+    """save(); a full disk is told, and the run goes on with the older checkpoint -> whether saved.
+    torch.save says RuntimeError where the disk was full under it."""
+    try:
+        save(folder, model, facts, state)
+        return True
+    except (OSError, RuntimeError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and shutil.disk_usage(Path(folder).parent).free > 1 << 20 and not isinstance(
+                error, RuntimeError):
+            raise
+        if isinstance(error, RuntimeError) and "write" not in str(error):
+            raise
+        older = latest(Path(folder).parent)
+        say(f"{folder} was NOT saved, the disk is full ({error}); "
+            + (f"{older} is the last checkpoint. " if older else "there is no checkpoint yet. ")
+            + "Make room: the next one is tried as planned")
+        return False
+
+
+def latest(run):
+    """last/, or its predecessor when a kill came between the two renames; None in a fresh run."""
+    run = Path(run)
+    return next((f for f in (run / "last", run / "last.old") if (f / "state.pt").exists()), None)
+
+
+def load_state(folder):
+    """state.pt; tensors and plain values only, no pickled code runs."""
+    return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+
+
+def prune(run, keep):
+    """Removes all snapshots RUN/step-* but the newest `keep` (0: none is removed)."""
+    snapshots = sorted(path for path in Path(run).glob("step-*")
+                       if path.name.removeprefix("step-").isdigit())
+    for path in snapshots[:-keep] if keep else ():
+        shutil.rmtree(path)
+
+
+class StopSignal:
+    """Inside `with StopSignal() as stop:` the first SIGTERM or SIGINT sets stop.name, and the run
+    saves and leaves at its next step; a second one acts at once."""
+
+    def __enter__(self):
+        self.name = ""
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, _):
+        self.name = signal.Signals(number).name
+        self.__exit__()                                    # the next one is not waited for
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,316 @@
+"""A run that is left alone: killed at random moments, a full disk, broken clips, ranks that see
+different modalities.  The resumed run's losses are those of the unbroken one, digit by digit."""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import (  # noqa: F401
+    command,
+    log_of,
+    losses,
+    one_sided,
+    run,
+    run_forked,
+    weights,
+)
+
+import checkpoints
+import corpus
+import data
+import processes
+import sharding
+import train
+from favor import Favor
+
+ROOT = Path(train.__file__).parent
+
+
+def start(words):
+    """train.py in a forked process whose exit status is the program's."""
+    def work():
+        try:
+            run(words)
+        except SystemExit as leaving:
+            os._exit(leaving.code if isinstance(leaving.code, int) else 1)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    return child
+
+
+def steps_done(out):
+    path = Path(out) / "log.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.003)
+
+
+def after_steps(child, out, more):
+    """Waits until a run has begun (the log is cut back to the checkpoint, or grows) and has done
+    some more steps, or has ended."""
+    before = steps_done(out)
+    wait_for(lambda: steps_done(out) != before or not child.is_alive())
+    aim = steps_done(out) + more
+    wait_for(lambda: steps_done(out) >= aim or not child.is_alive())
+
+
+def test_killed_at_twenty_random_moments(command, tmp_path):  # noqa: F811
+    """SIGKILL loses what came after the last checkpoint and does it again; SIGTERM and SIGINT save
+    and leave with the step under way.  At each moment there is a checkpoint that opens."""
+    flags = {"steps": 60, "batch": 3, "val_every": 4, "log_every": 20, "show": 0, "save_every": 6}
+    run(command(tmp_path / "whole", **flags))
+    out, dice, codes = tmp_path / "stopped", random.Random(1), Counter()
+    for k in range(20):
+        number = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)[k % 4]
+        child = start(command(out, **flags))
+        after_steps(child, out, dice.randrange(1, 6))
+        time.sleep(dice.random() * 0.05)
+        if child.is_alive():
+            os.kill(child.pid, number)
+        child.join(60)
+        codes[child.exitcode] += 1
+        found = checkpoints.latest(out)
+        if number != signal.SIGKILL:
+            assert child.exitcode in (128 + number, 0) and found
+        if found:
+            assert checkpoints.load_state(found)["step"] <= steps_done(out)
+            assert all(t.isfinite().all() for t in weights(found).values())
+    assert codes[-signal.SIGKILL] > 5 and codes[128 + signal.SIGTERM] > 2, codes
+    run(command(out, **flags))
+    assert losses(out) == losses(tmp_path / "whole")
+    assert [row["step"] for row in log_of(out)] == list(range(1, 61))
+    for name in ("last", "best"):
+        ours, theirs = weights(out / name), weights(tmp_path / "whole" / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    left = sorted(path.name for path in out.glob("step-*"))
+    assert left == ["step-000048", "step-000054", "step-000060"]          # --keep 3
+
+
+@pytest.mark.parametrize("moment", ["state", "first rename", "second rename"])
+def test_killed_while_a_checkpoint_is_written(command, tmp_path, moment):  # noqa: F811
+    flags = {"steps": 6, "val_every": 2, "show": 0}
+    run(command(tmp_path / "whole", **flags))
+    out = tmp_path / "stopped"
+
+    def work(_):
+        calls, save, rename = Counter(), torch.save, Path.rename
+
+        def killing_save(state, path):
+            calls["state"] += 1
+            if moment == "state" and calls["state"] == 2:
+                Path(path).write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(state, path)
+
+        def killing_rename(self, to):
+            if self.name.startswith("last"):
+                calls["rename"] += 1         # 1: last.new; then last -> last.old, last.new -> last
+                if calls["rename"] == {"first rename": 2, "second rename": 3}.get(moment):
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, to)
+        torch.save, Path.rename = killing_save, killing_rename
+        run(command(out, **flags))
+    assert run_forked(work) == [-signal.SIGKILL]
+    assert checkpoints.load_state(checkpoints.latest(out))["step"] == 2
+    run(command(out, **flags))
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_one_of_two_ranks(command, tmp_path, number):  # noqa: F811
+    """Killed: the other one ends, too.  Asked to stop: both save and leave.  Then the same."""
+    flags = {"steps": 8, "val_every": 2, "show": 0}
+    assert run_forked(lambda rank: run(command(tmp_path / "whole", **flags)), 2) == [0, 0]
+    out, whole_step = tmp_path / "stopped", train.train_step
+
+    def work(rank):
+        def train_step(*args):
+            row = whole_step(*args)
+            if rank == 1 and args[4] == 4:
+                os.kill(os.getpid(), number)
+            return row
+        train.train_step = train_step
+        try:
+            run(command(out, **flags))
+        except SystemExit as leaving:
+            os._exit(leaving.code)
+    codes = run_forked(work, processes=2, seconds=60)
+    if number == signal.SIGKILL:
+        assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
+        assert checkpoints.load_state(out / "last")["step"] == 4
+    else:
+        assert codes == [143, 143] and checkpoints.load_state(out / "last")["step"] == 5
+    assert run_forked(lambda rank: run(command(out, **flags)), 2) == [0, 0]
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for workers in /proc")
+def test_a_worker_that_dies_ends_the_run(command, tmp_path):  # noqa: F811
+    words = [str(word) for word in command(tmp_path / "stopped", "--no-test", "--no-keep-features",
+                                           workers=1, steps=30, batch=2, val_every=2, show=0)]
+    child = subprocess.Popen([sys.executable, ROOT / "train.py", *words], stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: steps_done(tmp_path / "stopped") > 2 or child.poll() is not None)
+
+    def workers():
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == child.pid and b"spawn_main" in (path / "cmdline").read_bytes():
+                    found.append(int(path.name))
+        return found
+    for pid in workers():
+        os.kill(pid, signal.SIGKILL)
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode not in (0, None) and "a worker that decodes clips died" in said, said
+    run(words)
+    words[words.index(str(tmp_path / "stopped"))] = str(tmp_path / "whole")
+    run(words)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(command, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """It is said, the run goes on, and the next checkpoint is written as soon as there is room."""
+    save, calls = torch.save, []
+
+    def full(state, path):
+        calls.append(state["step"])
+        if state["step"] == 4:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", full)
+        run(command(tmp_path, steps=6, val_every=2, show=0))
+    said = capsys.readouterr().out
+    assert "last was NOT saved, the disk is full" in said and f"{tmp_path}/last is the last" in said
+    assert calls == [2, 4, 6] and checkpoints.load_state(tmp_path / "last")["step"] == 6
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_other_errors_are_no_full_disk(tmp_path):
+    class Model:
+        def save_pretrained(self, folder, **_):
+            raise PermissionError(13, "Permission denied")
+    with pytest.raises(PermissionError):
+        checkpoints.save_or_say(tmp_path / "last", Model(), {}, {"step": 1})
+
+
+def test_stop_signal_and_the_second_one():
+    with checkpoints.StopSignal() as stop:
+        assert stop.name == ""
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):                    # the second one acts at once
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+# ---- several processes --------------------------------------------------------------------------
+
+def test_disjoint_modalities_for_200_steps(command, one_sided, tmp_path, monkeypatch):  # noqa: F811
+    """Two processes, of which one sees sound where the other sees pictures or bare text: neither
+    waits for ever, and their parameters stay equal to the bit."""
+    monkeypatch.setattr(corpus.Order, "epoch", lambda self, epoch: np.arange(len(self.weights)))
+    flags = {"data": one_sided, "steps": 200, "batch": 4, "val_share": 0, "mask_share": 0,
+             "val_every": 200, "log_every": 200, "show": 0}
+
+    def work(rank):
+        kept, whole_step = {}, train.train_step
+
+        def train_step(model, *rest):
+            kept["model"] = model
+            return whole_step(model, *rest)
+        train.train_step = train_step
+        real = processes.leave
+
+        def leave():
+            (tmp_path / f"rank{rank}").write_text(sharding.fingerprint(kept["model"]))
+            real()
+        processes.leave = leave
+        run(command(tmp_path / "run", **flags))
+    assert run_forked(work, processes=2, seconds=150) == [0, 0]
+    assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
+    rows = log_of(tmp_path / "run")
+    assert len(rows) == 200 and rows[-1]["ce"] < rows[0]["ce"]
+
+
+def test_one_is_two_is_accumulated_is_sharded(command, tmp_path):  # noqa: F811
+    """Over 50 steps, within what floats differ by when they are summed in another order."""
+    flags = {"steps": 50, "batch": 4, "val_every": 50, "log_every": 50, "show": 0}
+    run(command(tmp_path / "one", **flags))
+    run(command(tmp_path / "accumulated", micro_batch=1, **flags))
+    run(command(tmp_path / "recomputed", "--no-test", "--recompute", **flags))
+    for name, word in (("two", "--no-shard"), ("sharded", "--shard")):
+        words = command(tmp_path / name, "--no-test", word, micro_batch=1, **flags)
+        assert run_forked(lambda rank, words=words: run(words), 2, seconds=150) == [0, 0]
+    one = np.array(losses(tmp_path / "one", "ce"))
+    for name in ("accumulated", "recomputed", "two", "sharded"):
+        far = abs(np.array(losses(tmp_path / name, "ce")) - one).max()
+        print(f"{name}: largest difference of a loss {far:.1e}")
+        assert far < 1e-3 * one.max(), name
+        assert weights(tmp_path / name / "last").keys() == weights(tmp_path / "one/last").keys()
+
+
+# ---- broken clips -------------------------------------------------------------------------------
+
+def test_five_percent_broken(command, small_miniature, tmp_path, capsys):  # noqa: F811
+    """Trains through; the count and the reasons are exact, also after a stop in the middle."""
+    good = next(r for r in data.read_manifest(small_miniature / "train.jsonl") if r.video)
+    film = Path(good.video).read_bytes()
+    at = film.index(b"mvhd") + 4                     # version, times, then scale and duration
+    absurd = film[:at + 16] + b"\x7f\xff\xff\xff" + film[at + 20:]
+    made = {"cut.mp4": film[:len(film) // 3], "zero.mp4": b"", "text.mp4": b"a text\n" * 99,
+            "bare.wav": b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0", "absurd.mp4": absurd}
+    for name, content in made.items():
+        (tmp_path / name).write_bytes(content)
+    reasons = {"cut.mp4": "not readable as media", "zero.mp4": r"empty \(0 bytes\)",
+               "text.mp4": "not readable as media", "bare.wav": "not readable|no audio",
+               "missing.mp4": "no such file"}
+    rows = [dataclasses.replace(good, id=f"good {k}", meta={}) for k in range(94)]
+    rows += [data.Record(name, "vqa", "What?", "red", **{
+        "audio" if name.endswith("wav") else "video": str(tmp_path / name)})
+        for name in (*reasons, "absurd.mp4")]
+    data.write_manifest(tmp_path / "train.jsonl", rows)
+    flags = {"data": tmp_path / "train.jsonl", "steps": 25, "batch": 8, "val_share": 0, "show": 0,
+             "val_every": 5}                                     # two epochs of 100
+    for keep in ("--keep-features", "--no-keep-features"):
+        out = tmp_path / keep
+        words = command(out, "--no-test", keep, "--workers", "0", **flags)
+        child = start(words)
+        wait_for(lambda out=out, child=child: steps_done(out) >= 8 or not child.is_alive())
+        child.kill()
+        child.join()
+        run(words)
+        lost = [json.loads(line) for line in open(out / "skipped.jsonl")]
+        assert Counter(line["id"] for line in lost) == dict.fromkeys(reasons, 2)
+        for line in lost:
+            assert re.search(reasons[line["id"]], line["reason"]), line
+        rows = log_of(out)
+        assert sum(row["skipped"] for row in rows) == len(lost) == 10
+        assert "skipped 10 samples of 5 clips that cannot be read" in capsys.readouterr().out
+        assert Favor.from_pretrained(out / "best")
