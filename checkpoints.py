@@ -7,7 +7,7 @@ Written beside the old one, fsynced, then swapped by renaming: a kill at any mom
 one, a full disk the one before.  What a run needs to go on exactly is small: the seeds of every
 rank and step follow from --seed, the data's position from the step.
 
-Public: save, save_or_say, latest, load_state, prune, StopSignal."""
+Public: save, save_or_say, latest, load_state, resume, prune, StopSignal."""
 
 import errno
 import os
@@ -79,6 +79,22 @@ def latest(run):
 def load_state(folder):
     """state.pt; tensors and plain values only, no pickled code runs."""
     return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+
+
+def resume(run, settings, free):
+    """(folder, state) of the checkpoint that a run goes on from, None in a fresh run.  SystemExit
+    where it is of other settings (a dict) than now; `free` ones may differ."""
+    folder = latest(run)
+    if not folder:
+        return None
+    state = load_state(folder)
+    then = {k: v for k, v in state["config"].items() if k not in free}
+    different = {k: (then[k], settings[k]) for k in {*then} & {*settings}
+                 if then[k] != settings[k]}
+    if different:
+        raise SystemExit(f"{run} holds a run with other settings, (then, now): {different}; "
+                         "choose another --out or remove the folder")
+    return folder, state
 
 
 def prune(run, keep):

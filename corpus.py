@@ -210,9 +210,9 @@ class Corpus:
     def records(self, rows):
         return [self.record(row) for row in rows]
 
-    def mixture(self):
-        """{data set: {task: rows to learn}}."""
-        found, offset = {}, 0
+    def mixture(self, before=None):
+        """{data set: {task: rows to learn}}, added to what was learnt `before`."""
+        found, offset = {name: dict(tasks) for name, tasks in (before or {}).items()}, 0
         for index in self.indices:
             mine = self.train[(self.train >= offset) & (self.train < offset + len(index))] - offset
             for number, n in Counter(index.rows["group"][mine].tolist()).items():

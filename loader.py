@@ -5,11 +5,13 @@
 Sample g of the run belongs to process g mod world.  A clip that cannot be read leaves its place
 empty and its reason in Drawn: no other sample moves, so none is lost or seen twice.
 
-Public: Drawn, Steps, load_ahead, micro_batches."""
+Public: Drawn, Steps, load_ahead, default_workers, micro_batches, notes_of, Skipped."""
 
 import dataclasses
+import json
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -17,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 import cli
 import data
 import mixing as mixes
+import runlog
+import tables
 from favor import Sample
 
 
@@ -135,6 +139,39 @@ def load_ahead(steps, first, last, workers=0):
         raise SystemExit(f"a worker that decodes clips died ({error}); out of memory, mostly: try "
                          "fewer --workers. The same command goes on from the last checkpoint"
                          ) from error
+
+
+def notes_of(drawn, step):
+    """Lines of skipped.jsonl."""
+    return [{"step": step, "id": d.id, "reason": d.reason} for d in drawn if d.sample is None] + [
+        {"step": step, "id": d.id, "cut": d.cut} for d in drawn if d.sample is not None and d.cut]
+
+
+class Skipped:
+    """skipped.jsonl: a line for each sample that could not be read, {"step", "id", "reason"}, or
+    that --max-seconds cut, {"step", "id", "cut"}; lines of steps after `first` are done again."""
+
+    def __init__(self, path, first, chief):
+        self.path, self.chief, self.lines = Path(path), chief, []
+        if chief and self.path.exists():
+            self.lines = list(runlog.read_rows(self.path, first))
+            tables.write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.lines))
+
+    def add(self, rows):
+        self.lines += rows
+        if rows and self.chief:
+            with open(self.path, "a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def __str__(self):
+        lost = [row for row in self.lines if "reason" in row]
+        clips = {row["id"]: row["reason"] for row in lost}
+        cut = {row["id"] for row in self.lines if "cut" in row}
+        shown = "; ".join(f"{name}: {why}" for name, why in [*clips.items()][:3])
+        text = (f"skipped {len(lost)} samples of {len(clips)} clips that cannot be read"
+                + (f": {shown}" if clips else ""))
+        return text + (f"; --max-seconds cut {len(cut)} clips" if cut else "") + (
+            f" (all: {self.path})" if self.lines else "")
 
 
 def default_workers(store, processes_here):

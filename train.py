@@ -17,8 +17,8 @@ import cli
 cli.quiet_threads()
 
 import dataclasses  # noqa: E402
-import json  # noqa: E402
 import math  # noqa: E402
+import shlex  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 import checkpoints  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import flops  # noqa: E402
 import hub  # noqa: E402
 import loader  # noqa: E402
 import miniature  # noqa: E402
@@ -217,7 +218,7 @@ def train_step(model, drawn, config, optimiser, step, device, autocast):
     ce, diversity = processes.summed([ce, diversity], device)
     return {"loss": ce + bare.config.diversity * diversity, "ce": ce, "diversity": diversity,
             "grad_norm": sharding.grad_norm_and_clip(model, config.clip), "task_ce": task_ce,
-            "work": runlog.work_of(bare, samples)}
+            "work": flops.work_of(bare, samples)}
 
 
 @torch.no_grad()
@@ -297,78 +298,32 @@ def build(config, kind, dtype, device, found):
     return sharding.shard(model, device) if config.shard else model
 
 
-def resume(config, out):
-    """(folder, state) of the checkpoint to go on from, or None.  SystemExit when it is of other
-    settings."""
-    folder = checkpoints.latest(out)
-    if not folder:
-        return None
-    state = checkpoints.load_state(folder)
-    same = {k: v for k, v in state["config"].items() if k not in FREE}
-    now = {k: v for k, v in dataclasses.asdict(config).items() if k in same}
-    if same != now:
-        different = {k: (same[k], now[k]) for k in same if same[k] != now[k]}
-        raise SystemExit(f"{out} holds a run with other settings, (then, now): {different}; "
-                         "choose another --out or remove the folder")
-    return folder, state
+@dataclass
+class Run:
+    """What a run holds: made by `prepare`, moved on by `main`."""
+    out: Path
+    say: object
+    corpus: Corpus
+    held_out: list
+    model: object              # Favor; ddp: the same, wrapped where gradients are exchanged
+    ddp: object
+    store: object              # kept features, or None
+    optimiser: object
+    log: object
+    skipped: object
+    facts: dict                # of every checkpoint: settings, commit, mixture
+    first: int = 0             # steps done before this start
+    best: float = math.inf     # lowest held-out ce
+    val_ce: float | None = None
+    nonfinite: int = 0         # steps left out so far
+    empty: int = 0             # steps in a row without a readable clip
 
 
-def mixture_of(corpus, start_from=""):
-    """{data set: {task: samples}} of the corpus and of the checkpoint that training began with
-    (None when that does not tell)."""
-    mixture = (hub.read_json(Path(start_from) / "favor.json").get("mixture") if start_from else {})
-    if mixture is None:
-        return None
-    for name, tasks in corpus.mixture().items():
-        before = mixture.setdefault(name, {})
-        mixture[name] = {task: before.get(task, 0) + tasks.get(task, 0)
-                         for task in {**before, **tasks}}
-    return mixture
-
-
-class Skipped:
-    """skipped.jsonl: a line for each sample that could not be read, {"step", "id", "reason"}, or
-    that --max-seconds cut, {"step", "id", "cut"}.  Lines of steps that are done again go first."""
-
-    def __init__(self, path, first, chief):
-        self.path, self.chief, self.lines = Path(path), chief, []
-        if chief and self.path.exists():
-            self.lines = list(runlog.read_rows(self.path, first))
-            tables.write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.lines))
-
-    def add(self, rows):
-        self.lines += rows
-        if rows and self.chief:
-            with open(self.path, "a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-
-    def __str__(self):
-        lost = [row for row in self.lines if "reason" in row]
-        clips = {row["id"]: row["reason"] for row in lost}
-        cut = {row["id"] for row in self.lines if "cut" in row}
-        shown = "; ".join(f"{name}: {why}" for name, why in [*clips.items()][:3])
-        text = (f"skipped {len(lost)} samples of {len(clips)} clips that cannot be read"
-                + (f": {shown}" if clips else ""))
-        return text + (f"; --max-seconds cut {len(cut)} clips" if cut else "") + (
-            f" (all: {self.path})" if self.lines else "")
-
-
-def main(config, argv):
-    rank, world, device = processes.join()
-    chief = rank == 0
-    say = partial(print, flush=True) if chief else (lambda *_: None)
-    if config.batch < world:
-        raise SystemExit(
-            f"--batch {config.batch} for {world} processes; wanted a sample for each at least")
-    torch.set_num_threads(
-        config.threads or (1 if config.model == "tiny" else max(1, cli.cores() // world)))
-    torch.manual_seed(config.seed)
-    dtype, autocast, why = processes.precision(config.dtype, config.model, device)
-    hub.offline(config.offline)
-    out, kind, started = Path(config.out or f"runs/{config.model}"), SYSTEMS[config.system], (
-        time.time())
+def prepare(config, argv, device, dtype, why, say):
+    """Data, model, kept features, optimiser and log, as they were where a stopped run goes on."""
+    out, kind = Path(config.out or f"runs/{config.model}"), SYSTEMS[config.system]
     out.mkdir(parents=True, exist_ok=True)
-    found = resume(config, out)
+    found = checkpoints.resume(out, dataclasses.asdict(config), FREE)
     try:
         corpus = read_data(config, kind, say)
         with sharding.in_turn() if config.shard else nullcontext():
@@ -377,214 +332,232 @@ def main(config, argv):
         raise SystemExit(str(error)) from error
     # at most 400 held-out questions, of all tasks: a manifest is often sorted by task
     chosen = np.random.default_rng(0).permutation(len(corpus.held_out))[:400]
-    held_out = corpus.records(corpus.held_out[chosen])
-
-    # features: of all clips, once
     keep = config.keep_features if config.keep_features is not None else config.model == "tiny"
     keep = keep and not model.config.encoder_dropout       # with dropout no two passes are the same
-    store = None
-    if keep:
-        manifest = evaluation.find_manifest(config.manifests[0][0], "train")
-        with processes.chief_first():
-            store = FeatureCache(config.features or manifest.parent / "features", model, log=say)
-            if chief:
-                store.fill((corpus.record(row) for row in (*corpus.train, *corpus.held_out)),
-                           log=say)
-    order = Order(corpus.weights[corpus.train], config.seed)
+    rows = (corpus.record(row) for row in (*corpus.train, *corpus.held_out))
+    store = features_of(config, model, rows, say) if keep else None
+
     say(sizes.table(model))
+    world, chief = processes.world(), processes.rank() == 0
     say(f"{len(corpus.train)} training questions, {len(corpus.held_out)} held out; {config.steps} "
         f"steps of {config.batch} on {world} x {device.type}; frozen weights {why}, trained ones "
         "float32")
-
-    # where a stopped run goes on
-    first, best, nonfinite = 0, math.inf, 0
-    optimiser = make_optimiser(model, config)
+    optimiser, at = make_optimiser(model, config), {"step": 0, "best": math.inf, "nonfinite": 0}
     if found:
-        sharding.load_optimiser_state(optimiser, found[1]["optimiser"])
-        first, best, nonfinite = (found[1][name] for name in ("step", "best", "nonfinite"))
-        say(f"going on from {found[0]}, step {first}")
-    mixture = mixture_of(corpus, config.start_from)
-    facts = {"train": dataclasses.asdict(config), "mixture": mixture}
+        at = found[1]
+        sharding.load_optimiser_state(optimiser, at["optimiser"])
+        say(f"going on from {found[0]}, step {at['step']}")
+    before = hub.read_json(Path(config.start_from) / "favor.json") if config.start_from else {}
+    known = not before or "mixture" in before
+    facts = {"train": dataclasses.asdict(config),
+             "mixture": corpus.mixture(before.get("mixture")) if known else None}
     if chief:
-        facts = runlog.write_run_facts(
-            out, {**facts, "method": dataclasses.asdict(model.config)}, argv, first)
-        facts.pop("method")
-    peak = runlog.peak_flops(device)
-    log = runlog.RunLog(out, config.steps, first, chief, config.log_every, config.tensorboard,
+        runlog.write_run_facts(out, {**facts, "method": dataclasses.asdict(model.config)}, argv,
+                               at["step"])
+    facts |= {**runlog.git_facts(), "command": shlex.join(["train.py", *argv])}
+    peak = None if dtype == torch.float32 else flops.peak_flops(device)
+    log = runlog.RunLog(out, config.steps, at["step"], chief, config.log_every, config.tensorboard,
                         config.wandb, peak and peak * world, say, facts)
-    skipped = Skipped(out / "skipped.jsonl", first, chief)
     if found:
         log.note("resumed", folder=str(found[0]))
-    ddp = model if world == 1 or config.shard else DistributedDataParallel(model)
-    steps = loader.Steps(corpus, corpus.train, order, config.mixing, model.reading(),
-                         config.batch, rank, world, store)
-    workers = (config.workers if config.workers >= 0 else
-               loader.default_workers(store, processes.local_world()))
-    ahead = loader.load_ahead(steps, first, config.steps, workers)
+    return Run(out, say, corpus, corpus.records(corpus.held_out[chosen]), model,
+               model if world == 1 or config.shard else DistributedDataParallel(model), store,
+               optimiser, log, loader.Skipped(out / "skipped.jsonl", at["step"], chief), facts,
+               at["step"], at["best"], nonfinite=at["nonfinite"])
 
-    def save(folder, done, state=None):
-        """On all processes: sharded parts are gathered."""
-        with sharding.whole(model):
-            state = state and {**state, "optimiser": sharding.full_optimiser_state(optimiser)}
-            progress = {**facts, "step": done, "val_ce": val_ce}
-            if chief and checkpoints.save_or_say(out / folder, model, progress, state, say):
-                log.note("checkpoint", folder=folder)
 
-    # loop
-    ddp.train()
-    clock, val_ce, empty = runlog.Clock(), None, 0
+def features_of(config, model, records, say):
+    """Kept features of the records, made by the first process, read by all."""
+    beside = evaluation.find_manifest(config.manifests[0][0], "train").parent / "features"
+    with processes.chief_first():
+        store = FeatureCache(config.features or beside, model, log=say)
+        if processes.rank() == 0:
+            store.fill(records, log=say)
+    return store
+
+
+def main(config, argv):
+    rank, world, device = processes.join()
+    say, started = partial(print, flush=True) if rank == 0 else (lambda *_: None), time.time()
+    if config.batch < world:
+        raise SystemExit(
+            f"--batch {config.batch} for {world} processes; wanted a sample for each at least")
+    torch.set_num_threads(
+        config.threads or (1 if config.model == "tiny" else max(1, cli.cores() // world)))
+    torch.manual_seed(config.seed)
+    dtype, autocast, why = processes.precision(config.dtype, config.model, device)
+    hub.offline(config.offline)
+    run = prepare(config, argv, device, dtype, why, say)
+    corpus, model, log = run.corpus, run.model, run.log
+    steps = loader.Steps(
+        corpus, corpus.train, Order(corpus.weights[corpus.train], config.seed), config.mixing,
+        model.reading(), config.batch, rank, world, run.store)
+    ahead = loader.load_ahead(steps, run.first, config.steps, config.workers if config.workers >= 0
+                              else loader.default_workers(run.store, processes.local_world()))
+    run.ddp.train()
+    clock = runlog.Clock()
     with checkpoints.StopSignal() as stop:
-        for step in range(first, config.steps):
+        for step in range(run.first, config.steps):
+            done = step + 1
             with clock.waiting():
                 drawn = next(ahead)
             # the same dropout also after a stop: each rank's and step's own seed
             torch.manual_seed((config.seed * config.steps + step) * world + rank)
-            for group in optimiser.param_groups:
+            for group in run.optimiser.param_groups:
                 group["lr"] = learning_rate(config, step)
-            row = train_step(ddp, drawn, config, optimiser, step, device, autocast)
-            done, all_ranks = step + 1, processes.gathered({
-                "ids": [d.id for d in drawn], "stop": stop.name, "task_ce": row.pop("task_ce", {}),
-                "work": row.pop("work", None), "notes": notes_of(drawn, step + 1)})
-            skipped.add([note for part in all_ranks for note in part["notes"]])
-
-            # the update, unless there is nothing finite to learn
-            empty = empty + 1 if row["loss"] is None else 0
-            if empty >= min(NOTHING_READ, config.steps):
-                raise SystemExit(f"{empty} steps in a row without a clip that can be read; "
-                                 f"{skipped}")
-            broken = not empty and not math.isfinite(row["loss"] + row["grad_norm"])
-            if broken:
-                nonfinite += 1
-                ids = sorted(name for part in all_ranks for name in part["ids"])
-                log.note("nonfinite", loss=row["loss"], grad_norm=row["grad_norm"], ids=ids)
-                if nonfinite > config.max_skips:
-                    raise SystemExit(
-                        f"step {done}: loss {row['loss']}, gradient norm {row['grad_norm']}; the "
-                        f"batch's ids are in {out}/events.jsonl, the checkpoint before is "
-                        "untouched. Look at these clips, lower --lr, or allow --max-skips")
-                say(f"step {done} is left out: loss {row['loss']}, gradient norm "
-                    f"{row['grad_norm']} (ids in {out}/events.jsonl)")
-            elif not empty:
-                optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            row = train_step(run.ddp, drawn, config, run.optimiser, step, device, autocast)
+            everyone = processes.gathered({
+                "ids": [d.id for d in drawn], "task_ce": row.pop("task_ce", {}), "stop": stop.name,
+                "work": row.pop("work", None), "notes": loader.notes_of(drawn, done)})
+            update(run, config, row, everyone, done)
 
             # what is told, validated and saved
-            stopped = next((part["stop"] for part in all_ranks if part["stop"]), "")
-            work = total_work(all_ranks)
-            row = {"step": done, **row, "cosine": mean_cosine(model.config, row, work),
-                   "lr": learning_rate(config, step), "task_ce": mean_by_task(all_ranks),
-                   "skipped": sum("reason" in note for part in all_ranks
-                                  for note in part["notes"])}
-            if (due := done % config.val_every == 0 or done == config.steps) and not stopped:
+            stopped = next((part["stop"] for part in everyone if part["stop"]), "")
+            due = done % config.val_every == 0 or done == config.steps
+            if due and not stopped:
                 with clock.aside():
-                    val_ce = row["val_ce"] = row.get("ce") if not held_out else validate(
-                        model, held_out, store, val_batch(config, world), device, autocast,
+                    run.val_ce = row["val_ce"] = row["ce"] if not run.held_out else validate(
+                        model, run.held_out, run.store, val_batch(config, world), device, autocast,
                         config.mask or None)
-            seconds, waited = clock.lap()
-            log.step({k: v for k, v in row.items() if v is not None}, work["clips"],
-                     sum(work["llm_tokens"]),
-                     runlog.step_flops(model, work["llm_tokens"], work["windows"], work["frames"],
-                                       work["audio_seconds"], encoded=store is not None),
-                     waited, seconds)
+            tell(run, config, row, everyone, done, clock)
             with clock.aside():
-                if "val_ce" in row:
-                    log.note("validation", ce=val_ce)
-                    if config.show and (chief or config.shard):
-                        answers_shown(model, held_out[:config.show], store,
-                                      config.mask or None, say)
-                    if val_ce is not None and val_ce < best:
-                        best = val_ce
-                        save("best", done)
-                if due or stopped:
-                    save("last", done, {"step": done, "best": best, "nonfinite": nonfinite,
-                                        "config": dataclasses.asdict(config)})
-                if config.save_every and done % config.save_every == 0:
-                    save(f"step-{done:06d}", done)
-                    if chief:
-                        checkpoints.prune(out, config.keep)
+                if due and not stopped and config.show and (rank == 0 or config.shard):
+                    answers_shown(model, run.held_out[:config.show], run.store,
+                                  config.mask or None, say)
+                save(run, config, done, "val_ce" in row, due or stopped)
             if stopped:
                 log.close()
-                say(f"{stopped}: saved step {done} in {out}/last; the same command goes on there")
+                say(f"{stopped}: saved step {done} in {run.out}/last; the same command goes on "
+                    "there")
                 processes.leave()
                 sys.exit(128 + signal.Signals[stopped])
 
     # end: the curve and the table
     log.close()
-    if skipped.lines:
-        say(str(skipped))
-    if chief:
+    if run.skipped.lines:
+        say(str(run.skipped))
+    if rank == 0:
         curve = runlog.draw_curve(log.rows)
-        tables.write_text(out / "loss.txt", curve + "\n")
+        tables.write_text(run.out / "loss.txt", curve + "\n")
         say(curve)
     if config.test:
-        test(config, model, out, store, mixture, say)
-    say(f"{out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {out}/best   "
+        test(run, config)
+    say(f"{run.out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {run.out}/best   "
         f"({runlog.duration(time.time() - started)} in all)")
     processes.leave()
 
 
-def notes_of(drawn, step):
-    """Lines of skipped.jsonl."""
-    return [{"step": step, "id": d.id, "reason": d.reason} for d in drawn if d.sample is None] + [
-        {"step": step, "id": d.id, "cut": d.cut} for d in drawn if d.sample is not None and d.cut]
+def update(run, config, row, everyone, done):
+    """The optimiser's step, unless there is nothing finite to learn."""
+    run.skipped.add([note for part in everyone for note in part["notes"]])
+    run.empty = run.empty + 1 if row["loss"] is None else 0
+    if run.empty >= min(NOTHING_READ, config.steps):
+        raise SystemExit(f"{run.empty} steps in a row without a clip that can be read; "
+                         f"{run.skipped}")
+    if run.empty:
+        row |= {"ce": None}
+    elif math.isfinite(row["loss"] + row["grad_norm"]):
+        run.optimiser.step()
+    else:
+        run.nonfinite += 1
+        what = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
+        run.log.note("nonfinite", step=done, loss=row["loss"], grad_norm=row["grad_norm"],
+                     ids=sorted(name for part in everyone for name in part["ids"]))
+        if run.nonfinite > config.max_skips:
+            raise SystemExit(f"step {done}: {what}; the batch's ids are in {run.out}/events.jsonl, "
+                             "the checkpoint before is untouched. Look at these clips, lower --lr, "
+                             "or allow --max-skips")
+        run.say(f"step {done} is left out: {what} (ids in {run.out}/events.jsonl)")
+    run.optimiser.zero_grad(set_to_none=True)
 
 
-def mean_by_task(all_ranks):
+def tell(run, config, row, everyone, done, clock):
+    """The step's row in the log."""
+    work = {"llm_tokens": [], "windows": 0, "frames": 0, "audio_seconds": []}
+    for part in everyone:
+        for name, value in (part["work"] or {}).items():
+            work[name] = work[name] + value
+    clips, (seconds, waited) = len(work["llm_tokens"]), clock.lap()
+    cosine = mean_cosine(run.model.config, row, clips, work["windows"])
+    row = {"step": done, **row, "cosine": cosine,
+           "lr": learning_rate(config, done - 1), "task_ce": mean_by_task(everyone),
+           "skipped": sum("reason" in note for part in everyone for note in part["notes"])}
+    operations = run.log.chief and flops.step_flops(
+        run.model, **work, encoded=run.store is not None)
+    run.log.step({name: value for name, value in row.items() if value is not None}, clips,
+                 sum(work["llm_tokens"]), operations, waited, seconds)
+    if "val_ce" in row:
+        run.log.note("validation", ce=row["val_ce"])
+
+
+def save(run, config, done, validated, last):
+    """best/ after a validation that was better than all before, last/ when due, and snapshots.  On
+    all processes: sharded parts are gathered."""
+    folders = []
+    if validated and run.val_ce is not None and run.val_ce < run.best:
+        run.best = run.val_ce
+        folders.append("best")
+    folders += ["last"] * bool(last)
+    if config.save_every and done % config.save_every == 0:
+        folders.append(f"step-{done:06d}")
+    if not folders:
+        return
+    state = {"step": done, "best": run.best, "nonfinite": run.nonfinite,
+             "config": dataclasses.asdict(config),
+             "optimiser": sharding.full_optimiser_state(run.optimiser) if last else None}
+    with sharding.whole(run.model):
+        for folder in folders if processes.rank() == 0 else ():
+            facts = {**run.facts, "step": done, "val_ce": run.val_ce}
+            if checkpoints.save_or_say(run.out / folder, run.model, facts,
+                                       state if folder == "last" else None, run.say):
+                run.log.note("checkpoint", folder=folder)
+            checkpoints.prune(run.out, config.keep)
+
+
+def mean_by_task(everyone):
     """{task: mean cross-entropy of its samples in this batch}."""
     sums = {}
-    for part in all_ranks:
+    for part in everyone:
         for task, (total, n) in part["task_ce"].items():
             before = sums.get(task, (0.0, 0))
             sums[task] = before[0] + total, before[1] + n
     return {task: total / n for task, (total, n) in sorted(sums.items())}
 
 
-def total_work(all_ranks):
-    """runlog.work_of of all processes together, and the number of clips."""
-    work = {"llm_tokens": [], "windows": 0, "frames": 0, "audio_seconds": []}
-    for part in all_ranks:
-        for name, value in (part["work"] or {}).items():
-            work[name] = work[name] + value
-    return {**work, "clips": len(work["llm_tokens"])}
-
-
-def mean_cosine(config, row, work):
+def mean_cosine(config, row, clips, windows):
     """Between two queries of a window; the mean diversity loss, Eq. (4), is just that."""
     if not row.get("diversity") or config.diversity_reduction == "mean":
         return row.get("diversity")
     pairs = config.queries * (config.queries - 1)
-    return row["diversity"] * work["clips"] / (max(work["windows"], 1) * pairs)
+    return row["diversity"] * clips / (max(windows, 1) * pairs)
 
 
 def val_batch(config, world):
     return config.micro_batch or math.ceil(config.batch / world)
 
 
-def test(config, model, out, store, mixture, say):
+def test(run, config):
     """The table of eval.py on <data>/test.jsonl, with best/."""
     manifest = evaluation.find_manifest(config.manifests[0][0], "train").parent / "test.jsonl"
     if not manifest.exists():
         return
     if config.shard:
-        say(f"for the table: python eval.py --checkpoint {out}/best --data {manifest}")
+        run.say(f"for the table: python eval.py --checkpoint {run.out}/best --data {manifest}")
         return
     processes.gathered(None)                                 # best/ is written
-    model.load_trained(out / "best")
+    model = run.model
+    model.load_trained(run.out / "best")
     tested = [r for r in data.read_manifest(manifest)
               if not model.tasks or r.task in model.tasks]
-    if store is not None:
-        with processes.chief_first():
-            store = FeatureCache(config.features or manifest.parent / "features", model, log=say)
-            if processes.rank() == 0:
-                store.fill(tested, log=say)
+    store = features_of(config, model, tested, run.say) if run.store is not None else None
     views = evaluation.views_of(config.system, config.mask)
     predictions, missing = evaluation.evaluate(
-        model, tested, store, views, 4 * val_batch(config, processes.world()), log=say)
+        model, tested, store, views, 4 * val_batch(config, processes.world()), log=run.say)
     if processes.rank() == 0:
-        tables.write_report(out / "predictions.jsonl", predictions, views, missing,
-                            {"checkpoint": str(out / "best"), "mixture": mixture,
-                             "weights": evaluation.weights_hash(out / "best")})
-        say((out / "predictions.md").read_text())
+        tables.write_report(run.out / "predictions.jsonl", predictions, views, missing,
+                            {"checkpoint": str(run.out / "best"), "mixture": run.facts["mixture"],
+                             "weights": evaluation.weights_hash(run.out / "best")})
+        run.say((run.out / "predictions.md").read_text())
 
 
 if __name__ == "__main__":

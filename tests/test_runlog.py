@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import favor
+import flops
 import runlog
 import sizes
 from baselines import InstructBlip
@@ -243,7 +244,7 @@ def test_short(number, text):
 
 # ---------------------------------------------------------------- operations
 def llm_parts(model, llm_tokens):
-    return runlog.flops_by_part(model, llm_tokens, 0, 0, [], True)
+    return flops.flops_by_part(model, llm_tokens, 0, 0, [], True)
 
 
 @pytest.fixture(scope="module")
@@ -269,16 +270,16 @@ def test_encoders_cost_what_is_known(seven_b):
     docs/model_profile.csv).  Whisper large, by hand; nothing where features were kept."""
     with torch.device("meta"):
         vit = ViT(ViTConfig(layers=40))
-    assert runlog.vit_flops(vit) / 1e9 == pytest.approx(534.06, rel=2e-4)
+    assert flops.vit_flops(vit) / 1e9 == pytest.approx(534.06, rel=2e-4)
     whisper = 32 * (2 * 1500 * (4 * 1280 ** 2 + 2 * 1280 * 5120) + 4 * 1500 ** 2 * 1280)
     whisper += 2 * 3 * (3000 * 80 * 1280 + 1500 * 1280 ** 2)
-    ran = runlog.flops_by_part(seven_b, [700], 7, 60, [30.0, 31.0], False)
-    kept = runlog.flops_by_part(seven_b, [700], 7, 60, [30.0, 31.0], True)
+    ran = flops.flops_by_part(seven_b, [700], 7, 60, [30.0, 31.0], False)
+    kept = flops.flops_by_part(seven_b, [700], 7, 60, [30.0, 31.0], True)
     assert ran["Whisper"] == 3 * whisper                           # 1 + 2 chunks
-    assert ran["ViT"] == 60 * runlog.vit_flops(seven_b.visual.vit)
+    assert ran["ViT"] == 60 * flops.vit_flops(seven_b.visual.vit)
     assert {*ran} - {*kept} == {"Whisper", "ViT", "visual Q-Former"}
     assert all(ran[part] == n for part, n in kept.items())
-    assert runlog.step_flops(seven_b, [700], 7, 60, [30.0, 31.0], False) == sum(ran.values())
+    assert flops.step_flops(seven_b, [700], 7, 60, [30.0, 31.0], False) == sum(ran.values())
 
 
 def test_causal_qformer_by_hand(seven_b):
@@ -288,7 +289,7 @@ def test_causal_qformer_by_hand(seven_b):
     itself = 2 * Q * 4 * D ** 2 + 4 * Q * Q * D
     across = 2 * Q * 2 * D ** 2 + 2 * n * 2 * 1536 * D + 4 * Q * n * D
     forward = 2 * (causal + itself + across + 2 * Q * 2 * D * 3072)
-    parts = runlog.flops_by_part(seven_b, [100], 6, 60, [30.0], True)
+    parts = flops.flops_by_part(seven_b, [100], 6, 60, [30.0], True)
     assert parts["causal Q-Former"] == 3 * 6 * forward
     assert parts["LLM projection"] == 6 * 6 * 32 * 768 * 4096
     assert parts["audio projection"] == 6 * 1500 * 1280 * 768
@@ -298,9 +299,9 @@ def test_mfu_by_hand(tmp_path, small_favor):
     """A small LLM alone: 2 layers, width 32, ffn 48, no LoRA: text of 10 tokens in 1 ms."""
     with torch.device("meta"):
         small_favor.llm = Llama(LlamaConfig(400, 32, 2, 2, 2, 48))
-    flops = runlog.step_flops(small_favor, [10], 0, 0, [], True)
-    assert flops == 4 * 2 * (4 * 32 * 32 + 3 * 32 * 48) * 10 + 2 * 12 * 32 * 10 ** 2
-    assert flops == 773_120
+    ran = flops.step_flops(small_favor, [10], 0, 0, [], True)
+    assert ran == 4 * 2 * (4 * 32 * 32 + 3 * 32 * 48) * 10 + 2 * 12 * 32 * 10 ** 2
+    assert ran == 773_120
     log, said = quiet_log(tmp_path, 1, peak=2e9)
     assert log.step(row(1), flops=flops, seconds=0.001)["mfu"] == 0.3866
     assert "MFU 39 %" in said[0]
@@ -309,7 +310,7 @@ def test_mfu_by_hand(tmp_path, small_favor):
 @pytest.mark.parametrize("name", ["tiny", "13b"])
 def test_other_sizes(name):
     model = Favor.from_config(preset(name), None, "meta", random_init=True)
-    parts = runlog.flops_by_part(model, [100], 4, 20, [10.0], False)
+    parts = flops.flops_by_part(model, [100], 4, 20, [10.0], False)
     assert parts["LLM"] == 4 * 100 * sum(
         p.numel() for n, p in model.llm.model.layers.named_parameters()
         if p.ndim == 2 and "lora" not in n)
@@ -342,10 +343,10 @@ def test_a_step_against_pytorchs_counter(changes, small_favor):
                   Llama(model.llm.config), model.tokenizer, model.qformer_tokenizer).train()
     clip = Features(*(torch.randn(x.shape) for x in model.empty_features(10)))
     sample = Sample("What happens after the beep?", "red square", features=clip)
-    work = runlog.work_of(model, [sample])
+    work = flops.work_of(model, [sample])
     assert work == {"llm_tokens": [model.length(sample)], "frames": 20, "audio_seconds": [10.0],
                     "windows": {"sync": 8, "windows": 1}.get(next(iter(changes), ""), 4)}
-    parts = runlog.flops_by_part(model, **work, encoded=True)
+    parts = flops.flops_by_part(model, **work, encoded=True)
     found = counted(lambda: model([sample])["loss"].backward())
     head = 4 * model.llm.lm_head.weight.numel() * model.answer_tokens(sample)
     steps, projection = len(clip.audio), model.audio_proj.weight.numel()
@@ -363,7 +364,7 @@ def test_encoders_against_pytorchs_counter(small_favor):
     """The questions' tokens in the visual Q-Former aside, to the last operation."""
     model, visual = small_favor.eval(), small_favor.visual
     work = [[], 0, 3, [5.0, 6.0], False]                          # chunks of 5 s: 1 + 2
-    parts = runlog.flops_by_part(model, *work)
+    parts = flops.flops_by_part(model, *work)
     with torch.no_grad():
         pixels = torch.randn(3, 3, visual.image_size, visual.image_size)
         assert counted(lambda: visual.encode_image(pixels)) == parts["ViT"]
@@ -380,12 +381,12 @@ def test_the_baseline_has_its_own_parts(small_parts):
                     instructblip=str(small_parts / "instructblip"))
     model = InstructBlip.from_config(config).train()
     image = Features(torch.randn(1, 17, 16), None, True)
-    work = runlog.work_of(model, [Sample("What is it?", "red", features=image)])
+    work = flops.work_of(model, [Sample("What is it?", "red", features=image)])
     assert work["windows"] == work["frames"] == 1 and work["audio_seconds"] == []
-    kept = runlog.flops_by_part(model, **work, encoded=True)
-    ran = runlog.flops_by_part(model, **work, encoded=False)
+    kept = flops.flops_by_part(model, **work, encoded=True)
+    ran = flops.flops_by_part(model, **work, encoded=False)
     assert {*ran} - {*kept} == {"ViT"} and "Whisper" not in ran
-    assert kept["visual Q-Former"] == 3 * runlog.visual_qformer_flops(model.visual)
+    assert kept["visual Q-Former"] == 3 * flops.visual_qformer_flops(model.visual)
     assert kept["language projection"] == 6 * 16 * 32 * 4
 
 
@@ -401,7 +402,7 @@ def test_the_baseline_has_its_own_parts(small_parts):
     ("Tesla V100-PCIE-16GB", 112e12), ("Tesla T4", 65e12), ("Some GPU", None),
     ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None), (torch.device("cpu"), None)])
 def test_peaks(name, peak):
-    assert runlog.peak_flops(name) == peak
+    assert flops.peak_flops(name) == peak
 
 
 # ---------------------------------------------------------------- a full disk
