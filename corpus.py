@@ -187,8 +187,9 @@ class Corpus:
     def __init__(self, manifests, val_share=0.0, proportional="samples", usable=None, log=print):
         self.indices = [Index.of(path, log) for path, _ in manifests]
         self.ends = np.cumsum([len(index) for index in self.indices])
-        rows = np.concatenate([index.rows for index in self.indices])
-        factors = np.array([weight for _, weight in manifests])
+        rows = {name: np.concatenate([index.rows[name] for index in self.indices])
+                for name in ("clip", "weight", "answer", "media")}
+        factors = np.array([weight for _, weight in manifests], np.float32)
         if proportional == "tokens":
             means = np.array([index.rows["answer"].mean() + 1 for index in self.indices])
             factors = factors * rows["answer"].mean() / means
@@ -198,8 +199,8 @@ class Corpus:
         if usable is not None:
             good &= usable(self.media)
         held_out = rows["clip"] < val_share * 2 ** 32
-        self.train = np.flatnonzero(good & ~held_out)
-        self.held_out = np.flatnonzero(good & held_out)
+        self.train = np.flatnonzero(good & ~held_out).astype(np.int32)
+        self.held_out = np.flatnonzero(good & held_out).astype(np.int32)
         self.sound_only = self.train[self.media[self.train] == AUDIO]       # to pair pictures with
 
     def record(self, row):
@@ -244,13 +245,14 @@ class Order:
 
     def _times(self, epoch):
         rng = np.random.default_rng([self.seed, epoch])
-        return rng, np.floor(self.weights + rng.random(len(self.weights))).astype(int)
+        return rng, np.floor(self.weights + rng.random(len(self.weights))).astype(np.int32)
 
     def epoch(self, epoch):
         """The positions of one epoch, in order."""
         if self.kept[0] != epoch:
             rng, times = self._times(epoch)
-            self.kept = epoch, rng.permutation(np.repeat(np.arange(len(times)), times))
+            self.kept = epoch, rng.permutation(
+                np.repeat(np.arange(len(times), dtype=np.int32), times))
         return self.kept[1]
 
     def epoch_of(self, g):

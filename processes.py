@@ -56,7 +56,11 @@ def join():
     if world > 1:
         # Long: all wait while the first process makes clips and features.  When a process dies,
         # the others end at once: torchrun and gloo both see to that.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=24))
+        store, rank, world = next(dist.rendezvous("env://"))
+        # What an earlier start left in torchrun's store (--max-restarts) leads to dead processes.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timedelta(hours=24))
     return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 

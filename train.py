@@ -372,7 +372,8 @@ def features_of(config, model, records, say):
     with processes.chief_first():
         store = FeatureCache(config.features or beside, model, log=say)
         if processes.rank() == 0:
-            store.fill(records, log=say)
+            # each worker would load the LLM, too, which sharding was to avoid
+            store.fill(records, workers=1 if config.shard else None, log=say)
     return store
 
 

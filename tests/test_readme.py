@@ -32,7 +32,8 @@ def test_every_departure_in_the_code_has_its_row():
     subjects = {"lora": "LoRA", "order": "order of the joint", "future": "causal mask",
                 "layer": "causal attention", "key": "padded positions", "kept": "padded positions",
                 "mean": "diversity loss", "projection": "audio width", "1280": "audio width",
-                "dropout": "frozen Q-Former", "30 s": "length of audio"}
+                "dropout": "frozen Q-Former", "30 s": "length of audio",
+                "at most": "length of clips"}
     found = [line for path in ROOT.glob("*.py")
              for line in path.read_text().splitlines() if "DIFF" in line]
     assert len(found) >= 8
@@ -51,7 +52,7 @@ def test_ci_runs_the_readme_command():
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "demo.py", "miniature.py", "aveb.py",
-                                    "aveb_speech.py", "judge.py"])
+                                    "aveb_speech.py", "judge.py", "share.py"])
 def test_the_commands_explain_themselves(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"],
                           capture_output=True, text=True, timeout=120)
@@ -66,5 +67,5 @@ def test_the_flags_in_the_readme_exist():
                                         ("miniature.py",), ("aveb.py", "prepare"),
                                         ("aveb_speech.py", "isqa")))
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {
-            "--nproc_per_node", "--nproc"}:
+            "--nproc_per_node", "--nproc", "--max-restarts"}:
         assert flag in known, f"the README mentions {flag}, which no script knows"

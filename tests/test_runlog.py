@@ -303,7 +303,7 @@ def test_mfu_by_hand(tmp_path, small_favor):
     assert ran == 4 * 2 * (4 * 32 * 32 + 3 * 32 * 48) * 10 + 2 * 12 * 32 * 10 ** 2
     assert ran == 773_120
     log, said = quiet_log(tmp_path, 1, peak=2e9)
-    assert log.step(row(1), flops=flops, seconds=0.001)["mfu"] == 0.3866
+    assert log.step(row(1), flops=ran, seconds=0.001)["mfu"] == 0.3866
     assert "MFU 39 %" in said[0]
 
 

@@ -24,6 +24,7 @@ from test_train import (  # noqa: F401
     log_of,
     losses,
     one_sided,
+    program,
     run,
     run_forked,
     weights,
@@ -165,6 +166,31 @@ def test_one_of_two_ranks(command, tmp_path, number):  # noqa: F811
         assert codes == [143, 143] and checkpoints.load_state(out / "last")["step"] == 5
     assert run_forked(lambda rank: run(command(out, **flags)), 2) == [0, 0]
     assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_torchrun_restarts(command, tmp_path):  # noqa: F811
+    """--max-restarts: a rank that dies takes all down, and all go on from the last checkpoint."""
+    flags = {"steps": 8, "val_every": 2, "show": 0}
+    run(command(tmp_path / "whole", **flags))
+    script = tmp_path / "dying.py"
+    script.write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import cli, train
+whole_step = train.train_step
+def train_step(*args):
+    if args[4] == 5 and os.environ["RANK"] == os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole_step(*args)
+train.train_step = train_step
+train.main(cli.parse(train.TrainConfig, "")[0], sys.argv[1:])
+""")
+    done = program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                   "--max-restarts", 1, script, *command(tmp_path / "run", **flags))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on from" in done.stdout
+    assert np.allclose(losses(tmp_path / "run", "loss"), losses(tmp_path / "whole", "loss"),
+                       atol=1e-5)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for workers in /proc")
