@@ -66,6 +66,7 @@ class FeatureCache:
         # where: (pack, offset, *shape), in memory the numbers themselves
         self.clips = {}      # key -> (where its sound is or None, is_image, has a picture); or why
         self.seen = {}       # key -> where                                   it cannot be read
+        self.cuts = {}       # key -> what max_seconds left out of the clip
         self.stamps, self.packs, self.files, self.writing = {}, [], {}, None
         self.folder = None if folder is None else Path(os.path.abspath(folder))
         if self.folder:
@@ -120,6 +121,10 @@ class FeatureCache:
         held = self.clips.get(self._keys(record)[0])
         return held if isinstance(held, str) else None
 
+    def cut(self, record):
+        """What max_seconds left out of a clip, in words; "" where nothing."""
+        return self.cuts.get(self._keys(record)[0], "")
+
     def _read(self, where):
         """Only this entry.  Not memory-mapped: a file that another process makes longer, or that is
         cut off, is no danger, and the page cache serves all processes as well."""
@@ -156,6 +161,8 @@ class FeatureCache:
             self.clips.setdefault(bytes.fromhex(line["clip"]), line["skipped"])
         else:
             self.clips[bytes.fromhex(line["clip"])] = (where, line["image"], line["picture"])
+            if line.get("cut"):
+                self.cuts[bytes.fromhex(line["clip"])] = line["cut"]
 
     def _keep(self, line, numbers=None):
         """An entry to the pack and its index.  Once one cannot be written (the disk is full), no
@@ -186,12 +193,13 @@ class FeatureCache:
         index.flush()
         return where
 
-    def put(self, record, features):
-        """Keeps what model.encode made of a record's clip and prompt."""
+    def put(self, record, features, cut=""):
+        """Keeps what model.encode made of a record's clip and prompt; cut: what was left out."""
         clip, seen = self._keys(record)
         if not isinstance(self.clips.get(clip), tuple):
             self._keep({"clip": clip.hex(), "image": features.is_image,
-                        "picture": features.visual is not None}, half(features.audio))
+                        "picture": features.visual is not None, **({"cut": cut} if cut else {})},
+                       half(features.audio))
         if features.visual is not None and seen not in self.seen:
             self._keep({"seen": seen.hex()}, half(features.visual))
 
@@ -217,12 +225,12 @@ class FeatureCache:
         if jobs:
             self._check_space(jobs, log)
         for done, ((rows, _), made) in enumerate(self._encoded(jobs, workers), 1):
-            by_prompt, heard, is_image, why = made
+            by_prompt, heard, is_image, why, cut = made
             if why:
                 self.put_skipped(rows[0], why)
                 skipped[self._keys(rows[0])[0]] = (rows[0].id, why)
             for record, picture in zip(rows, by_prompt, strict=not why):
-                self.put(record, Features(picture, heard, is_image))
+                self.put(record, Features(picture, heard, is_image), cut)
             if done % 1000 == 0 or done == len(jobs):
                 seconds = time.time() - started
                 log(f"encoding clips: {done}/{len(jobs)}, {seconds:.0f} s, "
@@ -312,8 +320,8 @@ def _start_worker(system, config, dtype, reading, mark):
 
 
 def _encode(job, worker=None):
-    """Records of one clip, one a prompt; whether its sound is wanted -> (visual (F,V,D_v) of each,
-    audio (S,D_a), is_image, None), or ((), None, False, why it cannot be read)."""
+    """Records of one clip, one a prompt; whether its sound is wanted -> visual (F,V,D_v) of each,
+    audio (S,D_a), is_image, why it cannot be read or None, what was cut."""
     (rows, with_sound), skipped = job, []
     model, reading, same = worker or _worker
     if not same:
@@ -321,11 +329,12 @@ def _encode(job, worker=None):
                          "weights?), so other processes cannot make its features; workers=1 can")
     clip = load_or_skip(rows[0], skipped, **reading)
     if clip is None:
-        return (), None, False, skipped[0][1]
+        return (), None, False, skipped[0][1], ""
     if not with_sound:
         clip.audio = None
     features = model.encode(clip, [record.prompt for record in rows])
-    return ([half(f.visual) for f in features], half(features[0].audio), clip.is_image, None)
+    return ([half(f.visual) for f in features], half(features[0].audio), clip.is_image, None,
+            clip.cut)
 
 
 def keep_features(model, records, folder=None, workers=None, log=print, reading=None):

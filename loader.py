@@ -58,6 +58,7 @@ class Steps(Dataset):
             return drawn
         kept = self.store.get(record) if self.store is not None else None
         if kept is not None:
+            drawn.cut = self.store.cut(record)
             prompt, target, kept = mixes.mix(self.mixing, g, record, kept, self.kept_sound)
             if prompt != record.prompt and kept.visual is not None:
                 kept = None                  # the Q-Former has to read this question: from the clip

@@ -177,11 +177,11 @@ def make_optimiser(model, config):
 NOTHING = (None, Sample("?", "."), 0, 0)        # keeps a process in step that has no sample left
 
 
-def train_step(model, drawn, config, optimiser, step, device, autocast):
+def train_step(model, drawn, config, device, autocast):
     """Forward and backward over this process's share of a batch, the same as if one process had
     seen the whole batch at once.  drawn: loader.Drawn, some without a sample.
-    -> {loss, ce, diversity, cosine, grad_norm: of the whole batch; task_ce: {task: (sum, n)}, work:
-    of this process}; loss None when no process has a sample.  The optimiser has not stepped."""
+    -> {loss, ce, diversity, grad_norm: of the whole batch; task_ce {task: (sum, n)}, work: of this
+    process}; only loss None when no process has a sample.  Gradients are there, clipped."""
     bare, world = getattr(model, "module", model), processes.world()
     items = []
     for d in drawn:
@@ -406,7 +406,7 @@ def main(config, argv):
             torch.manual_seed((config.seed * config.steps + step) * world + rank)
             for group in run.optimiser.param_groups:
                 group["lr"] = learning_rate(config, step)
-            row = train_step(run.ddp, drawn, config, run.optimiser, step, device, autocast)
+            row = train_step(run.ddp, drawn, config, device, autocast)
             everyone = processes.gathered({
                 "ids": [d.id for d in drawn], "task_ce": row.pop("task_ce", {}), "stop": stop.name,
                 "work": row.pop("work", None), "notes": loader.notes_of(drawn, done)})

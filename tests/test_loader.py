@@ -14,7 +14,7 @@ import loader
 import mixing
 from corpus import Corpus, Order
 from favor import Favor, Features
-from features import keep_features
+from features import FeatureCache, keep_features
 from mixing import Mixing, drawn_mask, mix
 
 quiet = lambda *_: None                                                          # noqa: E731
@@ -91,7 +91,7 @@ def test_a_broken_clip_leaves_its_place_empty(few, model, tmp_path):
         assert [t for t in good if t[1] != bad[6].id] == told(d for d in drawn if d.sample)
 
 
-def test_what_was_cut_is_told(few, model):
+def test_what_was_cut_is_told(few, model, tmp_path):
     steps = steps_of(few, model, batch=12)
     whole = steps[0]
     assert not any(d.cut for d in whole)
@@ -101,6 +101,13 @@ def test_what_was_cut_is_told(few, model):
     longer = {d.id for d in whole if d.sample.clip.seconds > 2.5}
     assert longer and {d.id for d in short if d.cut} == longer
     assert all(d.sample.clip.seconds <= 2.5 for d in short)
+    with pytest.warns(UserWarning, match="the first 2 of"):           # kept features know it, too
+        steps.store = keep_features(model, data.read_manifest(few), tmp_path / "kept", log=quiet,
+                                    reading={"max_seconds": 2.0})
+    again = FeatureCache(tmp_path / "kept", model, {"max_seconds": 2.0})
+    for store in (steps.store, again):
+        steps.store = store
+        assert {d.id: d.cut for d in steps[0]} == {d.id: d.cut for d in short}
 
 
 def test_micro_batches():

@@ -27,6 +27,7 @@ from test_train import (  # noqa: F401
     program,
     run,
     run_forked,
+    step_of,
     weights,
 )
 
@@ -150,7 +151,7 @@ def test_one_of_two_ranks(command, tmp_path, number):  # noqa: F811
     def work(rank):
         def train_step(*args):
             row = whole_step(*args)
-            if rank == 1 and args[4] == 4:
+            if rank == 1 and step_of(*args) == 4:
                 os.kill(os.getpid(), number)
             return row
         train.train_step = train_step
@@ -179,7 +180,8 @@ sys.path.insert(0, {str(ROOT)!r})
 import cli, train
 whole_step = train.train_step
 def train_step(*args):
-    if args[4] == 5 and os.environ["RANK"] == os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    step = args[1][0].g // args[2].batch
+    if step == 5 and os.environ["RANK"] == os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return whole_step(*args)
 train.train_step = train_step

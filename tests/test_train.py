@@ -100,6 +100,11 @@ def program(*words, cwd=None, seconds=100):
                           text=True, timeout=seconds)
 
 
+def step_of(_, drawn, config, *rest):
+    """Which step the arguments of train_step are of."""
+    return drawn[0].g // config.batch
+
+
 def log_of(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
@@ -225,10 +230,11 @@ def test_two_processes_are_one(command, tmp_path, batch, micro_batch):
 def test_the_processes_share_the_batch(command, tmp_path, monkeypatch):
     whole_step = train.train_step
 
-    def train_step(model, samples, config, optimiser, step, *rest):
-        share = [f"{d.sample.prompt} {d.sample.target} {d.sample.mask}" for d in samples]
+    def train_step(model, drawn, config, *rest):
+        share = [f"{d.sample.prompt} {d.sample.target} {d.sample.mask}" for d in drawn]
+        step = step_of(model, drawn, config)
         (tmp_path / f"{config.out[-3:]} {step} {os.getpid()}").write_text(json.dumps(share))
-        return whole_step(model, samples, config, optimiser, step, *rest)
+        return whole_step(model, drawn, config, *rest)
 
     monkeypatch.setattr(train, "train_step", train_step)
     run(command(tmp_path / "one", steps=2, batch=9))
@@ -333,7 +339,7 @@ def test_when_one_process_dies_the_other_ends(command, tmp_path):
 
     def work(rank):
         def broken_step(*args):
-            if rank == 1 and args[4] == 1:
+            if rank == 1 and step_of(*args) == 1:
                 raise RuntimeError("broken on purpose")
             return whole_step(*args)
         train.train_step = broken_step
@@ -357,7 +363,7 @@ def killed_at(step):
 
     def train_step(*args):
         result = whole_step(*args)
-        if args[4] == step:
+        if step_of(*args) == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     train.train_step = train_step
@@ -453,8 +459,8 @@ def drawn(samples):
     return [loader.Drawn(k, str(k), "any", sample) for k, sample in enumerate(samples)]
 
 
-def one_step(model, samples, config, optimiser):
-    return train.train_step(model, drawn(samples), config, optimiser, 0, torch.device("cpu"),
+def one_step(model, samples, config):
+    return train.train_step(model, drawn(samples), config, torch.device("cpu"),
                             contextlib.nullcontext())
 
 
@@ -471,7 +477,7 @@ def test_the_loss_of_a_step_is_the_batch_mean(small_model, small_miniature, limi
     config = train.TrainConfig(warmup=0, steps=10, **limits)
     optimiser = train.make_optimiser(small_model, config)
     before = {name: p.detach().clone() for name, p in small_model.named_parameters()}
-    row = one_step(small_model, [*samples, None], config, optimiser)          # None: not readable
+    row = one_step(small_model, [*samples, None], config)                     # None: not readable
     assert [row[name] for name in ("loss", "ce", "diversity")] == pytest.approx(
         [wanted[name].item() for name in ("loss", "ce", "diversity")], abs=1e-5)
     total, n = row["task_ce"]["any"]
@@ -486,9 +492,7 @@ def test_the_loss_of_a_step_is_the_batch_mean(small_model, small_miniature, limi
 
 
 def test_a_step_without_a_readable_clip(small_model):
-    config = train.TrainConfig()
-    optimiser = train.make_optimiser(small_model, config)
-    assert one_step(small_model, [None, None], config, optimiser) == {"loss": None}
+    assert one_step(small_model, [None, None], train.TrainConfig()) == {"loss": None}
 
 
 def test_a_broken_step_stops_the_run(command, tmp_path, monkeypatch, capsys):
@@ -496,9 +500,9 @@ def test_a_broken_step_stops_the_run(command, tmp_path, monkeypatch, capsys):
     step out and the weights as they were."""
     whole = train.train_step
 
-    def broken(model, drawn, config, optimiser, step, *rest):
-        row = whole(model, drawn, config, optimiser, step, *rest)
-        return {**row, "grad_norm": math.nan} if step in (1, 3) else row
+    def broken(*args):
+        row = whole(*args)
+        return {**row, "grad_norm": math.nan} if step_of(*args) in (1, 3) else row
     monkeypatch.setattr(train, "train_step", broken)
     with pytest.raises(SystemExit, match="step 2: loss .*, gradient norm nan; the batch's ids"):
         run(command(tmp_path / "ends"))
