@@ -5,11 +5,12 @@
 Sample g of the run belongs to process g mod world.  A clip that cannot be read leaves its place
 empty and its reason in Drawn: no other sample moves, so none is lost or seen twice.
 
-Public: Drawn, Steps, load_ahead, default_workers, micro_batches, notes_of, Skipped."""
+Public: Drawn, Steps, load_ahead, deaths_told, default_workers, micro_batches, notes_of, Skipped."""
 
 import dataclasses
 import json
 import signal
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,8 +123,7 @@ def _as_it_is(batch):
 
 
 def load_ahead(steps, first, last, workers=0):
-    """Yields steps[first], ... steps[last - 1]; with workers, decoded two steps ahead by each.
-    SystemExit with the reason when a worker dies."""
+    """Yields steps[first], ... steps[last - 1]; with workers, decoded two steps ahead by each."""
     if not workers:
         for step in range(first, last):
             yield steps[step]
@@ -131,9 +131,16 @@ def load_ahead(steps, first, last, workers=0):
     loader = DataLoader(steps, batch_size=None, sampler=range(first, last), num_workers=workers,
                         prefetch_factor=2, collate_fn=_as_it_is, worker_init_fn=_start_worker,
                         multiprocessing_context="spawn")
+    for drawn in loader:
+        yield [as_tensors(d) for d in drawn]
+
+
+@contextmanager
+def deaths_told():
+    """SystemExit where a worker dies.  PyTorch's handler of SIGCHLD raises wherever the program is,
+    so this belongs around the whole loop."""
     try:
-        for drawn in loader:
-            yield [as_tensors(d) for d in drawn]
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

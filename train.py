@@ -59,15 +59,14 @@ class TrainConfig:
     model: str = "tiny"  # preset: tiny, 7b, 13b
     system: str = "favor"  # or instructblip: the paper's fine-tuned baseline, without sound
     variant: str = "paper"  # paper, or official (what the authors' released code does)
-    # manifests (.jsonl, or folders with train.jsonl), each with a weight: asr.jsonl vqa.jsonl:0.5
-    data: tuple = ("media/miniature",)  # draws each row of the second in every other epoch
+    data: tuple = ("media/miniature",)  # manifests; FILE:0.5 draws half of its rows an epoch
     proportional: str = "samples"  # or tokens: a set's weighted share is of the answers' characters
     out: str = ""  # run folder (default: runs/<model>)
     start_from: str = ""  # checkpoint whose trained parts to begin with (a second stage)
     steps: int = 1100  # optimiser steps
     batch: int = 32  # samples a step, over all processes and accumulation
     micro_batch: int = 32  # samples at a time and process (0: all of its share)
-    micro_tokens: int = 0  # LLM positions at a time, padding included: bounds the memory (0: any)
+    micro_tokens: int | None = None  # LLM positions at a time (0: any; default: 2048, tiny any)
     micro_frames: int = 0  # video frames at a time (0: any number)
     lr: float = 1.5e-3  # peak learning rate (7b, 13b: try 1e-4)
     warmup: int = 100  # steps of linear warm-up, then a cosine down to 2 %
@@ -128,14 +127,15 @@ class TrainConfig:
                                  "wanted more than 0")
         for name, limit in (("micro_batch", math.inf), ("warmup", math.inf), ("seed", math.inf),
                             ("processes", math.inf), ("threads", math.inf),
-                            ("micro_tokens", math.inf), ("micro_frames", math.inf),
-                            ("show", math.inf), ("keep", math.inf),
+                            ("tokens_at_a_time", math.inf), ("micro_frames", math.inf),
+                            ("max_seconds", math.inf), ("show", math.inf), ("keep", math.inf),
                             ("save_every", math.inf), ("max_skips", math.inf),
                             ("mask_share", 1), ("val_share", 1), ("pair_share", 1.001),
                             ("join_share", 1.001), ("match_share", 1.001)):
-            if not 0 <= getattr(self, name) < limit:
+            if not 0 <= (getattr(self, name) or 0) < limit:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; "
-                                 "wanted 0 or more" + ("" if limit == math.inf else ", at most 1"))
+                                 "wanted 0 or more" + {math.inf: "", 1: ", less than 1"}.get(
+                                     limit, ", at most 1"))
         # a weight that is none, unknown presets and switches fail here
         _ = self.manifests, self.method()
 
@@ -147,9 +147,14 @@ class TrainConfig:
         return preset(self.model, self.variant, **changes)
 
     @property
+    def tokens_at_a_time(self):
+        given = self.micro_tokens
+        return given if given is not None else 0 if self.model == "tiny" else 2048
+
+    @property
     def manifests(self):
         """((path, weight), ...)"""
-        return tuple(map(split_weight, self.data))
+        return tuple(map(split_weight, (self.data,) if isinstance(self.data, str) else self.data))
 
     @property
     def mixing(self):
@@ -195,7 +200,7 @@ def train_step(model, drawn, config, device, autocast):
     if not tokens:
         return {"loss": None}
     parts = loader.micro_batches(items, lambda item: item[2], lambda item: item[3],
-                                 config.micro_batch, config.micro_tokens, config.micro_frames)
+                                 config.micro_batch, config.tokens_at_a_time, config.micro_frames)
     # Sharded processes take part in each other's forwards, DDP's in the last backward.
     most = max(processes.gathered(len(parts))) if config.shard else max(len(parts), 1)
     parts += [[NOTHING]] * (most - len(parts))
@@ -397,7 +402,7 @@ def main(config, argv):
                               else loader.default_workers(run.store, processes.local_world()))
     run.ddp.train()
     clock = runlog.Clock()
-    with checkpoints.StopSignal() as stop:
+    with checkpoints.StopSignal() as stop, loader.deaths_told():
         for step in range(run.first, config.steps):
             done = step + 1
             with clock.waiting():
