@@ -125,7 +125,10 @@ def find_checkpoint(path, model="tiny"):
 
 
 def settled(config):
-    """The same with the preset that its checkpoint was trained with."""
+    """The same with the preset that its checkpoint was trained with.  SystemExit where there is no
+    checkpoint."""
+    if config.checkpoint or config.system == "favor" and not config.random_init:
+        find_checkpoint(config.checkpoint, config.model)
     file = Path(config.checkpoint) / "favor.json"
     trained = hub.read_json(file).get("train", {}) if config.checkpoint and file.exists() else {}
     return dataclasses.replace(config, model=trained.get("model", config.model))
@@ -300,9 +303,7 @@ def sources_of(model):
 
 
 if __name__ == "__main__":
-    settings = settled(cli.parse(EvalConfig, __doc__)[0])
-    if settings.checkpoint or settings.system == "favor" and not settings.random_init:
-        find_checkpoint(settings.checkpoint, settings.model)    # what is missing is said before the
+    settings = settled(cli.parse(EvalConfig, __doc__)[0])       # what is missing is said before the
     read_manifests(find_manifests(settings.data, settings.tasks))     # processes start, not by each
     processes.one_a_core(settings.processes,          # each has its own copy of the weights
                          most=4 if settings.model == "tiny" else 1)

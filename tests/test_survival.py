@@ -295,7 +295,8 @@ def test_one_is_two_is_accumulated_is_sharded(command, tmp_path):  # noqa: F811
     run(command(tmp_path / "accumulated", micro_batch=1, **flags))
     run(command(tmp_path / "recomputed", "--no-test", "--recompute", **flags))
     for name, word in (("two", "--no-shard"), ("sharded", "--shard")):
-        words = command(tmp_path / name, "--no-test", word, micro_batch=1, **flags)
+        words = command(tmp_path / name, "--no-test", word, micro_batch=2 - (name == "sharded"),
+                        **flags)
         assert run_forked(lambda rank, words=words: run(words), 2, seconds=150) == [0, 0]
     one = np.array(losses(tmp_path / "one", "ce"))
     for name in ("accumulated", "recomputed", "two", "sharded"):
