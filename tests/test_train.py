@@ -157,6 +157,7 @@ def test_a_run(finished, unbroken, small_parts):
         facts = json.loads((out / name / "favor.json").read_text())
         assert not model.training and facts["step"] == step
         assert facts["train"]["steps"] == 6 and "--steps 6" in facts["command"]
+        assert sum(facts["mixture"]["own"].values()) == 83 and facts["commit"]
         assert len(facts["commit"]) == 40
         assert isinstance(model.answer(None, "yes"), str)
     assert (out / "last" / "state.pt").exists() and not (out / "best" / "state.pt").exists()
