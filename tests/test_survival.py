@@ -295,8 +295,7 @@ def test_one_is_two_is_accumulated_is_sharded(command, tmp_path):  # noqa: F811
     run(command(tmp_path / "accumulated", micro_batch=1, **flags))
     run(command(tmp_path / "recomputed", "--no-test", "--recompute", **flags))
     for name, word in (("two", "--no-shard"), ("sharded", "--shard")):
-        words = command(tmp_path / name, "--no-test", word, micro_batch=2 - (name == "sharded"),
-                        **flags)
+        words = command(tmp_path / name, "--no-test", word, **flags)
         assert run_forked(lambda rank, words=words: run(words), 2, seconds=150) == [0, 0]
     one = np.array(losses(tmp_path / "one", "ce"))
     for name in ("accumulated", "recomputed", "two", "sharded"):
@@ -330,7 +329,7 @@ def test_five_percent_broken(command, small_miniature, tmp_path, capsys):  # noq
              "val_every": 5}                                     # two epochs of 100
     for keep in ("--keep-features", "--no-keep-features"):
         out = tmp_path / keep
-        words = command(out, "--no-test", keep, "--workers", "0", **flags)
+        words = command(out, "--no-test", keep, **flags)
         child = start(words)
         wait_for(lambda out=out, child=child: steps_done(out) >= 8 or not child.is_alive())
         child.kill()

@@ -47,7 +47,7 @@ def command(small_parts, small_miniature):
     def command(out, *words, **flags):
         flags = {"data": small_miniature, "out": out, "steps": 6, "batch": 8, "val_every": 2,
                  "log_every": 2,
-                 "warmup": 2, "processes": 1, "val_share": 0.1, **{
+                 "warmup": 2, "processes": 1, "workers": 0, "val_share": 0.1, **{
                      name: small_parts / folder for name, folder in
                      (("whisper", "whisper"), ("instructblip", "instructblip"),
                       ("llm", "llama"))}} | flags
