@@ -1,0 +1,588 @@
+"""The paper's ablations in miniature: trains and scores every system with several seeds, and draws
+the tables and figures from what came out.  Paper Tables 2, 3, 5, 9, 10 and Figs 3, 4, 5.
+
+     python ablate.py                       all systems x 5 seeds; hours
+     python ablate.py --quick               fewer systems, seeds, steps and questions: every figure
+     python ablate.py --only complete future --seeds 10        some systems, more seeds
+     python ablate.py --plan                prints the commands and runs nothing
+     python figures.py runs/ablate          draws the figures again
+
+     SYSTEMS x seeds --train.py, then --score, one after the other--> OUT/<system>-seed<k>/
+       scores.json --all runs--> OUT/results.jsonl, a line a (system, seed, task, part, step)
+                   --statistics--> OUT/results.md   --figures.py--> OUT/*.png
+The same command goes on where it was killed; runs whose scores.json is there are not run again.
+Each run is scored at half of its steps, too: what separates early may be speed of learning only.
+Every mean is over seeds; differences to `complete` are paired by seed, which shares the order of
+the data and, where the shapes are the same, the first weights.
+
+Public: SYSTEMS, CLAIMS, plan, run_jobs, score, mean_interval, paired, verdict, tables."""
+
+import cli
+
+cli.quiet_threads()
+
+import dataclasses  # noqa: E402
+import itertools  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import os  # noqa: E402
+import shlex  # noqa: E402
+import signal  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from functools import partial  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import hub  # noqa: E402
+import miniature  # noqa: E402
+import processes  # noqa: E402
+import tables as reports  # noqa: E402
+import train  # noqa: E402
+from favor import Favor  # noqa: E402
+from features import keep_features  # noqa: E402
+from metrics import ERROR_RATES  # noqa: E402
+from paper_numbers import PAPER  # noqa: E402
+from runlog import duration  # noqa: E402
+
+HERE = Path(__file__).parent
+
+# name: (what the tables call it, its flags of train.py).  The tiny preset: K 5 frames, 10 queries.
+SYSTEMS = {
+    "complete": ("complete", ""),
+    "no-diversity": ("without diversity loss", "--diversity 0"),
+    "no-causal": ("without causal encoder", "--causal none"),
+    "no-windows": ("without sliding windows", "--windows 0"),
+    "no-windows-2q": ("without sliding windows, twice the queries", "--windows 0 --queries 20"),
+    "no-sync": ("without synchronisation", "--no-sync"),
+    "none": ("without causal encoder, diversity loss, synchronisation",
+             "--causal none --diversity 0 --no-sync"),
+    "future": ("causal mask turned to the future", "--causal future"),
+    "audio-only": ("audio only, trained and tested so", "--mask visual"),
+    "visual-only": ("visual only, trained and tested so", "--mask audio"),
+    "k1": ("windows of 1 frame, 2 queries", "--windows 1 --queries 2"),
+    "k2": ("windows of 2 frames, 4 queries", "--windows 2 --queries 4"),
+    "lambda-0.1": ("lambda 0.1", "--diversity 0.1"),
+    "lambda-1": ("lambda 1", "--diversity 1"),
+    "lambda-10": ("lambda 10", "--diversity 10"),
+}
+WINDOWS = {1: "k1", 2: "k2", 5: "complete", 10: "no-windows-2q"}     # Fig. 3a, b; clips: 10 frames
+LAMBDAS = {0: "no-diversity", 0.01: "complete", 0.1: "lambda-0.1", 1: "lambda-1",
+           10: "lambda-10"}                                                  # Figs 4, 5
+FPS = (0.5, 1.0, 2.0, 4.0)                                                   # Fig. 3c
+# What is quick: every figure has its points, but hardly anything is learnt.
+QUICK = {"seeds": 1, "steps": 200, "limit": 100, "out": "runs/ablate-quick", "only": (
+    "complete", "no-diversity", "no-causal", "no-windows-2q", "no-sync", "k1", "lambda-10")}
+# the paper's rows (paper_numbers.py) and what the paper says of them: tasks that get worse
+PAPER_ROWS = {"complete": "FAVOR 13B", "no-diversity": "no diversity loss",
+              "no-causal": "no causal encoder", "no-windows": "no sliding window",
+              "no-sync": "no synchronisation", "none": "no causal, div, sync"}
+CLAIMS = (("no-causal", ("videoqa", "isqa", "avssd")), ("no-windows", ("videoqa", "avsr")),
+          ("no-sync", ("isqa", "avm")),
+          ("none", ("videoqa", "avsr", "avsd", "isqa", "avssd", "avm")),     # Table 5
+          ("lambda-10", ("avsr", "videoqa", "avssd")))                       # Fig. 4
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    seeds: int = 5  # of every system: 0, 1 ...
+    steps: int = 1100  # of every training; scored at half of them, too
+    out: str = "runs/ablate"  # where runs, results, tables and figures go
+    only: tuple = ()  # names of systems (default: all; --plan lists them)
+    jobs: int = 0  # trainings at a time (0: one a core, or one a GPU)
+    limit: int = 0  # test questions a task (0: all)
+    data: str = "media/miniature"  # folder with train.jsonl and test.jsonl
+    flags: str = ""  # more flags for every train.py: --flags="--batch 16"
+    quick: bool = False  # a quarter of an hour on two cores: what is not given is set small
+    plan: bool = False  # print the commands, run nothing
+    score: tuple = ()  # SYSTEM SEED: score one finished training (used by the program itself)
+
+    def __post_init__(self):
+        unknown = sorted({*self.only, *self.score[:1]} - {*SYSTEMS})
+        if unknown:
+            raise ValueError(f"unknown system {unknown[0]!r}; there are {', '.join(SYSTEMS)}")
+        if self.seeds < 1 or self.steps < 2 or self.steps % 2:
+            raise ValueError(f"--seeds {self.seeds} --steps {self.steps}; wanted a seed at least, "
+                             "and an even number of steps (half of them are scored, too)")
+
+
+def quickened(config, given):
+    """The config with QUICK's values where the command line says nothing."""
+    small = {k: v for k, v in QUICK.items() if k not in given}
+    return dataclasses.replace(config, **small) if config.quick else config
+
+
+# ---------------------------------------------------------------- the runs
+@dataclass(frozen=True)
+class Job:
+    """Commands that are run one after the other in OUT/<system>-seed<k>/; settings: what
+    scores.json must have been made with to count."""
+    name: str
+    folder: Path
+    commands: tuple
+    settings: dict
+
+    def finished(self):
+        file = self.folder / "scores.json"
+        return file.exists() and json.loads(file.read_text())["settings"] == self.settings
+
+
+def train_words(config, system, seed):
+    """Words behind `train.py` of one training, all but its --out."""
+    return [*shlex.split(SYSTEMS[system][1]), "--seed", str(seed), "--steps", str(config.steps),
+            "--warmup", str(min(100, config.steps // 4)), "--save-every", str(config.steps // 2),
+            "--keep", "0", "--processes", "1", "--show", "0", "--no-tensorboard", "--no-test",
+            "--data", config.data, *shlex.split(config.flags)]
+
+
+def plan(config):
+    """The jobs, seed by seed: what is stopped early has the same seeds of all systems."""
+    jobs = []
+    for seed, system in itertools.product(range(config.seeds), config.only or SYSTEMS):
+        words, name = train_words(config, system, seed), f"{system}-seed{seed}"
+        folder = Path(config.out) / name
+        scoring = ["--score", system, str(seed), "--steps", str(config.steps), "--out", config.out,
+                   "--data", config.data, "--limit", str(config.limit), f"--flags={config.flags}"]
+        jobs.append(Job(name, folder, (
+            (sys.executable, str(HERE / "train.py"), *words, "--out", str(folder)),
+            (sys.executable, str(HERE / "ablate.py"), *scoring)),
+            {"train": words, "limit": config.limit}))
+    return jobs
+
+
+def environment(slot):
+    """Of the job in this place: a core or a GPU of its own; it ends when this process does,
+    however it ends (processes.one_a_core)."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
+        map(str, range(torch.cuda.device_count())))
+    own = {"CUDA_VISIBLE_DEVICES": gpus.split(",")[slot % len(gpus.split(","))]} if gpus else {
+        "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PARENT_HOLDS_STDIN": "yes", **own}
+
+
+class Running:
+    """A job under way: its commands one by one, what they print in <folder>/output.txt."""
+
+    def __init__(self, job, slot):
+        self.job, self.slot, self.started = job, slot, time.time()
+        self.commands, self.file = list(job.commands), job.folder / "output.txt"
+        job.folder.mkdir(parents=True, exist_ok=True)
+        self._next()
+
+    def _next(self):
+        command = self.commands.pop(0)
+        with open(self.file, "a") as output:
+            output.write(f"$ {shlex.join(command)}\n")
+            output.flush()
+            # A session of its own: Ctrl-C reaches this program only, which then stops the jobs.
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+                env=environment(self.slot), start_new_session=True)
+
+    def poll(self):
+        """None while it runs; 0 when all commands are done; else how the one that failed ended."""
+        code = self.process.poll()
+        if code == 0 and self.commands:
+            self._next()
+            return None
+        return code
+
+    def tail(self, lines=15):
+        """The end of what was printed."""
+        return "\n".join(self.file.read_text(errors="replace").splitlines()[-lines:])
+
+    def stop(self, seconds=60):
+        """Waits for the end after SIGTERM, on which train.py saves the step under way."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def run_jobs(jobs, at_once, say=print, done=lambda job: None, poll=0.5, tell_every=300.0):
+    """Keeps `at_once` jobs going until all are finished; done(job) after each.  A job that fails is
+    told with the end of its output, and the others go on.  -> names of the failed ones.
+    Those under way are stopped when this is left by an exception."""
+    waiting = [job for job in jobs if not job.finished()]
+    n, before, took, failed, running = len(waiting), len(jobs) - len(waiting), [], [], []
+    say(f"{len(jobs)} runs, {before} of them finished before; {at_once} at a time")
+    begun = told = time.time()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                slot = min({*range(at_once)} - {r.slot for r in running})
+                running.append(Running(waiting.pop(0), slot))
+            for r in list(running):
+                code = r.poll()
+                if code is None:
+                    continue
+                running.remove(r)
+                took.append(time.time() - r.started)
+                if code:
+                    failed.append(r.job.name)
+                    say(f"{r.job.name} FAILED (exit status {code}), the end of {r.file}:\n"
+                        f"{r.tail()}")
+                else:
+                    done(r.job)
+                say(f"[{before + len(took)}/{len(jobs)}] {r.job.name}: {duration(took[-1])}; "
+                    f"{remaining(took, len(waiting), running, at_once)}")
+            if running and time.time() - told > tell_every:
+                told = time.time()
+                for r in running:
+                    say(f"  {r.job.name}, {duration(told - r.started)}: {r.tail(1).strip()[:80]}")
+            if running:
+                time.sleep(poll)
+    finally:
+        if running:
+            say(f"stopping {', '.join(r.job.name for r in running)}; the same command goes on")
+        for r in running:
+            r.process.terminate()
+        for r in running:
+            r.stop()
+    if n:
+        say(f"{n} runs in {duration(time.time() - begun)}"
+            + (f"; FAILED: {', '.join(failed)}; the same command tries again" if failed else ""))
+    return failed
+
+
+def remaining(took, waiting, running, at_once):
+    """'ETA 5 h 12 min' by the mean of what runs took so far."""
+    mean = sum(took) / len(took)
+    left = waiting * mean + sum(max(0, mean - (time.time() - r.started)) for r in running)
+    return f"ETA {duration(left / at_once)}"
+
+
+# ---------------------------------------------------------------- scoring one run
+def prepare(config, say=print):
+    """Clips and their kept features, once, on all cores; the runs find them."""
+    if Path(config.data) == Path(evaluation.EvalConfig.data):
+        miniature.make(config.data, log=say)
+    model = load(train_config(config, "complete", 0))
+    records = [r for split in ("train", "test")
+               for r in data.read_manifest(evaluation.find_manifest(config.data, split))]
+    keep_features(model, records, Path(config.data) / "features", log=say)
+
+
+def train_config(config, system, seed):
+    return cli.parse(train.TrainConfig, train.__doc__, train_words(config, system, seed))[0]
+
+
+def load(trained, checkpoint=None):
+    """The model of a TrainConfig, untrained or of a checkpoint, as train.py and eval.py have it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = processes.precision("", trained.model, device)[0]
+    if checkpoint is None:
+        return Favor.from_config(trained.method(), dtype, device).eval()
+    return Favor.from_pretrained(checkpoint, dtype, device)
+
+
+def limited(records, limit):
+    """At most so many of each task (0: all)."""
+    seen = {}
+    return [r for r in records
+            if seen.setdefault(r.task, []).append(r) or not limit or len(seen[r.task]) <= limit]
+
+
+def vectors_a_clip(method, seconds=5):
+    """LLM vectors of a clip with picture and sound."""
+    frames = math.ceil(seconds * method.fps)
+    windows = math.ceil(frames / (method.windows or frames))
+    return windows * method.queries * (1 if method.sync else 2)
+
+
+def rows_of(predictions, view):
+    """A row {task, part, score, n, low, high} for each task and its parts ("": all of it)."""
+    rows = []
+    for task, group in reports.by_task(predictions).items():
+        for part, some in (("", group), *sorted(reports.parts_of(group).items())):
+            score = next(iter(reports.scores_of(some, view).values()))
+            rows.append({"task": task, "part": part, "score": score.value, "n": score.n,
+                         "low": score.low, "high": score.high})
+    return rows
+
+
+def score(config, system, seed, say=print):
+    """Scores OUT/<system>-seed<k> at half of its steps and at the end -> its scores.json; of the
+    last checkpoint also the queries' cosine, of `complete` videoqa at other frame rates, and of
+    seed 0 the pictures (figures.look_inside) in OUT/inside/<system>.npz."""
+    import figures
+    job = next(j for j in plan(dataclasses.replace(config, only=(system,), seeds=seed + 1))
+               if j.name == f"{system}-seed{seed}")
+    trained, rows = train_config(config, system, seed), []
+    view = evaluation.views_of("favor", trained.mask, ("both",))[0]
+    records = limited(data.read_manifest(evaluation.find_manifest(config.data, "test")),
+                      config.limit)
+    read = partial(keep_features, folder=Path(config.data) / "features", workers=1, log=say)
+    for step in (config.steps // 2, config.steps):
+        checkpoint = job.folder / f"step-{step:06d}"
+        model = load(trained, checkpoint)
+        made, method = hub.read_json(checkpoint / "favor.json"), model.config
+        facts = {"system": system, "seed": seed, "step": step, "steps": config.steps,
+                 "parameters": sum(p.numel() for p in model.trained_parameters()),
+                 "vectors": vectors_a_clip(method), "commit": made.get("commit"),
+                 "dirty": made.get("dirty")}
+        store = read(model, records)
+        predictions, missing = evaluation.evaluate(model, records, store, (view,), log=say)
+        reports.write_report(checkpoint / "predictions.jsonl", predictions, (view,), missing,
+                             {"checkpoint": str(checkpoint), "view": view})
+        rows += [facts | row for row in rows_of(predictions, view)]
+    matrices = figures.query_cosines(model, records, store, trained.mask)
+    rows += [facts | {"task": task, "part": "query cosine", "n": n, "low": None, "high": None,
+                      "score": figures.off_diagonal_mean(matrix)}
+             for task, (matrix, n) in matrices.items()]
+    if seed == 0:
+        figures.look_inside(model, records, store, trained.mask, matrices,
+                            Path(config.out) / "inside" / f"{system}.npz")
+    if system == "complete":
+        rows += [facts | row for row in at_other_rates(model, records, read, say)]
+    hub.write_json(job.folder / "scores.json", {"settings": job.settings, "rows": rows})
+
+
+def at_other_rates(model, records, read, say=print):
+    """Rows of videoqa with its frames read at other rates, the number of frames a window as trained
+    (Fig. 3c).  These clips are silent: with sound another rate would also put another number of
+    vectors into a frame, at positions that were never trained."""
+    asked, method, rows = [r for r in records if r.task == "videoqa"], model.config, []
+    for fps in FPS if asked else ():
+        model.config = dataclasses.replace(method, fps=fps)
+        predictions, _ = evaluation.evaluate(model, asked, read(model, asked), ("both",), log=say)
+        rows.append(rows_of(predictions, "both")[0] | {
+            "part": f"at {fps:g} Hz", "vectors": vectors_a_clip(model.config)})
+    model.config = method
+    return rows
+
+
+# ---------------------------------------------------------------- statistics over seeds
+def t_quantile(df):
+    """Student's 97.5 % point: with t = sqrt(df) tan(a) the density is cos(a)^(df-1) da."""
+    angle = np.linspace(0, np.pi / 2, 200_001)
+    middle = (angle[1:] + angle[:-1]) / 2
+    area = np.concatenate([[0.0], np.cumsum(np.cos(middle) ** (df - 1))])
+    return math.sqrt(df) * math.tan(np.interp(0.95 * area[-1], area, angle))
+
+
+def mean_interval(values):
+    """-> mean, half the width of its 95 % t-interval (None for a single value)."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return float(values.mean()), None
+    return float(values.mean()), float(
+        t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def sign_flip(differences):
+    """Exact two-sided p-value: the share of all 2^n ways to flip the signs whose sum is as far from
+    zero.  Not below 2 / 2^n: 0.0625 for five seeds, 0.031 for six."""
+    differences = np.asarray(differences, float)
+    signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
+    sums = abs(signs @ differences)
+    return float((sums >= abs(differences.sum()) - 1e-9 * (1 + sums.max())).mean())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A system's score minus the complete one's, of the seeds that both have."""
+    mean: float
+    half: float | None           # of the 95 % t-interval of the paired differences
+    p: float
+    n: int                       # seeds
+
+    @property
+    def significant(self):
+        return self.half is not None and abs(self.mean) > self.half
+
+    def __str__(self):
+        if self.half is None:
+            return f"{self.mean:+.1f}"
+        return f"{self.mean:+.1f} ± {self.half:.1f}" + ("*" if self.significant else "")
+
+
+def paired(ours, theirs):
+    """{seed: score} twice -> Difference; None without a common seed."""
+    seeds = sorted({*ours} & {*theirs})
+    if not seeds:
+        return None
+    differences = [ours[seed] - theirs[seed] for seed in seeds]
+    return Difference(*mean_interval(differences), sign_flip(differences), len(seeds))
+
+
+def verdict(difference, less_is_better):
+    """Of "the task gets worse without it", by the paired 95 % t-interval."""
+    worse = difference.mean if less_is_better else -difference.mean
+    if worse > 0:
+        return "same sign and significant" if difference.significant else "same sign"
+    return "opposite and significant" if difference.significant else "not reproduced"
+
+
+class Results:
+    """The rows of results.jsonl by what they are of."""
+
+    def __init__(self, rows):
+        self.rows, self.scores = rows, {}
+        for row in rows:
+            when = "end" if row["step"] == row["steps"] else "half"
+            key = row["system"], row["task"], row["part"], when
+            self.scores.setdefault(key, {})[row["seed"]] = row["score"]
+        self.systems = [s for s in SYSTEMS if any(row["system"] == s for row in rows)]
+
+    @classmethod
+    def read(cls, folder):
+        return cls([json.loads(line) for line in
+                    (Path(folder) / "results.jsonl").read_text().splitlines()])
+
+    def by_seed(self, system, task, part="", when="end"):
+        """{seed: score}, {} where nothing was measured."""
+        return self.scores.get((system, task, part, when), {})
+
+    def fact(self, system, name):
+        return next(row[name] for row in self.rows if row["system"] == system)
+
+    def against(self, system, task, part="", when="end", base="complete"):
+        return paired(self.by_seed(system, task, part, when),
+                      self.by_seed(base, task, part, when))
+
+
+def collect(out):
+    """results.jsonl and results.md of all runs in `out` that are scored -> Results."""
+    rows = [row for file in Path(out).glob("*-seed*/scores.json")
+            for row in json.loads(file.read_text())["rows"]]
+    order = {name: i for i, name in enumerate(SYSTEMS)}
+    rows.sort(key=lambda row: (order[row["system"]], row["seed"], row["step"]))
+    reports.write_text(Path(out) / "results.jsonl",
+                       "".join(json.dumps(row) + "\n" for row in rows))
+    results = Results(rows)
+    reports.write_text(Path(out) / "results.md", tables(results) + "\n")
+    return results
+
+
+# ---------------------------------------------------------------- results -> Markdown
+def markdown(head, rows):
+    return "\n".join("| " + " | ".join(map(str, row)) + " |"
+                     for row in (head, ["---"] * len(head), *rows))
+
+
+def with_half(values):
+    """'67.8 ± 2.1'; '-' where there is nothing."""
+    if not values:
+        return "-"
+    mean, half = mean_interval([*values.values()])
+    return f"{mean:.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
+def arrow(task):
+    return f"{task} {'↓' if task in ERROR_RATES else '↑'}"
+
+
+def score_table(results, when="end"):
+    """A line a system, a column a task: mean and 95 % interval over seeds."""
+    lines = [[SYSTEMS[s][0], max(len(results.by_seed(s, t, "", when)) for t in miniature.TASKS),
+              f"{results.fact(s, 'parameters'):,}", results.fact(s, "vectors"),
+              *(with_half(results.by_seed(s, task, "", when)) for task in miniature.TASKS)]
+             for s in results.systems]
+    return markdown(["system", "seeds", "trained parameters", "LLM vectors, 5 s",
+                     *map(arrow, miniature.TASKS)], lines)
+
+
+def difference_table(results, when="end"):
+    """The same minus the complete system, paired by seed."""
+    return markdown(["system minus complete", *map(arrow, miniature.TASKS)],
+                    [[SYSTEMS[s][0], *(results.against(s, task, "", when) or "-"
+                                       for task in miniature.TASKS)]
+                     for s in results.systems if s != "complete"])
+
+
+def claim_table(results):
+    """What the paper says gets worse, its numbers, ours, and what to say of it."""
+    lines = []
+    for system, task in ((s, t) for s, tasks in CLAIMS for t in tasks):
+        end, half = (results.against(system, task, when=when) for when in ("end", "half"))
+        theirs = "figure only"
+        if system in PAPER_ROWS:
+            theirs = " → ".join(str(next(iter(PAPER[PAPER_ROWS[s]][task].values())))
+                                for s in ("complete", system))
+        if end is None:
+            lines.append([SYSTEMS[system][0], arrow(task), theirs, *["-"] * 5, "not run"])
+            continue
+        lines.append([SYSTEMS[system][0], arrow(task), theirs,
+                      with_half(results.by_seed("complete", task)),
+                      with_half(results.by_seed(system, task)), end, f"{end.p:.3f} ({end.n})",
+                      half or "-", f"**{verdict(end, task in ERROR_RATES)}**"])
+    return markdown(["paper: worse", "task", "paper: complete → without", "complete", "without",
+                     "difference", "p (seeds)", "at half of the steps", "verdict"], lines)
+
+
+def mask_table(results):
+    """The mask turned to the future minus the past one, all tasks and parts."""
+    found = dict.fromkeys((t, p) for s, t, p, _ in results.scores if s == "future")
+    lines = []
+    for task, part in sorted(found, key=lambda key: (miniature.TASKS.index(key[0]), key[1])):
+        difference = results.against("future", task, part)
+        if difference and part != "query cosine":
+            half = results.against("future", task, part, "half")
+            lines.append([arrow(task) + (f", {part}" if part else ""),
+                          with_half(results.by_seed("complete", task, part)),
+                          with_half(results.by_seed("future", task, part)), difference,
+                          f"{difference.p:.3f} ({difference.n})", half or "-"])
+    return markdown(["task", "past", "future", "future minus past", "p (seeds)",
+                     "at half of the steps"], lines)
+
+
+def tables(results):
+    """All of them as Markdown."""
+    def told(values):
+        return ", ".join(sorted(map(str, values))) or "-"
+
+    steps = told({row["steps"] for row in results.rows})
+    commits = told({f"{str(row['commit'])[:7]}{' + changes' * bool(row['dirty'])}"
+                    for row in results.rows})
+    head = (f"Steps: {steps}. Commits: {commits}. Means over seeds ± half of the 95 % t-interval; "
+            "↓ word error rate %, ↑ % right. Differences are paired by seed; * where the interval "
+            "leaves zero out (not corrected for how many there are), which the verdicts go by; p: "
+            "exact, over all flips of the differences' signs, not below 2 / 2^seeds.")
+    parts = [("The paper's claims", claim_table(results)),
+             ("All systems at the end", score_table(results)),
+             ("Differences at the end", difference_table(results)),
+             ("All systems at half of the steps", score_table(results, "half")),
+             ("Differences at half of the steps", difference_table(results, "half")),
+             ("Past or future: the causal mask", mask_table(results))]
+    return "\n\n".join([head, *(f"### {title}\n\n{text}" for title, text in parts)])
+
+
+# ---------------------------------------------------------------- the program
+def main(config):
+    jobs, say = plan(config), partial(print, flush=True)
+    if config.plan:
+        for job in jobs:
+            say("\n".join(shlex.join(command) for command in job.commands))
+        return 0
+    for number in (signal.SIGTERM, signal.SIGINT):               # leave by way of run_jobs' finally
+        signal.signal(number, lambda got, _: sys.exit(128 + got))
+    started = time.time()
+    if not all(job.finished() for job in jobs):
+        prepare(config, say)
+    failed = run_jobs(jobs, config.jobs or torch.cuda.device_count() or cli.cores(), say,
+                      done=lambda job: collect(config.out))
+    results = collect(config.out)
+    say(f"{claim_table(results)}\n{config.out}/results.jsonl, results.md")
+    import figures
+    try:
+        figures.draw_all(config.out, say)
+    except ImportError as error:
+        say(f'no figures ({error}): pip install -e ".[plot]", then python figures.py {config.out}')
+    say(f"{duration(time.time() - started)} in all")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    settings = quickened(*cli.parse(AblateConfig, __doc__))
+    if settings.score:
+        processes.one_a_core(1)                        # ends when the program that started it does
+        sys.exit(score(settings, settings.score[0], int(settings.score[1])))
+    sys.exit(main(settings))
