@@ -16,6 +16,7 @@ import signal
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 
 def save(folder, model, facts, state=None):
@@ -52,22 +53,25 @@ def _sync(path):
 
 def save_or_say(folder, model, facts, state=None, say=print):
     """save(); a full disk is told, and the run goes on with the older checkpoint -> whether saved.
-    torch.save says RuntimeError where the disk was full under it."""
+    """
     try:
         save(folder, model, facts, state)
         return True
-    except (OSError, RuntimeError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if not full and shutil.disk_usage(Path(folder).parent).free > 1 << 20 and not isinstance(
-                error, RuntimeError):
-            raise
-        if isinstance(error, RuntimeError) and "write" not in str(error):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not disk_full(error):
             raise
         older = latest(Path(folder).parent)
         say(f"{folder} was NOT saved, the disk is full ({error}); "
             + (f"{older} is the last checkpoint. " if older else "there is no checkpoint yet. ")
             + "Make room: the next one is tried as planned")
         return False
+
+
+def disk_full(error):
+    """OSError with its number; safetensors has it in words only, torch.save none at all."""
+    return (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            or any(words in str(error) for words in (
+                "No space left", "quota exceeded", "PytorchStreamWriter failed writing")))
 
 
 def latest(run):

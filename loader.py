@@ -183,7 +183,7 @@ class Skipped:
 
 
 def default_workers(store, processes_here):
-    """None where features are kept; else the cores, shared by this machine's processes."""
+    """0 where features are kept; else the cores, shared by this machine's processes."""
     return 0 if store is not None else max(1, cli.cores() // max(1, processes_here) - 1)
 
 

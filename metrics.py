@@ -241,7 +241,8 @@ def metric(name, key="answer"):
                 return Unavailable(name, str(reason))
             if isinstance(result, Unavailable):
                 return result
-            items = dict(zip((row.get("id") for row in there), result.items, strict=False))
+            items = result.items and dict(       # BLEU and METEOR have none: they are of the set
+                zip((row.get("id") for row in there), result.items, strict=True))
             return dataclasses.replace(result, missing=len(rows) - len(there), items=items)
         METRICS[name] = run
         return run

@@ -499,7 +499,7 @@ def tell(run, config, row, everyone, done, clock):
 def save(run, config, done, validated, last):
     """best/ after a validation that was better than all before, last/ when due, and snapshots.  On
     all processes: sharded parts are gathered."""
-    folders = []
+    folders, best_before = [], run.best
     if validated and run.val_ce is not None and run.val_ce < run.best:
         run.best = run.val_ce
         folders.append("best")
@@ -517,6 +517,8 @@ def save(run, config, done, validated, last):
             if checkpoints.save_or_say(run.out / folder, run.model, facts,
                                        state if folder == "last" else None, run.say):
                 run.log.note("checkpoint", folder=folder)
+            elif folder == "best":                     # a later one may be worse, but is there
+                run.best = state["best"] = best_before
             checkpoints.prune(run.out, config.keep)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from test_train import (  # noqa: F401
     command,
     log_of,
@@ -241,12 +242,40 @@ def test_a_full_disk_keeps_the_older_checkpoint(command, tmp_path, monkeypatch, 
     assert not list(tmp_path.glob("*.new"))
 
 
-def test_other_errors_are_no_full_disk(tmp_path):
+@pytest.mark.parametrize("error, full", [
+    (OSError(28, "No space left on device"), True), (OSError(122, "Disk quota exceeded"), True),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+    (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),
+    (PermissionError(13, "Permission denied"), False), (RuntimeError("cannot write: a bug"), False),
+    (SafetensorError("Error while serializing: invalid shape"), False)])
+def test_what_is_a_full_disk(tmp_path, error, full):
     class Model:
         def save_pretrained(self, folder, **_):
-            raise PermissionError(13, "Permission denied")
-    with pytest.raises(PermissionError):
-        checkpoints.save_or_say(tmp_path / "last", Model(), {}, {"step": 1})
+            raise error
+    if full:
+        said = []
+        assert not checkpoints.save_or_say(tmp_path / "last", Model(), {}, say=said.append)
+        assert "the disk is full" in said[0] and "there is no checkpoint yet" in said[0]
+    else:
+        with pytest.raises(type(error)):
+            checkpoints.save_or_say(tmp_path / "last", Model(), {})
+
+
+def test_a_best_that_was_not_saved_is_not_the_best(command, tmp_path, monkeypatch):  # noqa: F811
+    """The disk is full for the first best/: a later, here worse, one takes its place."""
+    scores, whole, refused = iter([1.0, 2.0, 3.0]), checkpoints.save_or_say, []
+
+    def save_or_say(folder, *rest):
+        if folder.name == "best" and not refused:
+            refused.append(folder)
+            return False
+        return whole(folder, *rest)
+    monkeypatch.setattr(checkpoints, "save_or_say", save_or_say)
+    monkeypatch.setattr(train, "validate", lambda *_: next(scores))
+    run(command(tmp_path, steps=6, val_every=2, show=0))
+    facts = json.loads((tmp_path / "best" / "favor.json").read_text())
+    assert (facts["step"], facts["val_ce"]) == (4, 2.0)
+    assert checkpoints.load_state(tmp_path / "last")["best"] == 2.0
 
 
 def test_stop_signal_and_the_second_one():
