@@ -8,7 +8,6 @@ empty and its reason in Drawn: no other sample moves, so none is lost or seen tw
 Public: Drawn, Steps, load_ahead, deaths_told, default_workers, micro_batches, notes_of, Skipped."""
 
 import dataclasses
-import json
 import signal
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ import cli
 import data
 import mixing as mixes
 import runlog
-import tables
 from favor import Sample
 
 
@@ -159,17 +157,14 @@ class Skipped:
     """skipped.jsonl: a line for each sample that could not be read, {"step", "id", "reason"}, or
     that --max-seconds cut, {"step", "id", "cut"}; lines of steps after `first` are done again."""
 
-    def __init__(self, path, first, chief):
-        self.path, self.chief, self.lines = Path(path), chief, []
-        if chief and self.path.exists():
-            self.lines = list(runlog.read_rows(self.path, first))
-            tables.write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.lines))
+    def __init__(self, path, first, chief, say=print):
+        self.path, self.lines = Path(path), list(runlog.read_rows(path, first))
+        self.file = runlog.JsonLines(self.path, say, first) if chief else None
 
     def add(self, rows):
         self.lines += rows
-        if rows and self.chief:
-            with open(self.path, "a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows if self.file else ():
+            self.file.write(row)
 
     def __str__(self):
         lost = [row for row in self.lines if "reason" in row]

@@ -322,6 +322,7 @@ class Run:
     val_ce: float | None = None
     nonfinite: int = 0         # steps left out so far
     empty: int = 0             # steps in a row without a readable clip
+    unsaved: str = ""          # the last checkpoint, if the disk was full for it
 
 
 def prepare(config, argv, device, dtype, why, say):
@@ -367,7 +368,7 @@ def prepare(config, argv, device, dtype, why, say):
         log.note("resumed", folder=str(found[0]))
     return Run(out, say, corpus, corpus.records(corpus.held_out[chosen]), model,
                model if world == 1 or config.shard else DistributedDataParallel(model), store,
-               optimiser, log, loader.Skipped(out / "skipped.jsonl", at["step"], chief), facts,
+               optimiser, log, loader.Skipped(out / "skipped.jsonl", at["step"], chief, say), facts,
                at["step"], at["best"], nonfinite=at["nonfinite"])
 
 
@@ -448,6 +449,10 @@ def main(config, argv):
         say(curve)
     if config.test:
         test(run, config)
+    if run.unsaved:
+        processes.leave()
+        raise SystemExit(f"{run.out}/{run.unsaved} could not be saved, the disk was full; make "
+                         "room and run the same command again")
     say(f"{run.out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {run.out}/best   "
         f"({runlog.duration(time.time() - started)} in all)")
     processes.leave()
@@ -517,8 +522,12 @@ def save(run, config, done, validated, last):
             if checkpoints.save_or_say(run.out / folder, run.model, facts,
                                        state if folder == "last" else None, run.say):
                 run.log.note("checkpoint", folder=folder)
-            elif folder == "best":                     # a later one may be worse, but is there
+                run.unsaved = ""
+                continue
+            run.unsaved = folder
+            if folder == "best":                       # a later one may be worse, but is there
                 run.best = state["best"] = best_before
+        if processes.rank() == 0:
             checkpoints.prune(run.out, config.keep)
 
 
@@ -552,7 +561,9 @@ def test(run, config):
     if config.shard:
         run.say(f"for the table: python eval.py --checkpoint {run.out}/best --data {manifest}")
         return
-    processes.gathered(None)                                 # best/ is written
+    processes.gathered(None)                                 # best/ is written, or not
+    if not (run.out / "best" / "favor.json").exists():
+        return run.say(f"no table: {run.out}/best could not be saved")
     model = run.model
     model.load_trained(run.out / "best")
     tested = [r for r in data.read_manifest(manifest)
