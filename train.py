@@ -175,7 +175,7 @@ def make_optimiser(model, config):
     vectors = [p for p in model.trained_parameters() if p.ndim < 2]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
                               {"params": vectors, "weight_decay": 0.0}],
-                             lr=config.lr, betas=(0.9, 0.98))
+                             lr=config.lr, betas=(0.9, 0.98), fused=True)
 
 
 # ---------------------------------------------------------------- one step, one validation
