@@ -183,7 +183,7 @@ def answer_batch(model, part, store, views, history, settings):
     read, samples = readable_samples(
         model, part, None if history == "model" else store, skipped=skipped)
     if history != "model":
-        samples = [model.with_features(sample) for sample in samples]    # once for all views
+        samples = model.encoded(samples)                                 # once for all views
     answers = {r.id: {} for r in read}
     for view in views:
         same = [same_view(sample, view, views) for sample in samples]

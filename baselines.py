@@ -81,17 +81,22 @@ class InstructBlip(Favor):
         return self
 
     @torch.no_grad()
-    def encode(self, clip, prompts):
-        """One clip -> a Features for each prompt: the ViT's (F,P,D_vit) of an image or of FRAMES
-        frames; the Q-Former, which may learn, comes later.  Sound is not heard."""
-        visual = None
-        if clip is not None and clip.frames is not None:
-            frames = clip.frames
-            if not clip.is_image:
-                frames = frames[torch.linspace(0, len(frames) - 1, FRAMES).round().long()]
-            pixels = to_pixels(frames, self.visual.image_size)
-            visual = self.visual.encode_image(pixels.to(self.language_projection.weight.device))
-        return [Features(visual, None, bool(clip and clip.is_image))] * len(prompts)
+    def encode_all(self, clips, prompts):
+        """Clips -> a Features each: the ViT's (F,P,D_vit) of an image or of FRAMES frames; the
+        Q-Former, which may learn, comes later.  Sound is not heard."""
+        device, found = self.language_projection.weight.device, {}
+        for clip in clips:
+            if clip is not None and clip.frames is not None and id(clip) not in found:
+                frames = clip.frames
+                if not clip.is_image:
+                    frames = frames[torch.linspace(0, len(frames) - 1, FRAMES).round().long()]
+                found[id(clip)] = to_pixels(frames.to(device), self.visual.image_size)
+        if found:
+            images = self.visual.encode_image(torch.cat([*found.values()])).split(
+                [*map(len, found.values())])                                      # (F,P,D_vit) each
+            found = dict(zip(found, images, strict=True))
+        return [Features(found.get(id(clip)), None, bool(clip and clip.is_image))
+                for clip in clips]
 
     def features_of(self, sample):
         return self.with_features(sample).features.visual, None
@@ -154,6 +159,9 @@ class WhisperBaseline(nn.Module):
     def with_features(self, sample):
         return dataclasses.replace(sample, features=Features(
             audio=sample.clip.audio if sample.clip else sample.features.audio), clip=None)
+
+    def encoded(self, samples):
+        return [*map(self.with_features, samples)]
 
     def generate(self, samples, num_beams=1):
         """A transcript of each Sample; "" where there is no sound or it is masked."""

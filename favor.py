@@ -40,11 +40,13 @@ import official
 import sizes
 from data import Clip, clip_from_path
 from llama import Llama, Tokenizer
-from vit_qformer import QFormerTokenizer, VisualEncoder, to_pixels
+from vit_qformer import FRAMES_AT_ONCE, QFormerTokenizer, VisualEncoder, to_pixels
 from whisper_enc import WhisperEncoder
 
 HERE = Path(__file__).parent
 MASKS = (None, "audio", "visual", "both")
+UNSEEN = 3e4                    # M of flash_block_causal: large, and a number of fp16 and bf16
+LARGEST_FLASH_HEAD = 256        # columns of q and k that the flash kernel takes
 
 
 # ---------------------------------------------------------------- configuration
@@ -187,6 +189,50 @@ def block_causal_mask(frames, per_frame, causal="past", device=None):
     raise ValueError(f"causal={causal!r}; a mask exists for past and future")
 
 
+def block_causal_attention(q, k, v, keep=None, dropout=0.0, *, per_frame, causal="past"):
+    """Softmax attention of q, k, v (W,heads,K*N,d) -> (W,heads,K*N,d) where each frame of per_frame
+    = N vectors sees itself and one side of it: block_causal_mask.  keep (W,K*N): padding is no key;
+    what padded rows give is to be ignored.
+
+    On a GPU the flash kernel takes no mask, and others would read one of (K*N)^2 numbers; on a CPU
+    the masked call is the faster one (bench.py 1)."""
+    frames = q.shape[2] // per_frame
+    if q.is_cuda and q.shape[-1] + frames + 1 <= LARGEST_FLASH_HEAD:
+        return flash_block_causal(q, k, v, keep, dropout, per_frame=per_frame, causal=causal)
+    mask = block_causal_mask(frames, per_frame, causal, q.device)
+    if keep is not None and not keep.all():
+        # a padded row sees itself: no softmax over nothing
+        mask = mask & keep[:, None, None] | torch.eye(len(mask), dtype=torch.bool, device=q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def flash_block_causal(q, k, v, keep=None, dropout=0.0, *, per_frame, causal="past"):
+    """The same in one call without a mask.  Each frame gets a column of its own behind the d
+    columns of q and k: a key has 1 in its frame's column, a query -M in those of the frames that it
+    must not see, so that
+
+         q' . k' = q . k - M [the query must not see the key's frame]
+
+    and exp of it is exactly 0.  One more column is -M in every query and 1 in the keys that are
+    padding.  v is filled up with zeros, which come out as zeros and are cut off."""
+    d, frames = q.shape[-1], q.shape[2] // per_frame
+    unseen = ~block_causal_mask(frames, 1, causal, q.device).repeat_interleave(per_frame, dim=0)
+    own = torch.eye(frames, device=q.device).repeat_interleave(per_frame, dim=0)  # (K*N,frames)
+    padding = own.new_zeros(len(q), len(own), 1) if keep is None else ~keep[..., None]
+    own = torch.cat([own.expand(len(q), -1, -1), padding], dim=-1)             # (W,K*N,frames+1)
+    unseen = F.pad(unseen, (0, 1), value=True).expand(len(q), -1, -1)
+    width = -(d + frames + 1) % 8                                 # kernels want a multiple of 8
+
+    def widened(x, columns):
+        columns = F.pad(columns, (0, width)).to(x)[:, None].expand(-1, x.shape[1], -1, -1)
+        return torch.cat([x, columns], dim=-1)
+
+    out = F.scaled_dot_product_attention(
+        widened(q, -UNSEEN * unseen), widened(k, own), F.pad(v, (0, frames + 1 + width)),
+        dropout_p=dropout, scale=d ** -0.5)
+    return out[..., :d]
+
+
 # ---------------------------------------------------------------- Eq. (2): the causal Q-Former
 class Attention(nn.Module):
     """BERT's attention block: softmax attention, output projection, residual, LayerNorm."""
@@ -200,13 +246,13 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
-    def forward(self, x, context=None, keep=None):
-        """x (B,n,D), context (B,m,D_c) or x itself, keep broadcast to (B,heads,n,m) -> (B,n,D)."""
+    def forward(self, x, context=None, keep=None, attend=F.scaled_dot_product_attention):
+        """x (B,n,D), context (B,m,D_c) or x itself, keep broadcast to (B,heads,n,m) -> (B,n,D).
+        attend: takes q, k, v (B,heads,n,d), keep and dropout."""
         context = x if context is None else context
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads)
                    for part in (self.query(x), self.key(context), self.value(context)))
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
+        y = attend(q, k, v, keep, self.dropout if self.training else 0.0)
         y = self.output(rearrange(y, "b h n d -> b n (h d)"))
         return self.norm(x + F.dropout(y, self.dropout, self.training))
 
@@ -227,14 +273,15 @@ class CausalQFormerLayer(nn.Module):
         self.down = nn.Linear(config.ffn, config.width)
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
 
-    def forward(self, queries, frames, causal_keep, keep):
-        """queries (W,Q,D), frames (W,K*N,D_joint) -> queries (W,Q,D).  The encoding of the frames
-        is this layer's own: the next layer starts again from the window's raw features (DIFF: the
-        paper does not say; so does the released code)."""
-        if causal_keep is not None:
-            frames = self.causal_attention(frames, keep=causal_keep)
+    def forward(self, queries, frames, keep, causal_keep, attend):
+        """queries (W,Q,D), frames (W,K*N,D_joint) -> queries (W,Q,D); keep, causal_keep (W,K*N):
+        keys of the cross- and of the causal attention; attend: its softmax attention, None: without
+        one.  The encoding of the frames is this layer's own: the next layer starts again from the
+        window's raw features (DIFF: the paper does not say; so does the released code)."""
+        if attend is not None:
+            frames = self.causal_attention(frames, keep=causal_keep, attend=attend)
         queries = self.self_attention(queries)
-        queries = self.cross_attention(queries, frames, keep)
+        queries = self.cross_attention(queries, frames, keep[:, None, None])
         y = self.down(F.gelu(self.up(queries)))
         return self.norm(queries + F.dropout(y, self.dropout, self.training))
 
@@ -271,25 +318,20 @@ class CausalQFormer(nn.Module):
         position = torch.arange(length, device=windows.device)
         x = self.joint_norm(windows) + self.positions(position)                   # (W,K*N,D_joint)
         # A window without a real vector (the dummy) sees its zeros: no softmax over nothing.
-        keys = (keep | ~keep.any(dim=1, keepdim=True))[:, None, None]             # (W,1,1,K*N)
-        causal_keep = None
+        keep = keep | ~keep.any(dim=1, keepdim=True)                              # (W,K*N)
+        attend = None
         if self.config.causal != "none":
-            mask = block_causal_mask(length // per_frame, per_frame, self.config.causal,
-                                     windows.device)
-            causal_keep = mask.expand(len(windows), 1, -1, -1)                    # (W,1,K*N,K*N)
-            # Padding is no key; a padded row sees itself and is dropped later.  DIFF official: the
-            # zero frames that fill the last window are keys here.  (With one window a clip there
-            # are none, only the padding of the batch, which never is one.)
-            if self.config.mask_padding or not self.config.windows:
-                causal_keep = causal_keep & keys | torch.eye(
-                    length, dtype=torch.bool, device=windows.device)
+            attend = partial(block_causal_attention, per_frame=per_frame, causal=self.config.causal)
+        # DIFF official: the zero frames that fill the last window are keys of the causal attention.
+        # (With one window a clip there are none, only the padding of the batch, which never is.)
+        causal_keep = keep if self.config.mask_padding or not self.config.windows else None
         dropout = self.config.dropout
         queries = F.dropout(self.query_norm(self.queries), dropout, self.training)
         queries = queries.expand(len(windows), -1, -1)                            # (W,Q,D)
         again = self.checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            queries = (checkpoint(layer, queries, x, causal_keep, keys, use_reentrant=False)
-                       if again else layer(queries, x, causal_keep, keys))
+            inputs = queries, x, keep, causal_keep, attend
+            queries = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
         return queries
 
 
@@ -452,34 +494,68 @@ class Favor(nn.Module):
         return {"fps": config.fps, "size": self.visual.image_size, "antialias": config.antialias,
                 "frame_times": config.frame_times, "max_seconds": config.max_seconds}
 
-    @torch.no_grad()
     def encode(self, clip, prompts):
         """One clip -> a Features for each prompt.  The ViT and Whisper run once: only the visual
         Q-Former reads the prompt."""
-        device, config = self.llm_proj.weight.device, self.config
-        audio = visual = None
-        if clip is not None and clip.audio is not None:
-            wave = clip.audio
-            if config.audio_seconds:                      # DIFF official: always exactly 30 s
-                samples = round(config.audio_seconds * self.whisper.config.sample_rate)
-                wave = F.pad(wave[:samples], (0, max(0, samples - len(wave))))
-            audio = self.whisper.encode(wave.to(device))                          # (S,D_a)
-        if clip is not None and clip.frames is not None:
-            pixels = to_pixels(clip.frames, self.visual.image_size).to(device)
-            image = self.visual.encode_image(pixels)                              # (F,P,D_vit)
-            ids, keep = (x.to(device).repeat_interleave(len(image), dim=0)        # (prompts*F,T)
-                         for x in self.qformer_tokenizer(list(prompts)))
-            visual = self.visual.query(image.repeat(len(prompts), 1, 1), ids, keep)
-            visual = rearrange(visual, "(p f) v d -> p f v d", p=len(prompts))
-        return [Features(None if visual is None else visual[i], audio, bool(clip and clip.is_image))
-                for i in range(len(prompts))]
+        return self.encode_all([clip] * len(prompts), prompts)
+
+    def encode_all(self, clips, prompts):
+        """Clips (None: text alone) and a prompt for each -> a Features each.  The pictures of all
+        go through the ViT side by side, their sounds through Whisper; a clip that is named again is
+        not encoded again."""
+        device = self.llm_proj.weight.device
+        own = {id(clip): clip for clip in clips if clip is not None}
+        with torch.inference_mode():
+            heard = {key: clip.audio for key, clip in own.items() if clip.audio is not None}
+            if self.config.audio_seconds:                 # DIFF official: always exactly 30 s
+                samples = round(self.config.audio_seconds * self.whisper.config.sample_rate)
+                heard = {key: F.pad(wave[:samples], (0, max(0, samples - len(wave))))
+                         for key, wave in heard.items()}
+            audio = dict(zip(heard, self.whisper.encode_all([*heard.values()]),   # (S,D_a) each
+                             strict=True))
+            shown = {key: clip.frames for key, clip in own.items() if clip.frames is not None}
+            visual = {}
+            if shown:
+                pixels = torch.cat([to_pixels(frames.to(device), self.visual.image_size)
+                                    for frames in shown.values()])                # (F,3,H,W)
+                images = dict(zip(shown, self.visual.encode_image(pixels).split(
+                    [*map(len, shown.values())]), strict=True))                   # (F,P,D_vit) each
+                rows = [i for i, clip in enumerate(clips) if id(clip) in images]
+                frames = [images[id(clips[i])] for i in rows]
+                counts = torch.tensor([*map(len, frames)])
+                ids, keep = (x.repeat_interleave(counts, dim=0).to(device)        # (F,T)
+                             for x in self.qformer_tokenizer([prompts[i] for i in rows]))
+                queries = self.visual.query(torch.cat(frames), ids, keep)         # (F,V,D_v)
+                visual = dict(zip(rows, queries.split(counts.tolist()), strict=True))
+        # Copies: what inference mode made cannot be kept for a backward pass.
+        audio = {key: vectors.clone() for key, vectors in audio.items()}
+        return [Features(visual[i].clone() if i in visual else None, audio.get(id(clip)),
+                         bool(clip and clip.is_image)) for i, clip in enumerate(clips)]
+
+    def encoded(self, samples):
+        """The same samples, their clips encoded: about FRAMES_AT_ONCE frames at a time, so that
+        stills and short clips fill a GPU and long ones do not overflow it."""
+        groups, frames = [], math.inf
+        for i, sample in enumerate(samples):
+            if sample.features is None:
+                seen = sample.clip.frames if sample.clip else None
+                n = 0 if seen is None else len(seen)
+                if frames + n > FRAMES_AT_ONCE:
+                    groups.append([])
+                    frames = 0
+                groups[-1].append(i)
+                frames += n
+        samples = list(samples)
+        for group in groups:
+            found = self.encode_all([samples[i].clip for i in group],
+                                    [samples[i].prompt for i in group])
+            for i, features in zip(group, found, strict=True):
+                samples[i] = dataclasses.replace(samples[i], features=features, clip=None)
+        return samples
 
     def with_features(self, sample):
         """The same sample, its clip encoded."""
-        if sample.features is not None:
-            return sample
-        return dataclasses.replace(
-            sample, features=self.encode(sample.clip, [sample.prompt])[0], clip=None)
+        return self.encoded([sample])[0]
 
     def features_of(self, sample):
         """-> visual (F,V,D_v), an image repeated to the length of its sound, and audio (S,D_a);
@@ -528,7 +604,7 @@ class Favor(nn.Module):
         The windows of the whole batch go through the Q-Former side by side, so that a sample never
         meets another one's padding.  One dummy window of zeros goes along: every rank of a DDP run
         touches every trained parameter at every step, whatever its batch holds (test_ddp.py)."""
-        parts = [self.joint_windows(sample) for sample in samples]
+        parts = [self.joint_windows(sample) for sample in self.encoded(samples)]
         N = max(self.visual.n_queries, self.audio_steps)
         like = self.audio_proj(self.audio_proj.weight.new_zeros(1, self.audio_proj.in_features)) * 0
         dummy = torch.cat([like, like], dim=-1).expand(1, (self.config.windows or 1) * N, -1)

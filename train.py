@@ -188,13 +188,11 @@ def train_step(model, drawn, config, device, autocast):
     -> {loss, ce, diversity, grad_norm: of the whole batch; task_ce {task: (sum, n)}, work: of this
     process}; only loss None when no process has a sample.  Gradients are there, clipped."""
     bare, world = getattr(model, "module", model), processes.world()
-    items = []
-    for d in drawn:
-        if d.sample is not None:
-            sample = bare.with_features(d.sample)
-            seen = sample.features.visual
-            items.append((d.task, sample, bare.length(sample), 0 if seen is None else len(seen)))
-    samples = [sample for _, sample, _, _ in items]
+    there = [d for d in drawn if d.sample is not None]
+    samples = bare.encoded([d.sample for d in there])
+    seen = [sample.features.visual for sample in samples]
+    items = [(d.task, sample, bare.length(sample), 0 if frames is None else len(frames))
+             for d, sample, frames in zip(there, samples, seen, strict=True)]
     tokens, pieces = processes.summed([sum(map(bare.answer_tokens, samples)),
                                        sum(map(bare.diversity_parts, samples))], device)
     if not tokens:

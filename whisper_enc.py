@@ -210,15 +210,22 @@ class WhisperEncoder(nn.Module):
 
     def encode(self, audio):
         """(S,) at 16 kHz, any length -> (ceil(S/320),D): 50 vectors a second, none for padding."""
-        audio, config = checked_audio(audio), self.config
-        if audio.ndim != 1:
-            raise ValueError(f"audio has shape {tuple(audio.shape)}; wanted (S,), mono")
-        n_positions = math.ceil(len(audio) / (2 * config.hop))
-        n_chunks = max(1, math.ceil(len(audio) / config.chunk_samples))
-        audio = F.pad(audio, (0, n_chunks * config.chunk_samples - len(audio)))
-        chunks = audio.view(n_chunks, config.chunk_samples)            # (B,chunk_samples)
-        encoded = [
+        return self.encode_all([audio])[0]
+
+    def encode_all(self, audios):
+        """The same of a list, whose chunks go through side by side."""
+        config, chunks = self.config, []
+        for audio in map(checked_audio, audios):
+            if audio.ndim != 1:
+                raise ValueError(f"audio has shape {tuple(audio.shape)}; wanted (S,), mono")
+            n = max(1, math.ceil(len(audio) / config.chunk_samples))
+            audio = F.pad(audio, (0, n * config.chunk_samples - len(audio)))
+            chunks.append(audio.view(n, config.chunk_samples))                 # (B,chunk_samples)
+        if not chunks:
+            return []
+        encoded = torch.cat([
             self(log_mel_spectrogram(part.to(self.conv1.weight.device), config.chunk_samples,
                                      config.n_fft, config.hop, config.n_mels, config.sample_rate))
-            for part in chunks.split(CHUNKS_AT_ONCE)]
-        return rearrange(torch.cat(encoded), "b p d -> (b p) d")[:n_positions]
+            for part in torch.cat(chunks).split(CHUNKS_AT_ONCE)])              # (B,positions,D)
+        return [rearrange(own, "b p d -> (b p) d")[:math.ceil(len(audio) / (2 * config.hop))]
+                for own, audio in zip(encoded.split([*map(len, chunks)]), audios, strict=True)]

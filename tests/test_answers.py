@@ -119,8 +119,8 @@ class Parrot(None_model):
     def reading(self):
         return {"sound_only": True}
 
-    def with_features(self, sample):
-        return sample
+    def encoded(self, samples):
+        return samples
 
     def generate(self, samples):
         self.asked += [(s.prompt, s.history) for s in samples]

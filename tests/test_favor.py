@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+from functools import partial
 
 import pytest
 import sentencepiece
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from parity import check, randomise
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import favor
 import hub
@@ -30,8 +32,10 @@ from favor import (
     FavorConfig,
     Features,
     Sample,
+    block_causal_attention,
     block_causal_mask,
     diversity_loss,
+    flash_block_causal,
     preset,
     prompt_ids,
     split_windows,
@@ -199,6 +203,77 @@ def test_causal_mask_is_fig_2_and_future_its_mirror():
     assert torch.equal(block_causal_mask(frames, n, "future"), past.T) and past.dtype == torch.bool
     with pytest.raises(ValueError, match="past and future"):
         block_causal_mask(frames, n, "none")
+
+
+def softmax_attention(q, k, v, keep, causal, per_frame):
+    """In float64 by the boolean mask -> (W,heads,K*N,d), the reference of both ways."""
+    mask = block_causal_mask(q.shape[2] // per_frame, per_frame, causal) & keep[:, None, None]
+    scores = (q.double() @ k.double().mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1).nan_to_num() @ v.double()
+
+
+@pytest.mark.parametrize("attend", [block_causal_attention, flash_block_causal])
+@pytest.mark.parametrize("padding", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("causal", ["past", "future"])
+@pytest.mark.parametrize("frames, n, d", [(1, 3, 8), (4, 5, 16), (10, 8, 128)])
+def test_block_causal_attention_is_the_masked_softmax(attend, causal, padding, frames, n, d):
+    """Outputs and gradients of the kept rows, of both ways, against float64; large scores, too."""
+    inputs = [8 * torch.randn(2, 3, frames * n, d), torch.randn(2, 3, frames * n, d),
+              torch.randn(2, 3, frames * n, d)]
+    keep = torch.ones(2, frames * n, dtype=torch.bool)
+    if padding:
+        keep[0, n - 1::n] = False                         # a vector of every frame
+        keep[1, (frames + 1) // 2 * n:] = False           # the filling of a last window
+    got, wanted = [], []
+    for function, results in ((partial(attend, per_frame=n, causal=causal), got),
+                              (partial(softmax_attention, per_frame=n, causal=causal), wanted)):
+        qkv = [x.clone().requires_grad_() for x in inputs]
+        out = function(*qkv, keep) if function.func is attend else function(*qkv, keep=keep)
+        out = out * keep[:, None, :, None]
+        (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        results += [out, *(x.grad for x in qkv)]
+    for name, a, b in zip(("output", "dq", "dk", "dv"), got, wanted, strict=True):
+        check(f"{attend.__name__} {causal} {name}", a.double(), b.double(), 2e-4, 5e-6)
+
+
+def test_on_the_flash_path_there_is_no_mask(monkeypatch):
+    """One call, no attn_mask, nothing of (K*N)^2 in size, also in bf16; d = 128 becomes 144."""
+    calls, real = [], F.scaled_dot_product_attention
+
+    def seen(q, k, v, attn_mask=None, **settings):
+        calls.append((attn_mask, q.shape, settings))
+        return real(q, k, v, attn_mask, **settings)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    S, largest = 60 * 32, 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **kwargs or {})
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+    q, k, v = torch.randn(3, 1, 1, S, 64, dtype=torch.bfloat16)
+    with Largest():
+        flash = flash_block_causal(q, k, v, per_frame=32)
+    assert largest <= 8 * S * 128 < S * S and len(calls) == 1
+    assert calls[0][0] is None and calls[0][1] == (1, 1, S, 128)        # 64 + 60 + 1 -> 128
+    wanted = softmax_attention(q, k, v, torch.ones(1, S, dtype=torch.bool), "past", 32)
+    check("bf16", flash.double(), wanted, 2e-2, 2e-2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"causal": "future"}, {"windows": 0}, SHORT_OFFICIAL],
+                         ids=["paper", "future", "one window", "official"])
+def test_losses_are_the_same_on_either_path(changes, build, monkeypatch):
+    model, results = build(**changes), []
+    for attend in (block_causal_attention, flash_block_causal):
+        monkeypatch.setattr(favor, "block_causal_attention", attend)
+        model.zero_grad()
+        out = model(mixed())
+        out["loss"].backward()
+        results.append((out["loss"].item(), model.qformer.positions.weight.grad.clone()))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
+    check("gradient", results[1][1], results[0][1], 1e-5, 5e-6)
 
 
 # ---- Eq. (2): the causal Q-Former ---------------------------------------------------------------

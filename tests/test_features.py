@@ -274,9 +274,16 @@ def test_killed_at_any_moment(small_model, records, tmp_path, monkeypatch):
     started = time.time()
     whole = keep_features(small_model, records, log=quiet)
     seconds, rng, killed, kept = time.time() - started, random.Random(0), 0, 0
+
+    def written():
+        return sum(file.stat().st_size for file in (tmp_path / "kept").rglob("*.jsonl"))
+
     for _ in range(8):
+        before = written()
         child = forked(lambda: keep_features(small_model, records, tmp_path / "kept", log=quiet))
-        child.join(rng.uniform(0.1, 0.5) * seconds)
+        while child.is_alive() and written() == before:
+            time.sleep(0.002)
+        child.join(rng.uniform(0, 0.1) * seconds)
         child.kill()
         child.join()
         killed += child.exitcode == -signal.SIGKILL
