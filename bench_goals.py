@@ -7,6 +7,7 @@ Public: attention, vision, hearing, language, decoding."""
 
 import inspect
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -75,18 +76,18 @@ def block_causal_flops(batch, heads, frames, per_frame, d):
 
 
 def attention(run: Run):
-    """Goal 1.  (frames, vectors a frame, batch, limit of the time)."""
+    """Goal 1.  Shapes: frames, vectors a frame, batch, heads, limit of the time."""
     shapes = run.pick(
-        test=((3, 4, 2, ""), (5, 4, 2, "")),
-        quick=((10, 32, 4, "ratio <= 0.70"), (20, 64, 1, "ratio <= 0.42"),
-               (60, 32, 1, "ratio <= 0.42")),
-        full=((10, 32, 4, "ratio <= 0.70"), (20, 64, 4, "ratio <= 0.42"),
-              (60, 32, 4, "ratio <= 0.42")),
-        cuda=((10, 32, 48, "ratio <= 0.5"), (60, 32, 8, "ratio <= 0.2")))
-    heads, d = run.pick(test=(2, 8), quick=(12, 64), cuda=(12, 128))
+        test=((3, 4, 2, 2, ""), (5, 4, 2, 2, "")),
+        quick=((10, 32, 4, 12, "ratio <= 0.70"), (20, 64, 1, 6, "ratio <= 0.42"),
+               (60, 32, 1, 3, "ratio <= 0.42")),
+        full=((10, 32, 4, 12, "ratio <= 0.70"), (20, 64, 4, 12, "ratio <= 0.42"),
+              (60, 32, 4, 12, "ratio <= 0.42")),
+        cuda=((10, 32, 48, 12, "ratio <= 0.5"), (60, 32, 8, 12, "ratio <= 0.2")))
+    d = run.pick(test=8, quick=64, cuda=128)
     dtype = torch.bfloat16 if run.cuda else torch.float32
     lines, peaks = [], []
-    for frames, per_frame, batch, limit in shapes:
+    for frames, per_frame, batch, heads, limit in shapes:
         def make(shape=(batch, heads, frames * per_frame, d)):
             return [torch.randn(shape, device=run.device, dtype=dtype) for _ in range(4)]
 
@@ -103,7 +104,8 @@ def attention(run: Run):
         peaks.append(peak_line(run, f"{what}: peak memory", inputs, ours, peer,
                                peer_name="explicit mask",
                                floor=4 * inputs[0].nbytes / MIB))        # output, three gradients
-    peaks[-1].wanted = run.wants("ratio <= 0.10")
+    if run.size == "full":                # the one mask weighs more where batch and heads are few
+        peaks[-1].wanted = run.wants("ratio <= 0.10")
     lines += [*peaks, no_square(run, shapes, peaks)]
     return lines + ([flash_only(run, ours, inputs)] if run.cuda else [])
 
@@ -111,11 +113,11 @@ def attention(run: Run):
 def no_square(run, shapes, peaks):
     """Peak memory a vector in the longest clip over that in the shortest: 1 where nothing is S^2,
     else 6 from 320 to 1920 vectors."""
-    a_vector = [line.ours / (T * n * batch) for line, (T, n, batch, _) in
+    a_vector = [line.ours / (T * n * batch * heads) for line, (T, n, batch, heads, _) in
                 zip(peaks, shapes, strict=True)]
-    wanted = run.wants("ours <= 2", "ours <= 2")
     return Line("memory a vector, longest clip / shortest", "x", a_vector[-1] / a_vector[0],
-                wanted=wanted, note="6 if a matrix of S x S were kept for each head")
+                wanted=run.wants("", "ours <= 2"),
+                note="6 if a matrix of S x S were kept for each head")
 
 
 def flash_only(run, ours, inputs):
@@ -131,7 +133,7 @@ def vision(run: Run):
     """Goal 2."""
     config = run.pick(test=ViTConfig(width=32, layers=2, heads=2, ffn=64, image_size=28),
                       quick=ViTConfig(layers=2), cuda=ViTConfig())
-    frames, dtype = run.pick(test=2, quick=8, cuda=256), torch.bfloat16
+    frames, dtype = run.pick(test=2, full=8, cuda=256), torch.bfloat16
     ours, peer = peers.vit_pair(config, dtype, run.device)
 
     def make(n=frames):
@@ -146,7 +148,7 @@ def vision(run: Run):
         run, f"{config.layers} layers, bf16, {frames} frames", make, ours, peer,
         peer_name="transformers sdpa", floor=run.floor_ms(work, dtype),
         wanted=run.wants("ratio <= 1.02", f"ratio <= {1 / 1.05:.3f}"),
-        note=f"{', '.join(kernels(run, ours, *inputs))}; difference {far:.0e}")
+        note=f"{', '.join(kernels(run, ours, *make(1)))}; difference {far:.0e}")
     return [line, *(vision_on_gpu(run, line, ours, peer, make, frames) if run.full_cuda else ())]
 
 
@@ -169,8 +171,10 @@ def vision_on_gpu(run, line, ours, peer, make, frames):
 def hearing(run: Run):
     """Goal 3."""
     config = run.pick(test=WhisperConfig(width=32, layers=2, heads=2, ffn=64),
-                      quick=WhisperConfig(layers=2), cuda=WhisperConfig())
-    chunks, lines = run.pick(test=1, cuda=32), []
+                      quick=WhisperConfig(layers=2, max_source_positions=250),
+                      full=WhisperConfig(layers=2), cuda=WhisperConfig())
+    chunks, seconds = run.pick(test=1, cuda=32), config.chunk_samples / config.sample_rate
+    lines = []
     for dtype in (torch.bfloat16,) if run.cuda else (torch.float32, torch.bfloat16):
         ours, peer = peers.whisper_pair(config, dtype, run.device)
 
@@ -181,10 +185,10 @@ def hearing(run: Run):
         inputs = make()
         far = check(f"Whisper {dtype_name(dtype)}", ours(*inputs), peer(*inputs).last_hidden_state,
                     1e-4 if dtype == torch.float32 else 0.1)
-        work = chunks * flops.whisper_flops(ours, config.chunk_samples / config.sample_rate)
+        work = chunks * flops.whisper_flops(ours, seconds)
         lines.append(compare(
-            run, f"encoder, {config.layers} layers, {dtype_name(dtype)}, {chunks} x 30 s", make,
-            ours, peer, peer_name="transformers sdpa", floor=run.floor_ms(work, dtype),
+            run, f"encoder, {config.layers} layers, {dtype_name(dtype)}, {chunks} x {seconds:g} s",
+            make, ours, peer, peer_name="transformers sdpa", floor=run.floor_ms(work, dtype),
             wanted=run.wants("ratio <= 1.0", "ratio <= 1.0"),
             note=f"{', '.join(kernels(run, ours, *inputs))}; difference {far:.0e}"))
     if run.full_cuda:
@@ -262,8 +266,9 @@ def both_steps(run, ours, peer, dtype):
 
 def language(run: Run):
     """Goal 4."""
-    config = run.pick(test=TEST, quick=SMALL, cuda=LLAMA[run.model])
-    batch, tokens, answer = run.pick(test=(2, 16, 4), quick=(2, 256, 40), full=(4, 256, 40),
+    config = run.pick(test=TEST, quick=replace(SMALL, layers=2), full=SMALL,
+                      cuda=LLAMA[run.model])
+    batch, tokens, answer = run.pick(test=(2, 16, 4), quick=(1, 256, 40), full=(4, 256, 40),
                                      cuda=(32, 292, 40))
     lines = []
     for dtype in (torch.bfloat16,) if run.cuda else (torch.float32, torch.bfloat16):
@@ -273,7 +278,9 @@ def language(run: Run):
             return (0.02 * torch.randn(batch, tokens, config.width, device=run.device, dtype=dtype),
                     torch.randint(config.vocab_size, (batch, answer), device=run.device))
 
-        inputs, what = make(), f"{dtype_name(dtype)}, {batch} x {tokens} tokens, {answer} learnt"
+        inputs = make()
+        what = (f"{dtype_name(dtype)}, {config.layers} layers, {batch} x {tokens} tokens, "
+                f"{answer} learnt")
         (loss, gradient), (peer_loss, peer_gradient) = ours(*inputs), peer(*inputs)
         far = check(f"LLM step {what}: loss", loss, peer_loss, TOLERANCE[dtype])
         scale = peer_gradient.abs().max().item()
@@ -322,7 +329,8 @@ def graph_settings():
 @torch.no_grad()
 def decoding(run: Run):
     """Goal 7: greedy, batch 1; on a CPU in fp32 on one thread."""
-    config = run.pick(test=TEST, quick=SMALL, cuda=LLAMA[run.model])
+    config = run.pick(test=TEST, quick=replace(SMALL, layers=2), full=SMALL,
+                      cuda=LLAMA[run.model])
     prompt, new = run.pick(test=(5, 6), quick=(32, 16), full=(32, 48), cuda=(292, 128))
     dtype = torch.bfloat16 if run.cuda else torch.float32
     llm, hf = merged_pair(config, dtype, run.device)
@@ -348,7 +356,7 @@ def decoding(run: Run):
     floor = run.floor_ms(n_bytes=llm.lm_head.weight.element_size() * weights,
                          bandwidth="copy" if run.cuda else "gemv, 1 thread")
     names = {"ours": "eager", "graph": "CUDA graph"}
-    lines = [line_of(f"{names[side]}, a token", seconds[side], seconds["peer"], 1e3 / new,
+    lines = [line_of(f"{config.layers} layers, {names[side]}: a token", seconds[side], seconds["peer"], 1e3 / new,
                      peer_name="transformers generate", floor=floor, note=note)
              for side in sides if side != "peer"]
     lines[-1].wanted = run.wants(f"ratio <= {1 / 1.1:.3f}", f"ratio <= {1 / 3:.3f}")

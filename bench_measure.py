@@ -246,7 +246,8 @@ def kernels(run, function, *inputs):
         found = {n for n in names if "scaled_dot_product" in n or n in ("aten::bmm",
                                                                         "aten::softmax")}
         found -= {"aten::scaled_dot_product_attention"}
-    return sorted(name.split("<")[0].split("(")[0].removeprefix("void ") for name in found)
+    short = {name.split("<")[0].split("(")[0].removeprefix("void ") for name in found}
+    return sorted(name.removeprefix("aten::") for name in short)
 
 
 # ---------------------------------------------------------------- ceilings

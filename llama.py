@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hub
+import lora
 
 LLM_TENSORS = ("language_model.", "model.", "lm_head.")     # in an InstructBLIP's or a LLaMA's file
 # How longer texts than the trained ones are fitted in -> what config.json has to say about it
@@ -183,10 +184,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
-    def forward(self, x):
-        x32 = x.float()           # mean square in fp32; the weight multiplies after the cast back
-        x32 = x32 * (x32.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
-        return self.weight * x32.to(x.dtype)
+    def forward(self, x):         # the mean square in fp32; on a GPU one kernel
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def rotary_angles(config, positions):
@@ -260,8 +259,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(inner, config.width, bias=False)
 
     def forward(self, x, cos, sin, keep, cache):
-        q, k, v = (rearrange(proj(x), "b t (h d) -> b h t d", d=self.head_dim)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (rearrange(part, "b t (h d) -> b h t d", d=self.head_dim)
+                   for part in lora.apply_all(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.index, k, v)
@@ -279,7 +278,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.ffn, config.width, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))    # SwiGLU
+        gate, up = lora.apply_all(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)                              # SwiGLU
 
 
 class Block(nn.Module):

@@ -2,7 +2,7 @@
      y = W x + alpha/r * B A dropout(x)      x (B,L,in), W (out,in) frozen, A (r,in), B (out,r)
    Files are peft's: adapter_config.json + adapter_model.safetensors, names
    base_model.model.<module>.lora_A.weight, so that either side reads what the other wrote.
-   Public: LoraConfig, inject, merge, unmerge, save, load."""
+   Public: LoraConfig, inject, apply_all, merge, unmerge, save, load."""
 
 import math
 import os
@@ -51,16 +51,33 @@ class LoraLinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)        # a fresh adapter changes nothing
         self.unmerged_weight = None               # the original on the CPU while merged
 
-    def forward(self, x):
+    def forward(self, x, inner=None):
+        """x (...,in) -> (...,out); inner (...,r): what `down` made of x, if that is known."""
         y = F.linear(x, self.weight, self.bias)
         if self.unmerged_weight is not None:
             if self.training:
                 raise RuntimeError("a merged adapter cannot train; call lora.unmerge(model) first, "
                                    "or model.eval()")
             return y
-        x = F.dropout(x.to(self.lora_A.weight.dtype), self.config.dropout, self.training)
-        # scaled where it is r wide
-        return y + self.lora_B(self.config.scale * self.lora_A(x)).to(y.dtype)
+        return y + self.lora_B(down(x, [self])[0] if inner is None else inner).to(y.dtype)
+
+
+def down(x, adapters):
+    """alpha/r * A dropout(x) of adapters that read the same x (...,in) -> a list of (...,r): one
+    dropout (peft draws one for each) and one product with all A stacked, as reading x is what takes
+    the time here."""
+    A, config = torch.cat([layer.lora_A.weight for layer in adapters]), adapters[0].config
+    if not torch.is_autocast_enabled(x.device.type):       # which casts to its own dtype
+        x = x.to(A.dtype)
+    inner = F.linear(F.dropout(x, config.dropout, adapters[0].training), A)
+    return (config.scale * inner).split(config.r, dim=-1)                    # scaled where r wide
+
+
+def apply_all(x, *linears):
+    """[linear(x) for linear in linears], with what their adapters share done once."""
+    adapted = [m for m in linears if isinstance(m, LoraLinear) and m.unmerged_weight is None]
+    inner = dict(zip(adapted, down(x, adapted), strict=True)) if adapted else {}
+    return [m(x, inner[m]) if m in inner else m(x) for m in linears]
 
 
 def layers(model):
