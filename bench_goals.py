@@ -5,7 +5,6 @@ not do the same.  Whole steps: bench_steps.py.  Media: bench_media.py.
 
 Public: attention, vision, hearing, language, decoding."""
 
-import inspect
 import math
 from dataclasses import replace
 
@@ -30,7 +29,7 @@ from bench_measure import (
     threads,
 )
 from favor import block_causal_attention, block_causal_mask
-from llama import Llama, LlamaConfig
+from llama import LlamaConfig
 from sizes import VICUNA_13B
 from vit_qformer import ViTConfig
 from whisper_enc import WhisperConfig, log_mel_spectrogram
@@ -38,11 +37,16 @@ from whisper_enc import WhisperConfig, log_mel_spectrogram
 LLAMA = {"7b": LlamaConfig(), "13b": VICUNA_13B}
 SMALL = LlamaConfig(width=1024, layers=4, heads=16, kv_heads=16, ffn=2752)   # the notes' own size
 TEST = LlamaConfig(vocab_size=61, width=64, layers=2, heads=4, kv_heads=4, ffn=96)
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}     # of numbers around 1
+# largest difference of numbers around 1; in bf16 the relative one
+TOLERANCE = {torch.float32: (2e-5,), torch.bfloat16: (3e-2, True)}
 
 
 def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
+
+
+def path_and_difference(run, ours, inputs, far):
+    return f"{', '.join(kernels(run, ours, *inputs))}; difference {far:.0e}"
 
 
 def peak_line(run, what, inputs, ours, peer, **rest):
@@ -94,13 +98,14 @@ def attention(run: Run):
         ours, peer = (forward_backward(lambda q, k, v, f=f, n=per_frame: f(q, k, v, per_frame=n))
                       for f in (block_causal_attention, explicit_mask))
         inputs, what = make(), f"{frames}x{per_frame}, batch {batch}, {heads} heads x {d}"
-        far = max(check(f"attention {what}", *pair, 2 * TOLERANCE[dtype])
-                  for pair in zip(ours(*inputs), peer(*inputs), strict=True))
         work = block_causal_flops(batch, heads, frames, per_frame, d)
-        lines.append(compare(
+        line = compare(
             run, f"{what}: forward + backward", make, ours, peer, peer_name="explicit mask",
-            floor=run.floor_ms(work, dtype), wanted=limit if run.wants("yes", "yes") else "",
-            note=f"{', '.join(kernels(run, ours, *inputs))}; difference {far:.0e}"))
+            floor=run.floor_ms(work, dtype), wanted=run.wants(limit, limit))
+        far = max(check(f"attention {what}", *pair, *TOLERANCE[dtype])
+                  for pair in zip(ours(*inputs), peer(*inputs), strict=True))
+        line.note = path_and_difference(run, ours, inputs, far)
+        lines.append(line)
         peaks.append(peak_line(run, f"{what}: peak memory", inputs, ours, peer,
                                peer_name="explicit mask",
                                floor=4 * inputs[0].nbytes / MIB))        # output, three gradients
@@ -140,15 +145,14 @@ def vision(run: Run):
         return (torch.randn(n, 3, config.image_size, config.image_size, device=run.device,
                             dtype=dtype),)
 
-    inputs = make()
-    # the peer's LayerNorm rounds at other places: bf16's last digit, of numbers around 1 to 4
-    far = check("ViT", ours(*inputs), peer(*inputs).last_hidden_state, 0.1)
     work = frames * flops.vit_flops(ours)
     line = compare(
         run, f"{config.layers} layers, bf16, {frames} frames", make, ours, peer,
         peer_name="transformers sdpa", floor=run.floor_ms(work, dtype),
-        wanted=run.wants("ratio <= 1.02", f"ratio <= {1 / 1.05:.3f}"),
-        note=f"{', '.join(kernels(run, ours, *make(1)))}; difference {far:.0e}")
+        wanted=run.wants("ratio <= 1.02", f"ratio <= {1 / 1.05:.3f}"))
+    inputs = make(1)
+    far = check("ViT", ours(*inputs), peer(*inputs).last_hidden_state, *TOLERANCE[dtype])
+    line.note = path_and_difference(run, ours, inputs, far)
     return [line, *(vision_on_gpu(run, line, ours, peer, make, frames) if run.full_cuda else ())]
 
 
@@ -182,15 +186,15 @@ def hearing(run: Run):
             return (torch.randn(chunks, config.n_mels, 2 * config.max_source_positions,
                                 device=run.device, dtype=dtype),)
 
-        inputs = make()
-        far = check(f"Whisper {dtype_name(dtype)}", ours(*inputs), peer(*inputs).last_hidden_state,
-                    1e-4 if dtype == torch.float32 else 0.1)
         work = chunks * flops.whisper_flops(ours, seconds)
         lines.append(compare(
             run, f"encoder, {config.layers} layers, {dtype_name(dtype)}, {chunks} x {seconds:g} s",
             make, ours, peer, peer_name="transformers sdpa", floor=run.floor_ms(work, dtype),
-            wanted=run.wants("ratio <= 1.0", "ratio <= 1.0"),
-            note=f"{', '.join(kernels(run, ours, *inputs))}; difference {far:.0e}"))
+            wanted=run.wants("ratio <= 1.0", "ratio <= 1.0")))
+        inputs = make()
+        far = check(f"Whisper {dtype_name(dtype)}", ours(*inputs), peer(*inputs).last_hidden_state,
+                    *TOLERANCE[dtype])
+        lines[-1].note = path_and_difference(run, ours, inputs, far)
     if run.full_cuda:
         rate, most = (chunks / ms * 1e3 for ms in (lines[-1].ours, lines[-1].floor))
         lines += [Line("encoder", "chunks/s", rate, floor=most, wanted="ours >= 174",
@@ -214,11 +218,12 @@ def log_mel(run):
         return extractor(audio.numpy(), sampling_rate=16000, return_tensors="pt",
                          device=str(run.device)).input_features
 
+    line = compare(run, f"log-mel of {seconds} s", make, ours, peer,
+                   peer_name="WhisperFeatureExtractor", wanted=run.wants("ratio <= 1.0"))
     inputs = make()
     far = check("log-mel", ours(*inputs).cpu(), peer(*inputs).cpu(), 1e-4)
-    return compare(run, f"log-mel of {seconds} s", make, ours, peer,
-                   peer_name="WhisperFeatureExtractor", wanted=run.wants("ratio <= 1.0"),
-                   note=f"difference {far:.0e}, allowed 1e-4")
+    line.note = f"difference {far:.0e}, allowed 1e-4"
+    return line
 
 
 # ---------------------------------------------------------------- 4: LLaMA + LoRA, a training step
@@ -268,8 +273,8 @@ def language(run: Run):
     """Goal 4."""
     config = run.pick(test=TEST, quick=replace(SMALL, layers=2), full=SMALL,
                       cuda=LLAMA[run.model])
-    batch, tokens, answer = run.pick(test=(2, 16, 4), quick=(1, 256, 40), full=(4, 256, 40),
-                                     cuda=(32, 292, 40))
+    batch, tokens, answer = run.pick(test=(2, 16, 4), quick=(1, 128, 20), full=(4, 256, 40),
+                                     cuda=({"7b": 32, "13b": 16}[run.model], 292, 40))
     lines = []
     for dtype in (torch.bfloat16,) if run.cuda else (torch.float32, torch.bfloat16):
         ours, peer = both_steps(run, *(pair := peers.lora_pair(config, dtype, run.device)), dtype)
@@ -281,23 +286,27 @@ def language(run: Run):
         inputs = make()
         what = (f"{dtype_name(dtype)}, {config.layers} layers, {batch} x {tokens} tokens, "
                 f"{answer} learnt")
-        (loss, gradient), (peer_loss, peer_gradient) = ours(*inputs), peer(*inputs)
-        far = check(f"LLM step {what}: loss", loss, peer_loss, TOLERANCE[dtype])
-        scale = peer_gradient.abs().max().item()
-        check(f"LLM step {what}: gradient of its input / the largest", gradient / scale,
-              peer_gradient / scale, 1e-3 if dtype == torch.float32 else 0.2)
         work, limit = llm_flops(pair[0], batch, tokens, answer), dtype == torch.float32
         lines.append(compare(
             run, f"{what}: step", make, ours, peer, peer_name="transformers + peft",
-            floor=run.floor_ms(work, dtype), note=f"losses differ by {far:.0e}",
+            floor=run.floor_ms(work, dtype),
             wanted=run.wants("ratio <= 0.65" if limit else "ratio <= 0.60",
                              f"ratio <= {1 / 1.3:.3f}")))
+        lines[-1].note = same_step(f"LLM step {what}", ours(*inputs), peer(*inputs), dtype)
         lines.append(peak_line(run, f"{what}: peak memory", inputs, ours, peer,
                                peer_name="transformers + peft", wanted=run.wants("ratio <= 0.45")))
         if run.full_cuda:
             lines += token_rates(run, lines[-2], batch * tokens)
         del pair, ours, peer
     return lines
+
+
+def same_step(what, ours, peer, dtype):
+    """Losses to 1e-5, in bf16 0.02; gradients of the input to 1e-3, in bf16 0.2 of their size."""
+    exact = dtype == torch.float32
+    far = check(f"{what}: loss", ours[0], peer[0], 1e-5 if exact else 2e-2)
+    check(f"{what}: gradient of its input", ours[1], peer[1], 1e-3 if exact else 0.2, True)
+    return f"losses differ by {far:.0e}"
 
 
 def token_rates(run, line, tokens):
@@ -320,10 +329,15 @@ def merged_pair(config, dtype, device):
     return ours.eval(), peer
 
 
-def graph_settings():
-    """How Llama.generate is asked to decode through a CUDA graph; None where it cannot yet."""
-    known = inspect.signature(Llama.generate).parameters
-    return {"compiled": True} if "compiled" in known else None
+def in_fixed_steps(llm, generate):
+    """generate, but with compiled steps of fixed shape, on a GPU as one CUDA graph."""
+    def compiled(*inputs):
+        llm.compiled = True
+        try:
+            return generate(*inputs)
+        finally:
+            llm.compiled = False
+    return compiled
 
 
 @torch.no_grad()
@@ -338,8 +352,8 @@ def decoding(run: Run):
     def make():
         return (torch.randint(3, config.vocab_size, (1, prompt), device=run.device),)
 
-    def ours(ids, **settings):
-        return llm.generate(ids, max_new_tokens=new, eos_id=-1, **settings)[0]
+    def ours(ids):
+        return llm.generate(ids, max_new_tokens=new, eos_id=-1)[0]
 
     def peer(ids):
         return hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
@@ -347,23 +361,24 @@ def decoding(run: Run):
 
     with threads(torch.get_num_threads() if run.cuda else 1):
         sides = {"ours": ours, "peer": peer}
-        if run.cuda and graph_settings():
-            sides["graph"] = lambda ids: ours(ids, **graph_settings())
-        note = same_tokens(run, sides, make, dtype)
+        if run.cuda:
+            sides["graph"] = in_fixed_steps(llm, ours)
         seconds = interleaved(run, "decoding", make, sides)
+        note = same_tokens(sides, make, dtype)
     weights = flops.weights(llm.model.layers, llm.lm_head) - flops.weights(
         llm.model.layers, named=".lora_")
     floor = run.floor_ms(n_bytes=llm.lm_head.weight.element_size() * weights,
                          bandwidth="copy" if run.cuda else "gemv, 1 thread")
     names = {"ours": "eager", "graph": "CUDA graph"}
-    lines = [line_of(f"{config.layers} layers, {names[side]}: a token", seconds[side], seconds["peer"], 1e3 / new,
-                     peer_name="transformers generate", floor=floor, note=note)
+    lines = [line_of(f"{config.layers} layers, {names[side]}: a token", seconds[side],
+                     seconds["peer"], 1e3 / new, peer_name="transformers generate", floor=floor,
+                     note=note)
              for side in sides if side != "peer"]
     lines[-1].wanted = run.wants(f"ratio <= {1 / 1.1:.3f}", f"ratio <= {1 / 3:.3f}")
     return lines + (decoding_rates(run, lines[-1]) if run.full_cuda else [])
 
 
-def same_tokens(run, sides, make, dtype):
+def same_tokens(sides, make, dtype):
     """In fp32 all tokens must be equal; in bf16 two likely ones may change places: then the share
     that is equal is told, and the first token must be.  -> in words."""
     (ids,) = make()

@@ -150,8 +150,8 @@ def seconds_of(run, function, inputs, inner=1):
 def interleaved(run, what, make, sides, repeats=None):
     """{side: seconds of each repeat}.  sides: {name: function}; make() gives the inputs that all
     sides take in a repeat; the order turns from repeat to repeat.  One call each before it, whose
-    time stands in run.first.  Short calls on a GPU are timed 10 ms at a time: a launch alone would
-    be measured else."""
+    time stands in run.first: call this before anything else runs the sides.  Short calls on a GPU
+    are timed 10 ms at a time: a launch alone would be measured else."""
     inputs, run.first[what], inner = make(), {}, {}
     for name, side in sides.items():
         run.synchronise()
@@ -191,12 +191,15 @@ def compare(run, what, make, ours, peer, repeats=None, **rest):
 
 
 # ---------------------------------------------------------------- the same result
-def check(what, ours, theirs, most):
-    """Largest difference of two tensors or numbers; Wrong when it is above `most` or no number."""
+def check(what, ours, theirs, most, relative=False):
+    """Largest difference of two tensors or numbers, relative: root mean square of the difference
+    over that of theirs (half precision rounds at other places); Wrong when it is above `most`."""
     ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
     if ours.shape != theirs.shape:
         raise Wrong(f"{what}: shape {tuple(ours.shape)}, the peer's {tuple(theirs.shape)}")
-    worst = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
+    difference = ours.double() - theirs.double()
+    worst = (difference.abs().max() if not relative else
+             difference.square().mean().sqrt() / theirs.double().square().mean().sqrt()).item()
     if not worst <= most:
         raise Wrong(f"{what}: differs from the peer's by {worst:.2e}, allowed {most:.0e}")
     return worst

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import cli
-from bench_measure import Line, Run, check, check_equal, compare, interleaved, line_of
+from bench_measure import Line, Run, check, check_equal, compare, interleaved, line_of, threads
 from data import AUDIO_RATE, TICK, read_audio, read_frames
 
 GOP = 250
@@ -115,9 +115,9 @@ def seek_each(path, targets):
 # ---------------------------------------------------------------- 8: pictures
 def pictures(run: Run):
     """Goal 8."""
-    seconds = run.pick(test=4, quick=8, full=20)
+    seconds = run.pick(test=3, quick=6, full=20)
     size = run.pick(test={"width": 128, "height": 96}, quick={})
-    with clip_of(seconds, **size) as path:
+    with clip_of(seconds, **size) as path, threads(1):
         wrong = wrong_frames(path)
         if wrong.ours:
             check_equal("frames that are not on screen at their time", wrong.ours, 0)
@@ -172,7 +172,7 @@ def pixels_of(run, path):
 
 def seeking(run, path, seconds):
     """Against a seek for each target; of these only some, and their time times that."""
-    every = run.pick(test=2, quick=8)
+    every = run.pick(test=2, quick=6, full=8)
     targets = [i / 2 for i in range(2 * seconds)]
     some = targets[every // 2::every]
     _, times = read_frames(path)
@@ -208,7 +208,7 @@ def fed(run, path, seconds):
 def sound(run: Run):
     """Goal 9."""
     seconds = run.pick(test=4, quick=60)
-    with clip_of(seconds, width=64, height=48) as path:
+    with clip_of(seconds, width=64, height=48) as path, threads(1):
         track = read_audio(path)
         words = ("-i", path, "-vn", "-ac", "1", "-ar", str(AUDIO_RATE), "-f", "s16le", "-")
         has = shutil.which("ffmpeg") is not None

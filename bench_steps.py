@@ -144,13 +144,12 @@ def av_step(run: Run):
     """Goal 5."""
     step = Step(run.device, run.pick(test="tiny", cuda=run.model))
     count, seconds = run.pick(test=(2, 2.0), quick=(4, 5.0), full=(16, 5.0), cuda=(16, 30.0))
-    some = materials(step, count, seconds)
-    loss, again = step(some["samples"]), step(some["encoded"])
-    far = check("AV step: loss from clips and from their features", loss, again,
-                1e-5 if step.dtype == torch.float32 else 1e-2)
     parts = parts_alone(step)
     sides = {"whole": lambda m: step(m["samples"])} | parts
     times = interleaved(run, "AV step", lambda: (materials(step, count, seconds),), sides)
+    some = materials(step, count, seconds)
+    far = check("AV step: loss from clips and from their features", step(some["samples"]),
+                step(some["encoded"]), 1e-5 if step.dtype == torch.float32 else 1e-2)
     alone = [sum(repeat) for repeat in zip(*(times[part] for part in parts), strict=True)]
     shares = ", ".join(f"{part} {statistics.median(times[part]) * 1e3:.3g}" for part in parts)
     line = line_of(
@@ -204,14 +203,14 @@ def cached(run: Run):
         def from_cache(records):
             return [Sample(r.prompt, r.target, features=store.get(r)) for r in records]
 
+        times = interleaved(run, "cached step", make, {
+            "cached": lambda _, records: step(from_cache(records)),
+            "fresh": lambda samples, _: step(samples)})
         samples, records = make()
         rounded = [as_kept(step.model.with_features(sample)) for sample in samples]
         kept, fresh = step(from_cache(records)), step(samples)
         check_equal("loss from the cache, against its features from memory", kept, step(rounded))
         far = check("loss from the cache", kept, fresh, 1e-2)
-        times = interleaved(run, "cached step", make, {
-            "cached": lambda _, records: step(from_cache(records)),
-            "fresh": lambda samples, _: step(samples)})
         encoded = from_cache(records)
         least = step.flops(encoded, encoded=True) / step.flops(encoded)
         limit = {"7b": f"ratio <= {1 / 4}", "13b": f"ratio <= {1 / 2.7:.3f}"}[run.model]

@@ -453,20 +453,30 @@ class _Mono16k:
         blocks = max(0, math.floor((start - 0.1) * common))       # 0.1 s: the filter's own start
         self.rate, self.position, self.expected = rate, blocks * block_in, None
         self.skip = round(start * AUDIO_RATE) - blocks * block_out
-        self.mixers, self.chunks = {}, []
+        self.mixers, self.chunks, self.waiting = {}, [], []
         self.limit = math.inf if stop == math.inf else math.ceil((stop + 0.1) * rate)
         # Floats, one channel to one channel: no gain here.  16 kHz stay what they are.
         self.resampler = (None if rate == AUDIO_RATE else
                           av.AudioResampler(format="flt", layout="mono", rate=AUDIO_RATE))
 
-    def add(self, time, frame):
-        # Mixing to mono as *integers* weighs stereo 0.5 + 0.5; as floats it is 0.71 + 0.71, 3 dB
-        # too loud (test_stereo_mix). 32 bits: Whisper's own 16-bit track to 1.5e-5.
+    def _mono(self, frame):
+        """Yields float32 (S,).  Mixing to mono as *integers* weighs stereo 0.5 + 0.5; as floats it
+        is 0.71 + 0.71, 3 dB too loud (test_stereo_mix). 32 bits: Whisper's own 16-bit track to
+        1.5e-5.  AAC's own floats in stereo or mono are mixed here, in a fifth of the time."""
+        if frame.format.name == "fltp" and frame.layout.name in ("mono", "stereo"):
+            channels = [np.frombuffer(plane, np.float32, frame.samples) for plane in frame.planes]
+            yield sum(channels) * np.float32(1 / len(channels))
+            return
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)  # may change midway (TV)
         if kind not in self.mixers:
             self.mixers[kind] = av.AudioResampler(format="s32", layout="mono", rate=self.rate)
         for mixed in self.mixers[kind].resample(frame):
-            samples = mixed.to_ndarray()[0].astype(np.float32) / 2 ** 31   # (S,)
+            # a plane's buffer is longer than its samples; to_ndarray() takes three times as long
+            samples = np.frombuffer(mixed.planes[0], np.int32, mixed.samples)
+            yield samples.astype(np.float32) * 2.0 ** -31
+
+    def add(self, time, frame):
+        for samples in self._mono(frame):
             place = round(time * self.rate)
             if self.expected is not None and abs(place - self.expected) <= JITTER * self.rate:
                 place = self.expected
@@ -479,15 +489,23 @@ class _Mono16k:
     def _feed(self, samples):
         if len(samples):
             self.position += len(samples)
-            if self.resampler is None:
-                self.chunks.append(samples)
-                return
+            self.waiting.append(samples)
+            if self.resampler is not None and sum(map(len, self.waiting)) >= self.rate:
+                self._resample()
+
+    def _resample(self):
+        """What waits, about a second at a time: a call costs more than a frame's 1024 samples."""
+        if self.waiting:
+            samples, self.waiting = np.concatenate(self.waiting), []
             frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
             frame.sample_rate = self.rate
             self.chunks += [f.to_ndarray()[0] for f in self.resampler.resample(frame)]
 
     def finish(self, samples):
-        if self.resampler is not None:
+        if self.resampler is None:
+            self.chunks = self.waiting
+        else:
+            self._resample()
             self.chunks += [f.to_ndarray()[0] for f in self.resampler.resample(None)]  # last 1 ms
         track = np.concatenate([np.zeros(0, np.float32), *self.chunks])[self.skip:][:samples]
         return torch.from_numpy(track.clip(-1, 1))                # as 16 bits would

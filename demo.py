@@ -39,6 +39,11 @@ def main(argv=None):
     parser.add_argument("--llm", help="the same for the LLM")
     parser.add_argument("--dtype", default="", choices=("bfloat16", "float32"),
                         help="default: float32 for tiny on a CPU, else bfloat16")
+    parser.add_argument("--merge", action=argparse.BooleanOptionalAction, default=True,
+                        help="LoRA added into the LLM's own weights (default: yes)")
+    parser.add_argument("--compile", action="store_true",
+                        help="torch.compile for each new token, on a GPU as a CUDA graph: slow to "
+                             "start, for long answers")
     parser.add_argument("--random-init", action="store_true",
                         help="full size with random weights: nothing to download, nonsense to read")
     parser.add_argument("--offline", action="store_true", help="do not ask the Hub")
@@ -49,8 +54,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         config = settled(EvalConfig(**{name: getattr(args, name) for name in (
-            "model", "checkpoint", "whisper", "instructblip", "llm", "dtype", "random_init",
-            "offline")}))
+            "model", "checkpoint", "whisper", "instructblip", "llm", "dtype", "merge",
+            "compile", "random_init", "offline")}))
     except ValueError as error:
         parser.error(str(error))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

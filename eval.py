@@ -28,6 +28,7 @@ import captions  # noqa: E402
 import data  # noqa: E402
 import hub  # noqa: E402
 import judge  # noqa: E402
+import lora  # noqa: E402
 import miniature  # noqa: E402
 import processes  # noqa: E402
 from answers import HISTORIES, VIEWS, Journal, answer_all, short_hash  # noqa: E402
@@ -61,6 +62,8 @@ class EvalConfig:
     spice_java: str = ""  # SPICE wants Java 8 or 11 (default: as --java)
     processes: int = 0  # on a CPU without torchrun (0: tiny one a core, four at most; others one)
     dtype: str = ""  # bfloat16 or float32 (default: float32 for tiny on a CPU)
+    merge: bool = True  # LoRA added into the LLM's own weights, which then cost what they cost bare
+    compile: bool = False  # torch.compile for each new token, on a GPU as a CUDA graph; not --beams
     random_init: bool = False  # full size, random weights, no download: does it fit, how fast
     offline: bool = False  # take what the Hub's cache has, ask no network
     # frozen parts: folders in the Hub's layout, or Hub repos (default: the checkpoint's, preset's)
@@ -137,12 +140,19 @@ def settled(config):
 def load_model(config, dtype=None, device=None):
     """The model that the command line names, and the folder of its checkpoint (None without)."""
     kind, method = SYSTEMS[config.system], preset(config.model, **config.sources)
+    checkpoint = None
     if config.random_init:
-        return kind.from_config(method, dtype, device, random_init=True).eval(), None
-    if config.system != "favor" and not config.checkpoint:     # public weights are all it takes
-        return kind.from_config(method, dtype, device), None
-    checkpoint = find_checkpoint(config.checkpoint, config.model)
-    return kind.from_pretrained(checkpoint, dtype, device, **config.sources), checkpoint
+        model = kind.from_config(method, dtype, device, random_init=True).eval()
+    elif config.system != "favor" and not config.checkpoint:   # public weights are all it takes
+        model = kind.from_config(method, dtype, device)
+    else:
+        checkpoint = find_checkpoint(config.checkpoint, config.model)
+        model = kind.from_pretrained(checkpoint, dtype, device, **config.sources)
+    if config.merge:
+        lora.merge(model, reversible=False)
+    if config.compile and hasattr(model, "llm"):
+        model.llm.compiled = True
+    return model, checkpoint
 
 
 def find_manifest(path, split):
@@ -270,7 +280,8 @@ def main(config, argv):
     settings = {
         "system": config.system, "model": config.model, "checkpoint": str(checkpoint),
         "weights": weights_hash(checkpoint), "sources": [str(s) for s in sources_of(model)],
-        "dtype": why.split()[0], "manifest": manifest, "questions": len(records),
+        "dtype": why.split()[0], "merged": config.merge,
+        "manifest": manifest, "questions": len(records),
         "ids": short_hash(*sorted(r.id for r in records)), "views": list(views),
         "batch": config.batch, "beams": config.beams or model.config.beams,
         "repetition penalty": model.config.repetition_penalty,

@@ -6,7 +6,7 @@
    embeds (B,T,D) may take the place of ids: that is how sound and video enter. mask (B,T), True =
    keep. Module and tensor names are the Hub's (model.layers.N.self_attn.q_proj.weight), so that its
    files and peft's adapters fit without a rename table.
-   Public: LlamaConfig, Llama, KVCache, Tokenizer, JsonTokenizer."""
+   Public: LlamaConfig, Llama, KVCache, FixedSteps, Tokenizer, JsonTokenizer."""
 
 import math
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import hub
 import lora
 
+SAME_STEPS = 128                  # compiled decoding: caches are multiples of so many positions
 LLM_TENSORS = ("language_model.", "model.", "lm_head.")     # in an InstructBLIP's or a LLaMA's file
 # How longer texts than the trained ones are fitted in -> what config.json has to say about it
 ROPE_TYPES = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
@@ -179,6 +180,53 @@ class KVCache:
             self.layers[layer] = [store[beam_index] for store in pair]
 
 
+class FixedSteps:
+    """steps(token (B,1)) -> logits (B,vocab): decodes one position after another with shapes that
+    never change, over the whole store of a KVCache, which later steps fill.  So a step can be
+    compiled, and on a GPU captured as one CUDA graph: launching a few hundred small kernels takes
+    longer than running them.  The same ids as without (test_llama.py)."""
+
+    def __init__(self, llm, cache, step):
+        self.llm, self.stores, self.mask, self.step = llm, cache.layers, cache.mask, step
+        device = cache.mask.device
+        self.at = torch.tensor([cache.length], device=device)
+        self.position = cache.mask.sum(dim=1, keepdim=True)                    # (B,1)
+        self.token = torch.zeros(cache.batch, 1, dtype=torch.long, device=device)
+        self.graph = self.logits = None
+
+    def update(self, layer, k, v):
+        """KVCache.update with a position that is a tensor: keys and values of all positions."""
+        for store, new in zip(self.stores[layer], (k, v), strict=True):
+            store.index_copy_(2, self.at, new)
+        return self.stores[layer]
+
+    def __call__(self, token):
+        self.token.copy_(token)
+        self.mask.index_fill_(1, self.at, True)
+        if token.is_cuda and self.graph is None:
+            self._capture()
+        if self.graph is None:
+            self.logits = self.step(self.token, self.position, self.mask, self)
+        else:
+            self.graph.replay()
+        self.at += 1
+        self.position += 1
+        return self.logits
+
+    def _capture(self):
+        """Of warm kernels: compiling and choosing them must not be part of it.  Each run writes the
+        same position again."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step(self.token, self.position, self.mask, self)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.step(self.token, self.position, self.mask, self)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
         super().__init__()
@@ -307,6 +355,7 @@ class Decoder(nn.Module):
 
 class Llama(nn.Module):
     checkpointing = False         # in training, blocks keep only their input (sharding.py)
+    compiled = False              # decode with compiled steps of fixed shape; beams do not
 
     def __init__(self, config):
         super().__init__()
@@ -414,7 +463,9 @@ class Llama(nn.Module):
             if bad:
                 raise ValueError(f"generate: {why}")
         B, T = prompt.shape[:2]
-        cache = KVCache(B, T + max_new_tokens)
+        longest, fixed = T + max_new_tokens, self.compiled and num_beams == 1
+        # compiled once for each size, of which there should be few
+        cache = KVCache(B, longest + -longest % SAME_STEPS if fixed else longest)
         logits = self(ids, embeds=embeds, mask=mask, cache=cache, last_only=True)[:, -1]
         seen = torch.zeros_like(logits, dtype=torch.bool)                      # (B,vocab)
         if ids is not None:
@@ -432,9 +483,25 @@ class Llama(nn.Module):
             return self._beam_search(logits, cache, seen, adjust, max_new_tokens, num_beams,
                                      length_penalty, eos)
         pick = partial(pick_token, temperature=temperature, top_p=top_p, generator=generator)
-        return self._sample(logits, cache, seen, adjust, max_new_tokens, pick, eos, stream)
+        more = FixedSteps(self, cache, self._compiled_step()) if fixed else (
+            lambda token: self(token, cache=cache, last_only=True)[:, -1])
+        return self._sample(logits, more, seen, adjust, max_new_tokens, pick, eos, stream)
 
-    def _sample(self, logits, cache, seen, adjust, max_new_tokens, pick, eos, stream):
+    def _fixed_step(self, token, position, mask, cache):
+        """token, position (B,1), mask (B,max_length) -> logits (B,vocab)."""
+        x, keep = self.embed(token), mask[:, None, None]                       # (B,1,1,max_length)
+        cos, sin = rotary_angles(self.config, position)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, keep, cache)
+        return self.lm_head(self.model.norm(x))[:, -1]
+
+    def _compiled_step(self):
+        if "step" not in self.__dict__:
+            torch._dynamo.config.recompile_limit = 64              # one for each batch and length
+            self.step = torch.compile(self._fixed_step, dynamic=False)
+        return self.step
+
+    def _sample(self, logits, more, seen, adjust, max_new_tokens, pick, eos, stream):
         new, finished = [[] for _ in logits], [False for _ in logits]
         for step in range(max_new_tokens):
             token = pick(adjust(logits.float(), seen, step))                   # (B,1)
@@ -447,7 +514,7 @@ class Llama(nn.Module):
                         stream(row, token_id)
             if all(finished) or step + 1 == max_new_tokens:
                 break
-            logits = self(token, cache=cache, last_only=True)[:, -1]
+            logits = more(token)
         return new
 
     def _beam_search(self, logits, cache, seen, adjust, max_new_tokens, count, length_penalty,

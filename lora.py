@@ -49,12 +49,12 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Linear(config.r, out, **place)                        # (out,r)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)        # a fresh adapter changes nothing
-        self.unmerged_weight = None               # the original on the CPU while merged
+        self.merged, self.unmerged_weight = False, None     # the original, on the CPU
 
     def forward(self, x, inner=None):
         """x (...,in) -> (...,out); inner (...,r): what `down` made of x, if that is known."""
         y = F.linear(x, self.weight, self.bias)
-        if self.unmerged_weight is not None:
+        if self.merged:
             if self.training:
                 raise RuntimeError("a merged adapter cannot train; call lora.unmerge(model) first, "
                                    "or model.eval()")
@@ -75,7 +75,7 @@ def down(x, adapters):
 
 def apply_all(x, *linears):
     """[linear(x) for linear in linears], with what their adapters share done once."""
-    adapted = [m for m in linears if isinstance(m, LoraLinear) and m.unmerged_weight is None]
+    adapted = [m for m in linears if isinstance(m, LoraLinear) and not m.merged]
     inner = dict(zip(adapted, down(x, adapted), strict=True)) if adapted else {}
     return [m(x, inner[m]) if m in inner else m(x) for m in linears]
 
@@ -112,25 +112,30 @@ def target_endings(config):
 
 
 @torch.no_grad()
-def merge(model):
+def merge(model, reversible=True):
     """W += alpha/r * B A, so that inference costs what it cost without adapters; they stay there.
-    Does nothing where merged already. A copy of W goes to the CPU: subtracting would leave
-    rounding behind, 1 % of the update and more in bf16."""
+    Does nothing where merged already. reversible: a copy of W goes to the CPU, as much again as the
+    layers have; subtracting would leave rounding behind, 1 % of the update and more in bf16."""
     for layer in layers(model).values():
-        if layer.unmerged_weight is None:
-            layer.unmerged_weight = layer.weight.detach().to("cpu", copy=True)
+        if not layer.merged:
+            if reversible:
+                layer.unmerged_weight = layer.weight.detach().to("cpu", copy=True)
             update = layer.config.scale * (layer.lora_B.weight @ layer.lora_A.weight)  # (out,in)
             layer.weight.copy_(layer.weight + update)              # sum in fp32, rounded once
+            layer.merged = True
     return model
 
 
 @torch.no_grad()
 def unmerge(model):
     """Gives every merged W back its original values, to the bit."""
-    for layer in layers(model).values():
-        if layer.unmerged_weight is not None:
+    for name, layer in layers(model).items():
+        if layer.merged:
+            if layer.unmerged_weight is None:
+                raise RuntimeError(f"{name} was merged without a copy of its weights; load the "
+                                   "model again, or merge(model, reversible=True)")
             layer.weight.copy_(layer.unmerged_weight)
-            layer.unmerged_weight = None
+            layer.merged, layer.unmerged_weight = False, None
     return model
 
 
@@ -189,7 +194,7 @@ def load(model, folder):
         if (ours.r, ours.alpha) != (config.r, config.alpha):
             raise ValueError(f"{folder}: r {config.r}, alpha {config.alpha}, but {name} was made "
                              f"with r {ours.r}, alpha {ours.alpha}; inject with the file's")
-        if layer.unmerged_weight is not None:
+        if layer.merged:
             raise ValueError(f"{folder}: {name} is merged; call lora.unmerge(model) before loading")
     wanted = adapter_tensors(model)
     problems = [f"{label}: {', '.join(names[:8])}{' …' if len(names) > 8 else ''} ({len(names)})"

@@ -51,6 +51,8 @@ def join():
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
+        # cuDNN's attention plans each new shape anew, up to a second; clips differ in length.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if rank > 0:                                     # all wait for one download, one shows it
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if world > 1:

@@ -93,6 +93,7 @@ class TrainConfig:
     workers: int = -1  # processes that decode clips ahead, each process its own (-1: all cores)
     shard: bool = False  # spread LLM and trained parts over the processes' GPUs (FSDP2)
     recompute: bool = False  # activation checkpointing: a third more time, much less memory
+    compile: bool = False  # torch.compile for each block of the LLM: slow to start, for long runs
     tensorboard: bool = True  # where it is installed
     wandb: str = ""  # project at Weights & Biases
     test: bool = True  # end with the table of eval.py on <data>/test.jsonl
@@ -268,7 +269,7 @@ def dry_run(config):
 # ---------------------------------------------------------------- the run
 FREE = ("out", "processes", "threads", "test", "log_every", "show", "keep", "save_every",
         "max_skips", "workers", "tensorboard", "wandb", "micro_batch", "micro_tokens",
-        "micro_frames", "shard", "recompute", "keep_features", "features", "offline")
+        "micro_frames", "shard", "recompute", "compile", "keep_features", "features", "offline")
 
 
 def read_data(config, kind, say):
@@ -298,6 +299,9 @@ def build(config, kind, dtype, device, found):
         model.load_trained(found[0])
     if config.recompute:
         sharding.checkpoint_activations(model)
+    if config.compile:
+        for block in model.llm.model.layers:           # alike, so that one compilation serves all
+            block.compile(dynamic=True)                # batches differ in length
     return sharding.shard(model, device) if config.shard else model
 
 

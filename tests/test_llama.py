@@ -490,6 +490,35 @@ def test_a_batch_equals_its_singles(model, settings):
     assert batch == singles
 
 
+@pytest.mark.parametrize("settings", [
+    {}, {"repetition_penalty": 1.5}, {"min_new_tokens": 4},
+    {"temperature": 1.0, "top_p": 0.8}, {"num_beams": 3}],
+    ids=lambda s: ",".join(f"{k}={v}" for k, v in s.items()) or "greedy")
+def test_steps_of_fixed_shape_say_the_same(speakers, settings, monkeypatch):
+    """Compiled decoding as dynamo sees it, without the C++ compiler behind it; a cache that is
+    longer than needed, left padding, one shape for all steps."""
+    shapes = []
+    for seed, (_, ours) in enumerate(speakers):
+        ids, mask = some_ids(3, 7, seed), torch.ones(3, 7, dtype=torch.bool)
+        mask[0, :3], ids[0, :3] = False, 0
+        embeds = ours.embed(ids)
+
+        def answers(ours=ours, embeds=embeds, mask=mask):
+            own = {"generator": torch.Generator().manual_seed(1)} if "top_p" in settings else {}
+            return ours.generate(embeds=embeds, mask=mask, max_new_tokens=12, **settings, **own)
+        wanted = answers()
+        compiled = torch.compile(ours._fixed_step, backend="eager", fullgraph=True, dynamic=False)
+
+        def step(token, position, mask, cache, compiled=compiled):
+            shapes.append((*token.shape, *mask.shape))
+            return compiled(token, position, mask, cache)
+        monkeypatch.setattr(ours, "compiled", True)
+        monkeypatch.setitem(ours.__dict__, "step", step)
+        assert answers() == wanted
+    assert set(shapes) == (set() if "num_beams" in settings else {(3, 1, 3, 128)})
+    torch._dynamo.reset()
+
+
 def test_one_beam_is_greedy(model, monkeypatch):
     ids = some_ids(3, 7)
     greedy = model.generate(ids, max_new_tokens=10)

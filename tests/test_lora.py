@@ -2,6 +2,7 @@
 same outputs, same gradients, and each side opens what the other saved."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -130,6 +131,37 @@ def test_merge_and_unmerge(base, model, tmp_path):
     lora.unmerge(lora.unmerge(model))
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
     assert torch.equal(model(some_ids()), wanted)
+
+
+@torch.no_grad()
+def test_merged_for_good_there_is_no_second_copy(model):
+    wanted = model(some_ids())
+    layers = lora.layers(lora.merge(model, reversible=False)).values()
+    assert all(layer.merged and layer.unmerged_weight is None for layer in layers)
+    check("merged", model(some_ids()), wanted)
+    with pytest.raises(RuntimeError, match="q_proj was merged without a copy"):
+        lora.unmerge(model)
+
+
+def test_adapters_of_one_input_share_its_dropout(model):
+    """What they get is the same as one by one, also where one of them is merged or has no adapter;
+    with dropout all of them miss the same numbers."""
+    attention = model.model.layers[0].self_attn
+    bare = torch.nn.Linear(48, 7)
+    linears, x = [attention.q_proj, attention.k_proj, bare], torch.randn(2, 5, 48)
+    alone = [linear(x) for linear in linears]
+    for got, wanted in zip(lora.apply_all(x, *linears), alone, strict=True):
+        check("together", got, wanted)
+    lora.merge(attention.k_proj)
+    for got, wanted in zip(lora.apply_all(x, *linears), alone, strict=True):
+        check("one merged", got, wanted)
+    lora.unmerge(attention.k_proj)
+    twins = [attention.q_proj, attention.q_proj]
+    twins[0].config = dataclasses.replace(OURS, dropout=0.5)
+    model.train()
+    inner = lora.down(torch.ones(1, 48), twins)
+    assert torch.equal(inner[0], inner[1])
+    assert not torch.allclose(inner[0], lora.down(torch.ones(1, 48), twins)[0])
 
 
 def test_a_merged_adapter_does_not_train_silently(model):

@@ -205,6 +205,20 @@ def test_training_learns(command, tmp_path):
     assert np.mean(ce[-8:]) < 0.7 * np.mean(ce[:3])
 
 
+def test_compiled_blocks_learn_the_same(command, unbroken, tmp_path, monkeypatch):
+    """--compile, as dynamo sees it, without the C++ compiler behind it: the same losses."""
+    settings, real = [], torch.nn.Module.compile
+
+    def compile_eagerly(module, **given):
+        settings.append((type(module).__name__, given))
+        real(module, backend="eager", **given)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    run(command(tmp_path, "--compile"))
+    assert settings and all(one == ("Block", {"dynamic": True}) for one in settings)
+    assert np.abs(np.array(losses(tmp_path)) - losses(unbroken))[:, :3].max() < 1e-6
+    torch._dynamo.reset()
+
+
 # ---- two processes = one ------------------------------------------------------------------------
 
 def two_processes(words):
