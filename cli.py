@@ -53,7 +53,8 @@ def _comments(cls):
 
 def parse(cls, doc, argv=None):
     """Command line -> (instance of dataclass `cls`, the set of fields that were given).
-    Booleans are --x / --no-x, tuples are repeated words; unknown flags fail."""
+    Booleans are --x / --no-x, tuples are repeated words; unknown flags fail.  cls.ALIASES {other
+    name: field}, where there are any."""
     parser = argparse.ArgumentParser(description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)         # --window must not mean --windows
@@ -70,7 +71,9 @@ def parse(cls, doc, argv=None):
             settings |= {"nargs": "+", "metavar": "X"}
         else:
             settings |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument("--" + field.name.replace("_", "-"), **settings)
+        aliases = [a for a, name in getattr(cls, "ALIASES", {}).items() if name == field.name]
+        parser.add_argument(*("--" + name.replace("_", "-") for name in (field.name, *aliases)),
+                            dest=field.name, **settings)
     given = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     try:

@@ -187,12 +187,26 @@ class FixedSteps:
     longer than running them.  The same ids as without (test_llama.py)."""
 
     def __init__(self, llm, cache, step):
-        self.llm, self.stores, self.mask, self.step = llm, cache.layers, cache.mask, step
-        device = cache.mask.device
-        self.at = torch.tensor([cache.length], device=device)
+        self.stores, self.mask, self.step = cache.layers, cache.mask, step
+        self.at = torch.tensor([cache.length], device=cache.mask.device)
         self.position = cache.mask.sum(dim=1, keepdim=True)                    # (B,1)
-        self.token = torch.zeros(cache.batch, 1, dtype=torch.long, device=device)
+        self.token = torch.zeros_like(self.position)
+        self.weights = [p.data_ptr() for p in llm.parameters()]
         self.graph = self.logits = None
+
+    def again(self, llm, cache):
+        """Takes over the start of another answer, so that a captured graph serves it too; False
+        where its sizes or the places of the weights are not the same."""
+        if cache.mask.shape != self.mask.shape or self.weights != [
+                p.data_ptr() for p in llm.parameters()]:
+            return False
+        for layer, pair in cache.layers.items():
+            for store, new in zip(self.stores[layer], pair, strict=True):
+                store.copy_(new)
+        self.mask.copy_(cache.mask)
+        self.at.fill_(cache.length)
+        self.position.copy_(cache.mask.sum(dim=1, keepdim=True))
+        return True
 
     def update(self, layer, k, v):
         """KVCache.update with a position that is a tensor: keys and values of all positions."""
@@ -473,8 +487,9 @@ class Llama(nn.Module):
                 seen[row, ids[row] if mask is None else ids[row][mask[row]]] = True
 
         def adjust(scores, seen, step):
-            scores = torch.where(seen & (scores > 0), scores / repetition_penalty,
-                                 torch.where(seen, scores * repetition_penalty, scores))
+            if repetition_penalty != 1:
+                scores = torch.where(seen & (scores > 0), scores / repetition_penalty,
+                                     torch.where(seen, scores * repetition_penalty, scores))
             if step < min_new_tokens:
                 scores[:, eos] = -torch.inf
             return scores
@@ -483,7 +498,7 @@ class Llama(nn.Module):
             return self._beam_search(logits, cache, seen, adjust, max_new_tokens, num_beams,
                                      length_penalty, eos)
         pick = partial(pick_token, temperature=temperature, top_p=top_p, generator=generator)
-        more = FixedSteps(self, cache, self._compiled_step()) if fixed else (
+        more = self._fixed_steps(cache) if fixed else (
             lambda token: self(token, cache=cache, last_only=True)[:, -1])
         return self._sample(logits, more, seen, adjust, max_new_tokens, pick, eos, stream)
 
@@ -495,11 +510,14 @@ class Llama(nn.Module):
             x = layer(x, cos, sin, keep, cache)
         return self.lm_head(self.model.norm(x))[:, -1]
 
-    def _compiled_step(self):
+    def _fixed_steps(self, cache):
+        """FixedSteps of the last answer, or new ones."""
         if "step" not in self.__dict__:
             torch._dynamo.config.recompile_limit = 64              # one for each batch and length
             self.step = torch.compile(self._fixed_step, dynamic=False)
-        return self.step
+        if "steps" not in self.__dict__ or not self.steps.again(self, cache):
+            self.steps = FixedSteps(self, cache, self.step)
+        return self.steps
 
     def _sample(self, logits, more, seen, adjust, max_new_tokens, pick, eos, stream):
         new, finished = [[] for _ in logits], [False for _ in logits]

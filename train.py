@@ -114,6 +114,8 @@ class TrainConfig:
     fps: float | None = None  # video frames a second
     max_seconds: float | None = None  # of a clip are read, what is cut is counted (0: all)
 
+    ALIASES = {"checkpoint": "recompute"}       # as activation checkpointing is called elsewhere
+
     def __post_init__(self):
         for name, wanted in (("system", ("favor", "instructblip")),
                              ("mask", ("", "audio", "visual")),

@@ -276,6 +276,48 @@ def test_losses_are_the_same_on_either_path(changes, build, monkeypatch):
     check("gradient", results[1][1], results[0][1], 1e-5, 5e-6)
 
 
+# ---- frozen encoders ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", [{}, SHORT_OFFICIAL], ids=["paper", "official"])
+def test_clips_encoded_side_by_side_are_the_same(changes, build):
+    """All clips of a batch go through ViT and Whisper together: features and losses of one by one.
+    What comes out can learn, though the encoders run in inference mode."""
+    model, samples = build(**changes), mixed()
+    together, alone = model.encoded(samples), [model.encoded([s])[0] for s in samples]
+    for a, b in zip(together, alone, strict=True):
+        assert a.clip is None and a.features.is_image == b.features.is_image
+        for name in ("visual", "audio"):
+            x, y = getattr(a.features, name), getattr(b.features, name)
+            assert (x is None) == (y is None)
+            if x is not None:
+                assert not x.is_inference()
+                check(name, x, y)
+    out = model(together)
+    out["loss"].backward()
+    assert out["loss"].item() == pytest.approx(model(alone)["loss"].item(), abs=1e-6)
+    assert out["loss"].item() == pytest.approx(model(samples)["loss"].item(), abs=1e-6)
+
+
+def test_each_clip_is_encoded_once(build, monkeypatch):
+    """An image once, however long its sound; a clip that is asked twice once; about FRAMES_AT_ONCE
+    frames at a time, a longer clip alone."""
+    model, seen = build(), []
+    real = model.visual.encode_image
+
+    def counted(pixels):
+        seen.append(len(pixels))
+        return real(pixels)
+    monkeypatch.setattr(model.visual, "encode_image", counted)
+    spoken = clip(1, 3.0, image=True)
+    model.encoded([Sample("what is said here", "a", spoken), Sample("is it so", "b", spoken),
+                   Sample("what is seen", "c", clip(5))])
+    assert seen == [1 + 5]
+    seen.clear()
+    monkeypatch.setattr(favor, "FRAMES_AT_ONCE", 8)
+    model.encoded([Sample("is it so", "a", clip(n, seed=n)) for n in (3, 4, 2, 9, 1)])
+    assert seen == [3 + 4, 2, 9, 1]
+
+
 # ---- Eq. (2): the causal Q-Former ---------------------------------------------------------------
 
 def causal_qformer(seed=0, **changes):

@@ -52,7 +52,8 @@ def test_ci_runs_the_readme_command():
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "demo.py", "miniature.py", "aveb.py",
-                                    "aveb_speech.py", "judge.py", "share.py"])
+                                    "aveb_speech.py", "judge.py", "share.py", "ablate.py",
+                                    "bench.py"])
 def test_the_commands_explain_themselves(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"],
                           capture_output=True, text=True, timeout=120)
@@ -64,7 +65,8 @@ def test_the_flags_in_the_readme_exist():
     known = "".join(subprocess.run([sys.executable, ROOT / s, *command, "--help"],
                                    capture_output=True, text=True, timeout=120).stdout
                     for s, *command in (("train.py",), ("eval.py",), ("demo.py",), ("judge.py",),
-                                        ("miniature.py",), ("aveb.py", "prepare"),
+                                        ("miniature.py",), ("ablate.py",), ("bench.py",),
+                                        ("aveb.py", "prepare"),
                                         ("aveb_speech.py", "isqa")))
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {
             "--nproc_per_node", "--nproc", "--max-restarts"}:

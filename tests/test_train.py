@@ -2,6 +2,7 @@
 random weights: runs, two processes = one, resume = no stop, kept features = fresh ones."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -544,6 +545,25 @@ def test_learning_rate():
     assert rates[-1] == pytest.approx(0.02, abs=1e-3)
     assert rates[500] == pytest.approx(0.51, abs=0.01)
     assert train.learning_rate(train.TrainConfig(steps=10, warmup=0, lr=1.0), 0) == pytest.approx(1)
+
+
+def test_the_fused_optimiser_takes_the_same_steps(small_model):
+    """As PyTorch's plain AdamW of the same settings, over five steps of random gradients."""
+    config, results = train.TrainConfig(), []
+    for fused in (True, False):
+        model = copy.deepcopy(small_model).requires_grad_(True)
+        optimiser = train.make_optimiser(model, config)
+        assert optimiser.defaults["fused"]
+        for group in optimiser.param_groups:
+            group["fused"] = fused
+        torch.manual_seed(0)
+        for _ in range(5):
+            for p in model.trained_parameters():
+                p.grad = torch.randn_like(p)
+            optimiser.step()
+        results.append([p.detach().clone() for p in model.trained_parameters()])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() < 1e-6
 
 
 def test_weight_decay_is_for_matrices(small_model):
