@@ -276,8 +276,8 @@ class CausalQFormerLayer(nn.Module):
     def forward(self, queries, frames, keep, causal_keep, attend):
         """queries (W,Q,D), frames (W,K*N,D_joint) -> queries (W,Q,D); keep, causal_keep (W,K*N):
         keys of the cross- and of the causal attention; attend: its softmax attention, None: without
-        one.  The encoding of the frames is this layer's own: the next layer starts again from the
-        window's raw features (DIFF: the paper does not say; so does the released code)."""
+        one.  What a layer makes of the frames is its own: the next one starts again from the raw
+        features (DIFF: the paper says nothing of layers; so does the released code)."""
         if attend is not None:
             frames = self.causal_attention(frames, keep=causal_keep, attend=attend)
         queries = self.self_attention(queries)
