@@ -63,7 +63,7 @@ class EvalConfig:
     processes: int = 0  # on a CPU without torchrun (0: tiny one a core, four at most; others one)
     dtype: str = ""  # bfloat16 or float32 (default: float32 for tiny on a CPU)
     merge: bool = True  # LoRA added into the LLM's own weights, which then cost what they cost bare
-    compile: bool = False  # torch.compile for each new token, on a GPU as a CUDA graph; not for beams
+    compile: bool = False  # torch.compile for new tokens, on a GPU as a CUDA graph; not for beams
     random_init: bool = False  # full size, random weights, no download: does it fit, how fast
     offline: bool = False  # take what the Hub's cache has, ask no network
     # frozen parts: folders in the Hub's layout, or Hub repos (default: the checkpoint's, preset's)
