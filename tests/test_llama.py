@@ -3,7 +3,9 @@ and itself: padding, cache and batch change nothing.  Its tokenizers: test_token
 
 import copy
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -495,8 +497,8 @@ def test_a_batch_equals_its_singles(model, settings):
     {"temperature": 1.0, "top_p": 0.8}, {"num_beams": 3}],
     ids=lambda s: ",".join(f"{k}={v}" for k, v in s.items()) or "greedy")
 def test_steps_of_fixed_shape_say_the_same(speakers, settings, monkeypatch):
-    """Compiled decoding as dynamo sees it, without the C++ compiler behind it; a cache that is
-    longer than needed, left padding, one shape for all steps."""
+    """What `compiled` compiles, as it is: a cache that is longer than needed, left padding, one
+    shape for all steps; the second answer uses the stores of the first."""
     shapes = []
     for seed, (_, ours) in enumerate(speakers):
         ids, mask = some_ids(3, 7, seed), torch.ones(3, 7, dtype=torch.bool)
@@ -507,18 +509,45 @@ def test_steps_of_fixed_shape_say_the_same(speakers, settings, monkeypatch):
             own = {"generator": torch.Generator().manual_seed(1)} if "top_p" in settings else {}
             return ours.generate(embeds=embeds, mask=mask, max_new_tokens=12, **settings, **own)
         wanted = answers()
-        compiled = torch.compile(ours._fixed_step, backend="eager", fullgraph=True, dynamic=False)
 
-        def step(token, position, mask, cache, compiled=compiled):
+        def step(token, position, mask, cache, ours=ours):
             shapes.append((*token.shape, *mask.shape))
-            return compiled(token, position, mask, cache)
+            return ours._fixed_step(token, position, mask, cache)
         monkeypatch.setattr(ours, "compiled", True)
         monkeypatch.setitem(ours.__dict__, "step", step)
         monkeypatch.delitem(ours.__dict__, "steps", raising=False)
         assert answers() == wanted
-        assert answers() == wanted                         # in the stores of the first answer
+        steps = ours.__dict__.get("steps")
+        assert answers() == wanted and ours.__dict__.get("steps") is steps
     assert set(shapes) == (set() if "num_beams" in settings else {(3, 1, 3, 128)})
-    torch._dynamo.reset()
+
+
+COMPILE = """
+import torch, llama
+torch.manual_seed(0)
+model = llama.Llama(llama.LlamaConfig(vocab_size=60, width=32, layers=2, heads=4, kv_heads=2,
+                                      ffn=48, eos_id=2)).eval()
+for p in model.parameters():
+    torch.nn.init.normal_(p, std=0.4)
+ids = torch.randint(3, 60, (2, 5))
+wanted = model.generate(ids, max_new_tokens=9)
+model.compiled, seen = True, []
+def backend(graph, inputs):
+    seen.append(graph)
+    return graph.forward
+model.step = torch.compile(model._fixed_step, backend=backend, fullgraph=True, dynamic=False)
+assert model.generate(ids, max_new_tokens=9) == wanted
+assert model.generate(ids.flip(0), max_new_tokens=9) == wanted[::-1]
+assert len(seen) == 1, f"{len(seen)} compilations"
+"""
+
+
+def test_a_step_is_one_graph_compiled_once():
+    """As dynamo sees it, without the C++ compiler behind it.  In a process of its own: dynamo starts
+    autograd's threads, after which other tests could not fork."""
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_one_beam_is_greedy(model, monkeypatch):
