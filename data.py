@@ -453,7 +453,7 @@ class _Mono16k:
         blocks = max(0, math.floor((start - 0.1) * common))       # 0.1 s: the filter's own start
         self.rate, self.position, self.expected = rate, blocks * block_in, None
         self.skip = round(start * AUDIO_RATE) - blocks * block_out
-        self.mixers, self.chunks, self.waiting = {}, [], []
+        self.mixers, self.chunks, self.waiting, self.held = {}, [], [], 0
         self.limit = math.inf if stop == math.inf else math.ceil((stop + 0.1) * rate)
         # Floats, one channel to one channel: no gain here.  16 kHz stay what they are.
         self.resampler = (None if rate == AUDIO_RATE else
@@ -464,8 +464,9 @@ class _Mono16k:
         is 0.71 + 0.71, 3 dB too loud (test_stereo_mix). 32 bits: Whisper's own 16-bit track to
         1.5e-5.  AAC's own floats in stereo or mono are mixed here, in a fifth of the time."""
         if frame.format.name == "fltp" and frame.layout.name in ("mono", "stereo"):
-            channels = [np.frombuffer(plane, np.float32, frame.samples) for plane in frame.planes]
-            yield sum(channels) * np.float32(1 / len(channels))
+            first, *second = (np.frombuffer(plane, np.float32, frame.samples)
+                              for plane in frame.planes)
+            yield (first + second[0]) * np.float32(0.5) if second else first.copy()
             return
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)  # may change midway (TV)
         if kind not in self.mixers:
@@ -490,13 +491,14 @@ class _Mono16k:
         if len(samples):
             self.position += len(samples)
             self.waiting.append(samples)
-            if self.resampler is not None and sum(map(len, self.waiting)) >= self.rate:
+            self.held += len(samples)
+            if self.resampler is not None and self.held >= self.rate:
                 self._resample()
 
     def _resample(self):
         """What waits, about a second at a time: a call costs more than a frame's 1024 samples."""
         if self.waiting:
-            samples, self.waiting = np.concatenate(self.waiting), []
+            samples, self.waiting, self.held = np.concatenate(self.waiting), [], 0
             frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
             frame.sample_rate = self.rate
             self.chunks += [f.to_ndarray()[0] for f in self.resampler.resample(frame)]
