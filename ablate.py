@@ -79,7 +79,7 @@ FPS = (0.5, 1.0, 2.0, 4.0)                                                   # F
 # drawn only in figures, where so many seeds are enough
 FIGURES_ONLY = {"k1": 3, "k2": 3, "lambda-0.1": 3, "lambda-1": 3}
 # What is quick: every figure has its points, but hardly anything is learnt.
-QUICK = {"seeds": 1, "steps": 200, "limit": 100, "out": "runs/ablate-quick", "only": (
+QUICK = {"seeds": 1, "steps": 160, "limit": 100, "out": "runs/ablate-quick", "only": (
     "complete", "no-diversity", "no-causal", "no-windows-2q", "no-sync", "k1", "lambda-10")}
 # the paper's rows (paper_numbers.py) and what the paper says of them: tasks that get worse
 PAPER_ROWS = {"complete": "FAVOR 13B", "no-diversity": "no diversity loss",

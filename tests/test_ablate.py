@@ -74,7 +74,7 @@ def test_the_quick_plan():
     assert len(systems & {*ablate.LAMBDAS.values()}) >= 2
     train, score = jobs[4].commands
     assert train[1].endswith("/train.py") and train[2] == "--no-sync"
-    assert train[train.index("--steps") + 1] == "200" and "--no-test" in train
+    assert train[train.index("--steps") + 1] == "160" and "--no-test" in train
     assert score[2:5] == ("--score", "no-sync", "0") and score[score.index("--limit") + 1] == "100"
 
 
