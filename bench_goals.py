@@ -6,6 +6,7 @@ not do the same.  Whole steps: bench_steps.py.  Media: bench_media.py.
 Public: attention, vision, hearing, language, decoding."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import torch
@@ -361,15 +362,15 @@ def decoding(run: Run):
 
     with threads(torch.get_num_threads() if run.cuda else 1):
         sides = {"ours": ours, "peer": peer}
-        if run.cuda:
-            sides["graph"] = in_fixed_steps(llm, ours)
+        if run.cuda or run.size == "full" and shutil.which("g++"):       # a minute to compile
+            sides["fixed"] = in_fixed_steps(llm, ours)
         seconds = interleaved(run, "decoding", make, sides)
         note = same_tokens(sides, make, dtype)
     weights = flops.weights(llm.model.layers, llm.lm_head) - flops.weights(
         llm.model.layers, named=".lora_")
     floor = run.floor_ms(n_bytes=llm.lm_head.weight.element_size() * weights,
                          bandwidth="copy" if run.cuda else "gemv, 1 thread")
-    names = {"ours": "eager", "graph": "CUDA graph"}
+    names = {"ours": "eager", "fixed": "CUDA graph" if run.cuda else "compiled"}
     lines = [line_of(f"{config.layers} layers, {names[side]}: a token", seconds[side],
                      seconds["peer"], 1e3 / new, peer_name="transformers generate", floor=floor,
                      note=note)

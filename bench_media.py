@@ -115,7 +115,7 @@ def seek_each(path, targets):
 # ---------------------------------------------------------------- 8: pictures
 def pictures(run: Run):
     """Goal 8."""
-    seconds = run.pick(test=3, quick=6, full=20)
+    seconds = run.pick(test=3, quick=4, full=20)
     size = run.pick(test={"width": 128, "height": 96}, quick={})
     with clip_of(seconds, **size) as path, threads(1):
         wrong = wrong_frames(path)
@@ -172,7 +172,7 @@ def pixels_of(run, path):
 
 def seeking(run, path, seconds):
     """Against a seek for each target; of these only some, and their time times that."""
-    every = run.pick(test=2, quick=6, full=8)
+    every = run.pick(test=2, quick=8, full=8)
     targets = [i / 2 for i in range(2 * seconds)]
     some = targets[every // 2::every]
     _, times = read_frames(path)
@@ -207,7 +207,7 @@ def fed(run, path, seconds):
 # ---------------------------------------------------------------- 9: sound
 def sound(run: Run):
     """Goal 9."""
-    seconds = run.pick(test=4, quick=60)
+    seconds = run.pick(test=4, quick=30, full=60)
     with clip_of(seconds, width=64, height=48) as path, threads(1):
         track = read_audio(path)
         words = ("-i", path, "-vn", "-ac", "1", "-ar", str(AUDIO_RATE), "-f", "s16le", "-")

@@ -543,8 +543,8 @@ assert len(seen) == 1, f"{len(seen)} compilations"
 
 
 def test_a_step_is_one_graph_compiled_once():
-    """As dynamo sees it, without the C++ compiler behind it.  In a process of its own: dynamo starts
-    autograd's threads, after which other tests could not fork."""
+    """As dynamo sees it, without the C++ compiler behind it.  In a process of its own: dynamo
+    starts autograd's threads, after which other tests could not fork."""
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True,
                           cwd=Path(__file__).parent.parent, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
