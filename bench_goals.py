@@ -276,8 +276,8 @@ def language(run: Run):
                       cuda=LLAMA[run.model])
     batch, tokens, answer = run.pick(test=(2, 16, 4), quick=(1, 128, 20), full=(4, 256, 40),
                                      cuda=({"7b": 32, "13b": 16}[run.model], 292, 40))
-    lines = []
-    for dtype in (torch.bfloat16,) if run.cuda else (torch.float32, torch.bfloat16):
+    lines, both = [], (torch.float32, torch.bfloat16)
+    for dtype in run.pick(test=both, quick=both[:1], full=both, cuda=both[1:]):
         ours, peer = both_steps(run, *(pair := peers.lora_pair(config, dtype, run.device)), dtype)
 
         def make(dtype=dtype):

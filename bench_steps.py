@@ -143,7 +143,7 @@ def materials(step, count, seconds):
 def av_step(run: Run):
     """Goal 5."""
     step = Step(run.device, run.pick(test="tiny", cuda=run.model))
-    count, seconds = run.pick(test=(2, 2.0), quick=(4, 5.0), full=(16, 5.0), cuda=(16, 30.0))
+    count, seconds = run.pick(test=(2, 2.0), quick=(2, 5.0), full=(16, 5.0), cuda=(16, 30.0))
     parts = parts_alone(step)
     sides = {"whole": lambda m: step(m["samples"])} | parts
     times = interleaved(run, "AV step", lambda: (materials(step, count, seconds),), sides)
@@ -186,7 +186,7 @@ def cached(run: Run):
     """Goal 6: a step on features read from the cache on disk, against one that encodes its clips.
     Both start from clips in memory: what decoding would add to the second is left out."""
     step = Step(run.device, run.pick(test="tiny", cuda=run.model))
-    count, seconds = run.pick(test=(2, 2.0), quick=(4, 5.0), full=(16, 5.0), cuda=(16, 30.0))
+    count, seconds = run.pick(test=(2, 2.0), quick=(2, 5.0), full=(16, 5.0), cuda=(16, 30.0))
     with tempfile.TemporaryDirectory() as folder:
         store, made = FeatureCache(folder, step.model, log=lambda *_: None), []
 
