@@ -52,8 +52,7 @@ def _sync(path):
 
 
 def save_or_say(folder, model, facts, state=None, say=print):
-    """save(); a full disk is told, and the run goes on with the older checkpoint -> whether saved.
-    """
+    """save() -> whether saved: a full disk is told, and the run goes on with the older one."""
     try:
         save(folder, model, facts, state)
         return True

@@ -18,6 +18,10 @@ import torch.distributed as dist
 
 import cli
 
+# cuDNN's attention plans each new shape anew, up to a second; clips differ in length.  Here, as all
+# programs import this file.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def one_a_core(wanted=0, most=4):
     """Call first in a program's __main__: on a CPU starts this same command line `wanted` - 1 more
@@ -51,8 +55,6 @@ def join():
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
-        # cuDNN's attention plans each new shape anew, up to a second; clips differ in length.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     if rank > 0:                                     # all wait for one download, one shows it
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if world > 1:

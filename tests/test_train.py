@@ -31,6 +31,7 @@ import eval as evaluation
 import favor
 import features
 import loader
+import lora
 import miniature
 import tables
 import train
@@ -774,6 +775,20 @@ def test_eval_errors(finished, small_miniature, tmp_path):
     with pytest.raises(SystemExit, match="neither target nor refs"):
         data.write_manifest(tmp_path / "test.jsonl", [data.Record("x", "asr", "what")])
         evaluate("--checkpoint", finished[0] / "best", "--data", tmp_path)
+
+
+def test_eval_merges_unless_told_not_to(finished):
+    """LoRA is added in by default, for good; with and without it the answers are the same."""
+    out, answers = finished[0], []
+    for merge in (True, False):
+        assert evaluation.EvalConfig().merge
+        model, _ = evaluation.load_model(evaluation.EvalConfig(
+            checkpoint=str(out / "best"), merge=merge))
+        layers = list(lora.layers(model).values())
+        assert layers and all(layer.merged == merge for layer in layers)
+        assert all(layer.unmerged_weight is None for layer in layers)
+        answers.append(model.answer(None, "yes"))
+    assert answers[0] == answers[1]
 
 
 def test_which_checkpoint(tmp_path, monkeypatch):
