@@ -332,6 +332,21 @@ class Attention(nn.Module):
         return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, each (B,T,ffn).  Backward makes silu(gate) again instead of keeping it: one
+    of the three widest tensors that a layer would hold until then (bench.py 4)."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -341,7 +356,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = lora.apply_all(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)                              # SwiGLU
+        return self.down_proj(SwiGLU.apply(gate, up))
 
 
 class Block(nn.Module):
