@@ -259,8 +259,8 @@ def ceilings(run):
     GEMM, bytes/s of a copy (read and written), on a CPU also of a matrix times a vector on one
     thread, which is what decoding is."""
     best, device = {}, run.device
-    n, n_bytes = run.pick(test=128, quick=2048, cuda=8192), run.pick(test=2 ** 20, quick=2 ** 28,
-                                                                    cuda=2 ** 32)
+    n = run.pick(test=128, quick=1024, full=2048, cuda=8192)
+    n_bytes = run.pick(test=2 ** 20, quick=2 ** 28, cuda=2 ** 32)
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         best[gemm_name(dtype)] = 2 * n ** 3 / fastest(run, torch.matmul, (a, b))

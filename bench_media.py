@@ -115,7 +115,7 @@ def seek_each(path, targets):
 # ---------------------------------------------------------------- 8: pictures
 def pictures(run: Run):
     """Goal 8."""
-    seconds = run.pick(test=3, quick=5, full=20)
+    seconds = run.pick(test=3, quick=4, full=20)
     size = run.pick(test={"width": 128, "height": 96}, quick={})
     with clip_of(seconds, **size) as path, threads(1):
         wrong = wrong_frames(path)

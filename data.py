@@ -267,7 +267,7 @@ def probe(path):
 def _timed_frames(container, stream, path, clock):
     """Every decoded frame as (start, seconds, frame) in presentation time. A frame without a stamp
     starts where the one before ended (raw H.264); clock: the first one's start, None = unknown."""
-    origin, broken = float(_origin(container)), 0
+    origin, broken, sound = float(_origin(container)), 0, stream.type == "audio"
     tick, ticks = stream.time_base.numerator, stream.time_base.denominator    # Fractions are slow
     packets = container.demux(stream)
     while True:
@@ -284,7 +284,7 @@ def _timed_frames(container, stream, path, clock):
             stamp = frame.pts if frame.pts is not None else frame.dts
             if stamp is not None:
                 clock = stamp * tick / ticks - origin
-            if stream.type == "audio":
+            if sound:
                 seconds = frame.samples / frame.sample_rate
             else:
                 seconds = float((frame.duration or 0) * tick / ticks
@@ -459,55 +459,62 @@ class _Mono16k:
         self.resampler = (None if rate == AUDIO_RATE else
                           av.AudioResampler(format="flt", layout="mono", rate=AUDIO_RATE))
 
-    def _mono(self, frame):
-        """Yields float32 (S,).  Mixing to mono as *integers* weighs stereo 0.5 + 0.5; as floats it
-        is 0.71 + 0.71, 3 dB too loud (test_stereo_mix). 32 bits: Whisper's own 16-bit track to
-        1.5e-5.  AAC's own floats in stereo or mono are mixed here, in a fifth of the time."""
+    def _channels(self, frame):
+        """-> a list of (S,) float32 or of pairs of them, left and right, whose mean is the sound.
+        Mixing to mono as *integers* weighs stereo 0.5 + 0.5; as floats it is 0.71 + 0.71, 3 dB too
+        loud (test_stereo_mix). 32 bits: Whisper's own 16-bit track to 1.5e-5.  AAC's own floats in
+        stereo or mono are mixed in _flush, in a tenth of the time."""
         if frame.format.name == "fltp" and frame.layout.name in ("mono", "stereo"):
-            first, *second = (np.frombuffer(plane, np.float32, frame.samples)
-                              for plane in frame.planes)
-            yield (first + second[0]) * np.float32(0.5) if second else first.copy()
-            return
+            # a plane's buffer is longer than its samples; to_ndarray() takes three times as long
+            return [[np.frombuffer(plane, np.float32, frame.samples) for plane in frame.planes]]
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)  # may change midway (TV)
         if kind not in self.mixers:
             self.mixers[kind] = av.AudioResampler(format="s32", layout="mono", rate=self.rate)
-        for mixed in self.mixers[kind].resample(frame):
-            # a plane's buffer is longer than its samples; to_ndarray() takes three times as long
-            samples = np.frombuffer(mixed.planes[0], np.int32, mixed.samples)
-            yield samples.astype(np.float32) * 2.0 ** -31
+        return [[np.frombuffer(mixed.planes[0], np.int32, mixed.samples).astype(np.float32)
+                 * 2.0 ** -31] for mixed in self.mixers[kind].resample(frame)]
 
     def add(self, time, frame):
-        for samples in self._mono(frame):
-            place = round(time * self.rate)
+        for channels in self._channels(frame):
+            place, n = round(time * self.rate), len(channels[0])
             if self.expected is not None and abs(place - self.expected) <= JITTER * self.rate:
                 place = self.expected
-            self.expected = place + len(samples)
+            self.expected = place + n
             while (gap := min(place, self.limit) - self.position) > 0:         # a minute at a time
-                self._feed(np.zeros(min(gap, 60 * self.rate), np.float32))
-            self._feed(samples[max(0, self.position - place):])
-            time += len(samples) / self.rate
+                self._feed([np.zeros(min(gap, 60 * self.rate), np.float32)])
+            if place < self.position:
+                channels = [channel[self.position - place:] for channel in channels]
+            self._feed(channels)
+            time += n / self.rate
 
-    def _feed(self, samples):
-        if len(samples):
-            self.position += len(samples)
-            self.waiting.append(samples)
-            self.held += len(samples)
-            if self.resampler is not None and self.held >= self.rate:
-                self._resample()
+    def _feed(self, channels):
+        n = len(channels[0])
+        if n:
+            self.position += n
+            self.waiting.append(channels)
+            self.held += n
+            if self.held >= self.rate:
+                self._flush()
 
-    def _resample(self):
-        """What waits, about a second at a time: a call costs more than a frame's 1024 samples."""
-        if self.waiting:
-            samples, self.waiting, self.held = np.concatenate(self.waiting), [], 0
+    def _flush(self):
+        """What waits is mixed and resampled, about a second at a time: a call costs more than a
+        frame's 1024 samples."""
+        if not self.waiting:
+            return
+        samples = np.concatenate([channels[0] for channels in self.waiting])
+        if any(len(channels) > 1 for channels in self.waiting):
+            samples += np.concatenate([channels[-1] for channels in self.waiting])
+            samples *= np.float32(0.5)                           # one channel: (x + x) / 2
+        self.waiting, self.held = [], 0
+        if self.resampler is None:
+            self.chunks.append(samples)
+        else:
             frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
             frame.sample_rate = self.rate
             self.chunks += [f.to_ndarray()[0] for f in self.resampler.resample(frame)]
 
     def finish(self, samples):
-        if self.resampler is None:
-            self.chunks = self.waiting
-        else:
-            self._resample()
+        self._flush()
+        if self.resampler is not None:
             self.chunks += [f.to_ndarray()[0] for f in self.resampler.resample(None)]  # last 1 ms
         track = np.concatenate([np.zeros(0, np.float32), *self.chunks])[self.skip:][:samples]
         return torch.from_numpy(track.clip(-1, 1))                # as 16 bits would
