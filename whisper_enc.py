@@ -112,8 +112,8 @@ def log_mel_spectrogram(audio, chunk_samples=480000, n_fft=400, hop=160, n_mels=
     audio = torch.atleast_2d(audio)[:, :chunk_samples]                 # (S,) -> (B,S)
     audio = F.pad(audio, (0, chunk_samples - audio.shape[1]))          # (B,S) -> (B,chunk_samples)
     window = torch.hann_window(n_fft, device=audio.device)             # periodic
-    spectrum = torch.stft(audio, n_fft, hop, window=window, return_complex=True)
-    power = spectrum[..., :-1].abs().square()          # (B,n_fft/2+1,3001) -> (B,n_fft/2+1,3000)
+    spectrum = torch.stft(audio, n_fft, hop, window=window, return_complex=True)[..., :-1]
+    power = spectrum.real.square() + spectrum.imag.square()            # (B,n_fft/2+1,3000)
     filters = mel_filterbank(n_fft, n_mels, sample_rate).to(audio.device)
     log_mel = (filters.T @ power).clamp_min(1e-10).log10()             # (B,M,3000)
     # The floor is 80 dB below the loudest point of the same item: no other item may move it.
