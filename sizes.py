@@ -137,17 +137,19 @@ def empty_sample(model, seconds, question="What happens after the beep?"):
     return Sample(question, features=Features(*model.empty_features(seconds)))
 
 
-def memory_plan(model, sample, batch, answer=40):
+def memory_plan(model, sample, batch, answer=40, recompute=False, shards=1):
     """Markdown, in GiB on one device: a training step and an answer, for `batch` times `sample`,
     whose features may be on "meta" as the model may.  What autograd keeps is measured: of the
-    aligner at its own size, of the LLM on a small one (`llm_bytes`) and scaled.  Allocator,
-    kernels and the exchange of gradients come on top."""
+    aligner at its own size, of the LLM on a small one (`llm_bytes`) and scaled.  recompute: blocks
+    of the LLM keep their input, one at a time the rest; shards: over so many devices
+    (sharding.py).  Allocator, kernels and the exchange of gradients come on top."""
     llm, vit = model.llm.config, model.visual.vit.config
     length = model.length(sample) + answer
     wide = next(model.llm.parameters()).element_size()
     trained = sum(p.numel() for p in model.trained_parameters())
-    llm_kept = batch * length * llm.layers * llm_bytes(model.config, wide) * (
-        8 * llm.width + 3 * llm.ffn)
+    inputs = batch * length * llm.layers * llm.width * wide if recompute else 0
+    llm_kept = inputs + batch * length * (1 if recompute else llm.layers) * llm_bytes(
+        model.config, wide) * (8 * llm.width + 3 * llm.ffn)
     aligner_kept = batch * kept_by_autograd(
         model, lambda: model.train().audio_visual_tokens([sample]))
     logits = batch * answer * llm.vocab_size * (wide + 8)            # and twice in fp32: softmax
@@ -155,8 +157,13 @@ def memory_plan(model, sample, batch, answer=40):
         length + model.config.max_new_tokens) * wide
     pictures = FRAMES_AT_ONCE * (vit.n_patches + 1) * (4 * vit.width + vit.ffn) * wide
     weights = size(model.parameters())
-    rows = [("weights", weights, weights),
-            ("gradients and Adam's two moments, fp32", 12 * trained, 0),
+    spread = {p for p in model.parameters() if p.requires_grad} | {*model.llm.parameters()}
+    blocks = size(model.llm.model.layers.parameters())               # two are whole at a time
+    whole = size(spread) - blocks + 2 * blocks // llm.layers if shards > 1 else 0
+    weights -= size(spread) * (shards - 1) // shards
+    rows = [("weights" if shards == 1 else f"weights, 1 of {shards} shards", weights, weights),
+            *[("of the other shards, what is whole at a time", whole, whole)] * (shards > 1),
+            ("gradients and Adam's two moments, fp32", 12 * trained // shards, 0),
             (f"LLM, {length} tokens", llm_kept, cache),
             ("aligner", aligner_kept, 0), ("logits of the answer", logits, 0),
             (f"ViT, {FRAMES_AT_ONCE} frames at a time", pictures, pictures)]
@@ -175,7 +182,7 @@ def llm_bytes(config, wide, width=256, ffn=688, tokens=64):
         llm = llm.to(torch.bfloat16 if wide == 2 else torch.float32).requires_grad_(False).train()
         if config.lora_targets:
             lora.inject(llm, lora.LoraConfig(1, 1, config.lora_dropout, config.lora_targets))
-        x = torch.randn(1, tokens, width, requires_grad=True)
+        x = torch.randn(1, tokens, width, dtype=next(llm.parameters()).dtype, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16) if wide == 2 else nullcontext():
             totals.append(kept_by_autograd(llm, lambda x=x, m=llm: m.hidden(embeds=x)))
     return (totals[1] - totals[0]) / tokens / (8 * width + 3 * ffn)

@@ -18,6 +18,7 @@ cli.quiet_threads()
 
 import dataclasses  # noqa: E402
 import math  # noqa: E402
+import os  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
@@ -264,8 +265,11 @@ def dry_run(config):
     batch = config.micro_batch or config.batch
     print(f"--model {config.model} --system {config.system}, weights {why}")
     print(sizes.table(model))
-    print(f"\n{batch} clips of {config.clip_seconds:g} s at a time (--micro-batch):")
-    print(sizes.memory_plan(model, sample, batch))
+    shards = (config.processes or int(os.environ.get("WORLD_SIZE", 1))) if config.shard else 1
+    print(f"\n{batch} clips of {config.clip_seconds:g} s at a time (--micro-batch)"
+          + ", --recompute" * config.recompute
+          + f", --shard over {shards} (--processes)" * config.shard + ":")
+    print(sizes.memory_plan(model, sample, batch, recompute=config.recompute, shards=shards))
 
 
 # ---------------------------------------------------------------- the run

@@ -59,8 +59,8 @@ def test_dry_run_of_the_baseline(capsys):
     assert found["language projection"] == (3_149_824,) * 2 and "Whisper encoder" not in found
 
 
-def planned(model, seconds, batch):
-    text = sizes.memory_plan(model, sizes.empty_sample(model, seconds), batch)
+def planned(model, seconds, batch, **how):
+    text = sizes.memory_plan(model, sizes.empty_sample(model, seconds), batch, **how)
     return {name: float(step) for name, step in re.findall(
         r"^\| \**(.+?)\** \| ([\d.]+)", text, re.MULTILINE)}
 
@@ -85,6 +85,29 @@ def test_plan_grows_with_clip_and_batch():
     assert short["weights"] == long["weights"] == pytest.approx(16.37, abs=0.05)
     assert short["all"] < long["all"] and short["all"] < many["all"]
     assert many["aligner"] == pytest.approx(8 * short["aligner"], rel=0.1)
+
+
+def test_plan_with_recompute_and_shards(capsys):
+    """Of 32 layers one is held whole, of the others their inputs; of 8 shards each device has one,
+    of what is spread, and Whisper, ViT and Q-Former whole."""
+    model = Favor.from_config(preset("7b"), torch.bfloat16, "meta", random_init=True)
+    plain, again = planned(model, 30, 8), planned(model, 30, 8, recompute=True)
+    llm = next(name for name in plain if name.startswith("LLM"))
+    length = int(re.search(r"\d+", llm)[0])
+    inputs = 8 * length * 32 * 4096 * 2 / sizes.GIB
+    assert again[llm] == pytest.approx(plain[llm] / 32 + inputs, rel=0.01)
+    assert {name for name in plain if plain[name] != again[name]} == {llm, "all"}
+    shards = planned(model, 30, 8, shards=8)
+    frozen = sum(p.numel() * p.element_size() for part in (model.whisper, model.visual)
+                 for p in part.parameters()) / sizes.GIB
+    assert 8 * (shards["weights, 1 of 8 shards"] - frozen) == pytest.approx(
+        plain["weights"] - frozen, abs=0.1)             # three digits are printed
+    assert shards["all"] < plain["all"] - 7
+    train.dry_run(train.TrainConfig(model="7b", micro_batch=2, shard=True, processes=4,
+                                    recompute=True))
+    printed = capsys.readouterr().out
+    assert "--recompute, --shard over 4 (--processes):" in printed
+    assert "weights, 1 of 4 shards" in printed
 
 
 # ---- --random-init ------------------------------------------------------------------------------
