@@ -124,10 +124,9 @@ def log_mel_spectrogram(audio, chunk_samples=480000, n_fft=400, hop=160, n_mels=
 # ---- log-mel -> vectors -------------------------------------------------------------------------
 
 class Norm(nn.LayerNorm):
-    """LayerNorm that computes in fp32 whatever the dtype of weights and input."""
+    """LayerNorm, which sums in fp32 whatever it is given; autocast would also return fp32."""
     def forward(self, x):
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(),
-                            self.bias.float(), self.eps).to(x.dtype)
+        return super().forward(x).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
