@@ -145,6 +145,12 @@ def score_label(task):
     return f"{task}: word error rate, %" if task in ERROR_RATES else f"{task}: right, %"
 
 
+def within(axis, task):
+    """Scores end at 0 and 100 %, whatever the interval of two seeds says."""
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, 0), high if task in ERROR_RATES else min(high, 100))
+
+
 def draw_scales(results):
     """Fig. 3: (a), (b) window size at a constant number of queries a frame, (c) frame rate when
     answering -> Figure."""
@@ -155,12 +161,15 @@ def draw_scales(results):
         axis.set(xscale="log", title=f"({letter}) trained with Q = 2K queries", xlabel=K_LABEL,
                  ylabel=score_label(task))
         axis.set_xticks([*ablate.WINDOWS], map(str, ablate.WINDOWS))
+        axis.set_xlim(min(ablate.WINDOWS) / 1.2, max(ablate.WINDOWS) * 1.2)
+        within(axis, task)
     curve(axes[2], ablate.FPS,
           [results.by_seed("complete", "videoqa", f"at {fps:g} Hz") for fps in ablate.FPS],
           ORANGE, "--", "s", "videoqa")
     axes[2].set(xscale="log", title="(c) trained at 2 Hz", ylabel=score_label("videoqa"),
                 xlabel="frame rate when answering, Hz")
     axes[2].set_xticks(ablate.FPS, [f"{fps:g}" for fps in ablate.FPS])
+    within(axes[2], "videoqa")
     for axis in axes:
         axis.minorticks_off()
     figure.tight_layout()
@@ -173,7 +182,7 @@ def draw_lambda(results):
     places, systems = range(len(ablate.LAMBDAS)), ablate.LAMBDAS.values()
     for axis, task, letter in zip(axes, COSINE_TASKS, "abc", strict=True):
         other = axis.twinx()
-        lines = [curve(axis, [x - 0.06 for x in places], 
+        lines = [curve(axis, [x - 0.06 for x in places],
                        [results.by_seed(s, task) for s in systems], BLUE, "-", "o", "score (left)"),
                  curve(other, [x + 0.06 for x in places],          # error bars beside each other
                        [results.by_seed(s, task, "query cosine") for s in systems],
@@ -182,6 +191,7 @@ def draw_lambda(results):
                  xlabel="λ, factor of the diversity loss")
         axis.set_xticks(places, [f"{value:g}" for value in ablate.LAMBDAS])
         axis.set_xlim(-0.3, len(places) - 0.7)
+        within(axis, task)
         other.set(ylim=(-0.2, 1.05),                   # the least mean of Q vectors: -1 / (Q - 1)
                   ylabel="cosine" if axis is axes[-1] else "")
         other.grid(False)

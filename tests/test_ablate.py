@@ -377,6 +377,15 @@ def test_scales_and_lambda_show_every_point_with_its_units():
     assert len(figure.legends[0].get_texts()) == 2
 
 
+def test_no_axis_shows_more_than_100_percent():
+    pytest.importorskip("matplotlib")
+    scores = {key: [5, 95] for key in sweeps() if key[2] != "query cosine"}     # two seeds far apart
+    for draw in (figures.draw_scales, figures.draw_lambda):
+        for axis in draw(Results(made_up(scores))).axes[:3]:
+            low, high = axis.get_ylim()
+            assert low == 0 and (high == 100 or "error rate" in axis.get_ylabel())
+
+
 @pytest.mark.parametrize("streams", [1, 2])
 def test_attention_stands_at_its_time(streams):
     pytest.importorskip("matplotlib")
