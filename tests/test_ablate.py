@@ -379,7 +379,7 @@ def test_scales_and_lambda_show_every_point_with_its_units():
 
 def test_no_axis_shows_more_than_100_percent():
     pytest.importorskip("matplotlib")
-    scores = {key: [5, 95] for key in sweeps() if key[2] != "query cosine"}     # two seeds far apart
+    scores = {key: [5, 95] for key in sweeps() if key[2] != "query cosine"}      # two seeds
     for draw in (figures.draw_scales, figures.draw_lambda):
         for axis in draw(Results(made_up(scores))).axes[:3]:
             low, high = axis.get_ylim()
