@@ -156,10 +156,12 @@ def load_model(config, dtype=None, device=None):
 
 
 def find_manifest(path, split):
-    """A manifest file, or <folder>/<split>.jsonl; the miniature's folder is filled when empty."""
+    """A manifest file, or <folder>/<split>.jsonl; the miniature's folder is filled when empty, or
+    anew when an older version of the generator filled it."""
     path = Path(path)
     manifest = path if path.suffix == ".jsonl" else path / f"{split}.jsonl"
-    if path == Path(EvalConfig.data) and not manifest.exists():
+    generated = not manifest.exists() or (path / f"{split}.made.json").exists()
+    if path == Path(EvalConfig.data) and generated:
         miniature.make(path, splits=(split,))
     if not manifest.exists():
         raise SystemExit(f"{manifest}: no such manifest; name a .jsonl file or a folder with "

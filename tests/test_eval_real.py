@@ -2,6 +2,8 @@
 clips, verdicts; and from an official folder to the table (`aveb.py prepare`, then eval.py)."""
 
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,3 +181,24 @@ def test_a_folder_with_a_manifest_a_task(tmp_path):
         evaluation.read_manifests([both[0], both[0]])
     with pytest.raises(SystemExit, match="no such manifest"):
         evaluation.find_manifests(tmp_path, ("ocr",))
+
+
+def test_an_older_miniature_is_made_anew(tmp_path, monkeypatch):
+    """Its questions would be another benchmark's; a manifest that someone put there stays."""
+    monkeypatch.chdir(tmp_path)
+    make = partial(evaluation.miniature.make, counts={"test": {"still": 1}}, workers=1,
+                   log=lambda *_: None)
+    monkeypatch.setattr(evaluation.miniature, "make", make)
+    folder = Path(evaluation.EvalConfig.data)
+    manifest, stamp = evaluation.find_manifest(folder, "test"), folder / "test.made.json"
+    made = manifest.read_text()
+
+    def found_after(text):
+        manifest.write_text(text)
+        return evaluation.find_manifest(folder, "test").read_text()
+
+    assert found_after("of this version") == "of this version"
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"version": 1}))
+    assert found_after("of an older one") == made
+    stamp.unlink()
+    assert found_after("someone's own") == "someone's own"
