@@ -330,7 +330,7 @@ class Run:
     val_ce: float | None = None
     nonfinite: int = 0         # steps left out so far
     empty: int = 0             # steps in a row without a readable clip
-    unsaved: str = ""          # the last checkpoint, if the disk was full for it
+    unsaved: str = ""          # the last checkpoint, or the table, if the disk was full for it
 
 
 def prepare(config, argv, device, dtype, why, say):
@@ -452,9 +452,8 @@ def main(config, argv):
     if run.skipped.lines:
         say(str(run.skipped))
     if rank == 0:
-        curve = runlog.draw_curve(log.rows)
-        tables.write_text(run.out / "loss.txt", curve + "\n")
-        say(curve)
+        say(curve := runlog.draw_curve(log.rows))
+        write_or_note(run, tables.write_text, "loss.txt", curve + "\n")
     if config.test:
         test(run, config)
     if run.unsaved:
@@ -581,10 +580,23 @@ def test(run, config):
     predictions, missing = evaluation.evaluate(
         model, tested, store, views, 4 * val_batch(config, processes.world()), log=run.say)
     if processes.rank() == 0:
-        tables.write_report(run.out / "predictions.jsonl", predictions, views, missing,
-                            {"checkpoint": str(run.out / "best"), "mixture": run.facts["mixture"],
-                             "weights": evaluation.weights_hash(run.out / "best")})
-        run.say((run.out / "predictions.md").read_text())
+        facts = {"checkpoint": str(run.out / "best"), "mixture": run.facts["mixture"],
+                 "weights": evaluation.weights_hash(run.out / "best")}
+        if write_or_note(run, tables.write_report, "predictions.jsonl", predictions, views,
+                         missing, facts):
+            run.say((run.out / "predictions.md").read_text())
+
+
+def write_or_note(run, write, name, *what):
+    """write(file, *what) in the run's folder -> whether a full disk let it; else run.unsaved."""
+    try:
+        write(run.out / name, *what)
+    except OSError as error:
+        if not checkpoints.disk_full(error):
+            raise
+        run.unsaved = run.unsaved or name
+        return False
+    return True
 
 
 if __name__ == "__main__":

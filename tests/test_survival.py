@@ -267,6 +267,23 @@ def test_a_run_whose_end_could_not_be_saved_says_so(command, tmp_path, monkeypat
         run(command(tmp_path, "--test", steps=2, val_every=2, show=0))
 
 
+@pytest.mark.parametrize("name", ["loss.txt", "predictions.jsonl"])
+def test_a_disk_that_is_full_at_the_end_is_said(command, tmp_path, monkeypatch, name):  # noqa: F811
+    write = Path.write_text
+
+    def full(path, text, *rest, **named):
+        if path.name.startswith(name):
+            raise OSError(28, "No space left on device", str(path))
+        return write(path, text, *rest, **named)
+    words = command(tmp_path, "--test", steps=2, val_every=2, show=0)
+    with monkeypatch.context() as m:
+        m.setattr(Path, "write_text", full)
+        with pytest.raises(SystemExit, match=f"{name} could not be saved, the disk was full; make"):
+            run(words)
+    run(words)                                                    # there is room now
+    assert (tmp_path / name).exists()
+
+
 def test_a_best_that_was_not_saved_is_not_the_best(command, tmp_path, monkeypatch):  # noqa: F811
     """The disk is full for the first best/: a later, here worse, one takes its place."""
     scores, whole, refused = iter([1.0, 2.0, 3.0]), checkpoints.save_or_say, []
