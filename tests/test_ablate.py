@@ -325,6 +325,17 @@ def test_results_are_collected_in_order(tmp_path):
     assert "55.0 ± 63.5" in text and "Steps: 4. Commits: abcdef0." in text
 
 
+def test_the_committed_tables_are_the_committed_results():
+    """docs/ablate/results.jsonl --> results.md and the tables of the README, to the letter."""
+    folder = ablate.HERE
+    results = Results.read(folder / "docs" / "ablate")
+    assert (folder / "docs" / "ablate" / "results.md").read_text() == ablate.tables(results) + "\n"
+    readme = (folder / "README.md").read_text()
+    assert ablate.claim_table(results) in readme and ablate.score_table(results) in readme
+    assert {row["steps"] for row in results.rows} == {1100} and not any(
+        row["dirty"] for row in results.rows)
+
+
 # ---------------------------------------------------------------- figures
 def sweeps():
     scores = {}
