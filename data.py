@@ -463,7 +463,7 @@ class _Mono16k:
         """-> a list of (S,) float32 or of pairs of them, left and right, whose mean is the sound.
         Mixing to mono as *integers* weighs stereo 0.5 + 0.5; as floats it is 0.71 + 0.71, 3 dB too
         loud (test_stereo_mix). 32 bits: Whisper's own 16-bit track to 1.5e-5.  AAC's own floats in
-        stereo or mono are mixed in _flush, in a tenth of the time."""
+        stereo or mono are mixed in _flush, which is faster."""
         if frame.format.name == "fltp" and frame.layout.name in ("mono", "stereo"):
             # a plane's buffer is longer than its samples; to_ndarray() takes three times as long
             return [[np.frombuffer(plane, np.float32, frame.samples) for plane in frame.planes]]

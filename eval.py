@@ -160,8 +160,9 @@ def find_manifest(path, split):
     anew when an older version of the generator filled it."""
     path = Path(path)
     manifest = path if path.suffix == ".jsonl" else path / f"{split}.jsonl"
-    generated = not manifest.exists() or (path / f"{split}.made.json").exists()
-    if path == Path(EvalConfig.data) and generated:
+    stamp = path / f"{split}.made.json"
+    older = stamp.exists() and hub.read_json(stamp)["version"] != miniature.VERSION
+    if path == Path(EvalConfig.data) and (older or not manifest.exists()):
         miniature.make(path, splits=(split,))
     if not manifest.exists():
         raise SystemExit(f"{manifest}: no such manifest; name a .jsonl file or a folder with "

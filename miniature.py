@@ -626,6 +626,9 @@ def _make_one(job):
     return records
 
 
+VERSION = 6           # of what is drawn and asked: older clips are made anew
+
+
 def make(folder, seed=0, scale=1.0, workers=None, splits=("train", "test"), counts=None, log=print):
     """Writes the clips and <split>.jsonl into `folder`; a split whose manifest is there and was
     made with the same settings is kept.  scale multiplies the number of training clips; counts
@@ -636,7 +639,7 @@ def make(folder, seed=0, scale=1.0, workers=None, splits=("train", "test"), coun
         scene: max(1, round(n * scale)) for scene, n in TRAIN_CLIPS.items()}}
     workers = workers or cli.cores()
     for split in splits:
-        settings = {"seed": seed, "clips": counts[split], "version": 6}
+        settings = {"seed": seed, "clips": counts[split], "version": VERSION}
         stamp = folder / f"{split}.made.json"
         if stamp.exists() and json.loads(stamp.read_text()) == settings:
             continue

@@ -2,6 +2,7 @@
 results, and the attention that a hook shows against the one the layer used.  Nothing is trained."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -332,6 +333,12 @@ def test_the_committed_tables_are_the_committed_results():
     assert (folder / "docs" / "ablate" / "results.md").read_text() == ablate.tables(results) + "\n"
     readme = (folder / "README.md").read_text()
     assert ablate.claim_table(results) in readme and ablate.score_table(results) in readme
+    spec = importlib.util.spec_from_file_location("publish", ablate.HERE / "docs" /
+                                                  "publish_ablation.py")
+    publish = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(publish)
+    table = publish.synchronisation_table(results)
+    assert table in readme and publish.put(readme, table) == readme
     assert {row["steps"] for row in results.rows} == {1100} and not any(
         row["dirty"] for row in results.rows)
 

@@ -199,7 +199,7 @@ train.main(cli.parse(train.TrainConfig, "")[0], sys.argv[1:])
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for workers in /proc")
 def test_a_worker_that_dies_ends_the_run(command, tmp_path):  # noqa: F811
     words = [str(word) for word in command(tmp_path / "stopped", "--no-test", "--no-keep-features",
-                                           workers=1, steps=10, batch=2, val_every=2, show=0)]
+                                           workers=1, steps=20, batch=2, val_every=2, show=0)]
     child = subprocess.Popen([sys.executable, ROOT / "train.py", *words], stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: steps_done(tmp_path / "stopped") > 2 or child.poll() is not None)

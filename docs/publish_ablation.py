@@ -1,0 +1,67 @@
+"""Brings a run of ablate.py into the repository: python docs/publish_ablation.py runs/ablate
+
+     OUT/results.jsonl, inside/*.npz --> docs/ablate, with results.md and the figures drawn anew
+     claim_table, score_table, synchronisation_table --> README.md, each in the place of the old one
+What the README says in words about them must be read again afterwards."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ablate  # noqa: E402
+import figures  # noqa: E402
+
+SIMULTANEOUS = (("avsd", ""), ("avsd", "at"), ("avsd", "after"), ("avssd", ""), ("avm", ""),
+                ("avm", "video"), ("avm", "image"), ("avsr", ""), ("ic", ""), ("ocr", ""),
+                ("vqa", ""), ("videoqa", ""))
+
+
+def synchronisation_table(results):
+    """With and without Eq. (1), the seeds that both have, one by one."""
+    def told(values):
+        return f"{sum(values) / len(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})"
+
+    lines, seeds = [], []
+    for task, part in SIMULTANEOUS:
+        with_it, without = (results.by_seed(s, task, part) for s in ("complete", "no-sync"))
+        seeds = sorted({*with_it} & {*without})
+        name = task + (f": {part}" if part else "") + " WER ↓" * (task in ablate.ERROR_RATES)
+        lines.append([name, told([with_it[seed] for seed in seeds]),
+                      told([without[seed] for seed in seeds]),
+                      results.against("no-sync", task, part)])
+    return ablate.markdown(["task", f"with (seeds {', '.join(map(str, seeds))})", "without",
+                            "difference"], lines)
+
+
+def put(text, table):
+    """The text with the table in the place of the one that starts with the same two heads."""
+    start = re.escape(re.match(r"\| [^|]*\| [\w-]+", table)[0])
+    old = re.search(rf"^{start}.*\n(\|.*\n)*", text, re.MULTILINE)
+    if old is None:
+        raise SystemExit(f"README.md has no table that starts with {table.splitlines()[0][:60]!r}")
+    return text[:old.start()] + table + "\n" + text[old.end():]
+
+
+def main(out, folder=ROOT / "docs" / "ablate"):
+    (folder / "inside").mkdir(parents=True, exist_ok=True)
+    shutil.copy(out / "results.jsonl", folder)
+    for file in (out / "inside").glob("*.npz"):
+        shutil.copy(file, folder / "inside")
+    results = ablate.Results.read(folder)
+    (folder / "results.md").write_text(ablate.tables(results) + "\n")
+    figures.draw_all(folder)
+    text = (ROOT / "README.md").read_text()
+    for table in (ablate.claim_table(results), ablate.score_table(results),
+                  synchronisation_table(results)):
+        text = put(text, table)
+    (ROOT / "README.md").write_text(text)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]))
