@@ -4,6 +4,7 @@ the tables and figures from what came out.  Paper Tables 2, 3, 5, 9, 10 and Figs
      python ablate.py                       all systems, 5 seeds (3 of four of them); hours
      python ablate.py --quick               fewer systems, seeds, steps and questions: every figure
      python ablate.py --only complete future --seeds 10        some systems, more seeds
+     python ablate.py --double runs/ablate  trains finished runs on, as long again
      python ablate.py --plan                prints the commands and runs nothing
      python figures.py runs/ablate          draws the figures again
 
@@ -12,10 +13,13 @@ the tables and figures from what came out.  Paper Tables 2, 3, 5, 9, 10 and Figs
                    --statistics--> OUT/results.md   --figures.py--> OUT/*.png
 The same command goes on where it was killed; runs whose scores.json is there are not run again.
 Each run is scored at half of its steps, too: what separates early may be speed of learning only.
+--double goes further that way: the weights of a finished run, a new optimiser, warm-up and cosine,
+other draws of the data, as many steps as the run has had, scored into OUT of its own, where the
+earlier end is "half".  It can be repeated, until doubling changes nothing any more.
 Every mean is over seeds; differences to `complete` are paired by seed, which shares the order of
 the data and, where the shapes are the same, the first weights.
 
-Public: SYSTEMS, CLAIMS, plan, run_jobs, score, mean_interval, paired, verdict, tables."""
+Public: SYSTEMS, CLAIMS, settled, plan, run_jobs, score, mean_interval, paired, verdict, tables."""
 
 import cli
 
@@ -102,6 +106,7 @@ class AblateConfig:
     data: str = "media/miniature"  # folder with train.jsonl and test.jsonl
     flags: str = ""  # more flags for every train.py: --flags="--batch 16"
     quick: bool = False  # a quarter of an hour on two cores: what is not given is set small
+    double: str = ""  # OUT of finished runs: train them as long again (OUT-<steps>, or --out)
     plan: bool = False  # print the commands, run nothing
     score: tuple = ()  # SYSTEM SEED: score one finished training (used by the program itself)
 
@@ -114,10 +119,21 @@ class AblateConfig:
                              "and an even number of steps (half of them are scored, too)")
 
 
-def quickened(config, given):
-    """The config with QUICK's values where the command line says nothing."""
-    small = {k: v for k, v in QUICK.items() if k not in given}
-    return dataclasses.replace(config, **small) if config.quick else config
+def settled(config, given):
+    """The config with QUICK's values where the command line says nothing, and as many steps as the
+    runs to double have had.  Raises ValueError where there are none."""
+    small = {k: v for k, v in QUICK.items() if k not in given} if config.quick else {}
+    if config.double:
+        file = Path(config.double) / "results.jsonl"
+        if not file.exists():
+            raise ValueError(f"--double {config.double}: no {file}; wanted the folder of runs that "
+                             "are scored (--out of an earlier ablate.py)")
+        small["steps"] = Results.read(config.double).steps
+        if "out" in given and Path(config.out) == Path(config.double):
+            raise ValueError(f"--double {config.double} --out {config.out}; wanted another folder")
+        if "out" not in given:
+            small["out"] = f"{config.double.rstrip('/')}-{2 * small['steps']}"
+    return dataclasses.replace(config, **small)
 
 
 # ---------------------------------------------------------------- the runs
@@ -137,22 +153,30 @@ class Job:
 
 def train_words(config, system, seed):
     """Words behind `train.py` of one training, all but its --out."""
-    return [*shlex.split(SYSTEMS[system][1]), "--seed", str(seed), "--steps", str(config.steps),
+    start = ["--seed", str(seed)]
+    if config.double:                              # a seed that no earlier stage has drawn with
+        start = ["--start-from", f"{config.double}/{system}-seed{seed}/last",
+                 "--seed", str(seed + config.steps)]
+    return [*shlex.split(SYSTEMS[system][1]), *start, "--steps", str(config.steps),
             "--warmup", str(min(100, config.steps // 4)), "--save-every", str(config.steps // 2),
             "--keep", "0", "--processes", "1", "--micro-batch", "16", "--show", "0",
             "--no-tensorboard", "--no-test", "--data", config.data, *shlex.split(config.flags)]
 
 
 def plan(config):
-    """The jobs, seed by seed: what is stopped early has the same seeds of all systems."""
+    """The jobs, seed by seed: what is stopped early has the same seeds of all systems.  With
+    --double those whose earlier run is finished."""
     jobs = []
     for seed, system in itertools.product(range(config.seeds), config.only or SYSTEMS):
         if not config.only and seed >= FIGURES_ONLY.get(system, config.seeds):
             continue
         words, name = train_words(config, system, seed), f"{system}-seed{seed}"
         folder = Path(config.out) / name
+        if config.double and not (Path(config.double) / name / "scores.json").exists():
+            continue
         scoring = ["--score", system, str(seed), "--steps", str(config.steps), "--out", config.out,
-                   "--data", config.data, "--limit", str(config.limit), f"--flags={config.flags}"]
+                   "--data", config.data, "--limit", str(config.limit), f"--flags={config.flags}",
+                   *(["--double", config.double] if config.double else [])]
         jobs.append(Job(name, folder, (
             (sys.executable, str(HERE / "train.py"), *words, "--out", str(folder)),
             (sys.executable, str(HERE / "ablate.py"), *scoring)),
@@ -318,7 +342,8 @@ def rows_of(predictions, view):
 def score(config, system, seed, say=print):
     """Scores OUT/<system>-seed<k> at half of its steps and at the end -> its scores.json; of the
     last checkpoint also the queries' cosine, of `complete` videoqa at other frame rates, and of
-    seed 0 the pictures (figures.look_inside) in OUT/inside/<system>.npz."""
+    seed 0 the pictures (figures.look_inside) in OUT/inside/<system>.npz.  With --double half is
+    where the earlier run ended, as it was scored then."""
     import figures
     job = next(j for j in plan(dataclasses.replace(config, only=(system,), seeds=seed + 1))
                if j.name == f"{system}-seed{seed}")
@@ -327,11 +352,16 @@ def score(config, system, seed, say=print):
     records = limited(data.read_manifest(evaluation.find_manifest(config.data, "test")),
                       config.limit)
     read = partial(keep_features, folder=Path(config.data) / "features", workers=1, log=say)
-    for step in (config.steps // 2, config.steps):
+    before, total, scored = 0, config.steps, (config.steps // 2, config.steps)
+    if config.double:
+        before, total, scored = config.steps, 2 * config.steps, (config.steps,)
+        earlier = hub.read_json(Path(config.double) / job.name / "scores.json")["rows"]
+        rows = [row | {"steps": total} for row in earlier if row["step"] == before]
+    for step in scored:
         checkpoint = job.folder / f"step-{step:06d}"
         model = load(trained, checkpoint)
         made, method = hub.read_json(checkpoint / "favor.json"), model.config
-        facts = {"system": system, "seed": seed, "step": step, "steps": config.steps,
+        facts = {"system": system, "seed": seed, "step": before + step, "steps": total,
                  "parameters": sum(p.numel() for p in model.trained_parameters()),
                  "vectors": vectors_a_clip(method), "commit": made.get("commit"),
                  "dirty": made.get("dirty")}
@@ -438,6 +468,7 @@ class Results:
             key = row["system"], row["task"], row["part"], when
             self.scores.setdefault(key, {})[row["seed"]] = row["score"]
         self.systems = [s for s in SYSTEMS if any(row["system"] == s for row in rows)]
+        self.steps = max((row["steps"] for row in rows), default=0)
 
     @classmethod
     def read(cls, folder):
@@ -493,7 +524,8 @@ def score_table(results, when="end"):
               f"{results.fact(s, 'parameters'):,}", results.fact(s, "vectors"),
               *(with_half(results.by_seed(s, task, "", when)) for task in miniature.TASKS)]
              for s in results.systems]
-    return markdown(["system", "seeds", "trained parameters", "LLM vectors, 5 s",
+    steps = results.steps if when == "end" else results.steps // 2
+    return markdown([f"system, {steps} steps", "seeds", "trained parameters", "LLM vectors, 5 s",
                      *map(arrow, miniature.TASKS)], lines)
 
 
@@ -506,23 +538,25 @@ def difference_table(results, when="end"):
 
 
 def claim_table(results):
-    """What the paper says gets worse, its numbers, ours, and what to say of it."""
+    """What the paper says gets worse, its numbers, ours, and what to say of it; the claims whose
+    system was run."""
     lines = []
-    for system, task in ((s, t) for s, tasks in CLAIMS for t in tasks):
+    for system, task in ((s, t) for s, tasks in CLAIMS for t in tasks if s in results.systems):
         end, half = (results.against(system, task, when=when) for when in ("end", "half"))
         theirs = "figure only"
         if system in PAPER_ROWS:
             theirs = " → ".join(str(next(iter(PAPER[PAPER_ROWS[s]][task].values())))
                                 for s in ("complete", system))
-        if end is None:
+        if end is None:                                        # no seed in common with complete
             lines.append([SYSTEMS[system][0], arrow(task), theirs, *["-"] * 5, "not run"])
             continue
         lines.append([SYSTEMS[system][0], arrow(task), theirs,
                       with_half(results.by_seed("complete", task)),
                       with_half(results.by_seed(system, task)), end, f"{end.p:.3f} ({end.n})",
                       half or "-", f"**{verdict(end, task in ERROR_RATES)}**"])
-    return markdown(["paper: worse", "task", "paper: complete → without", "complete", "without",
-                     "difference", "p (seeds)", "at half of the steps", "verdict"], lines)
+    return markdown([f"paper: worse; {results.steps} steps", "task", "paper: complete → without",
+                     "complete", "without", "difference", "p (seeds)",
+                     f"at {results.steps // 2} steps", "verdict"], lines)
 
 
 def mask_table(results):
@@ -538,7 +572,7 @@ def mask_table(results):
                           with_half(results.by_seed("future", task, part)), difference,
                           f"{difference.p:.3f} ({difference.n})", half or "-"])
     return markdown(["task", "past", "future", "future minus past", "p (seeds)",
-                     "at half of the steps"], lines)
+                     f"at {results.steps // 2} steps"], lines)
 
 
 def tables(results):
@@ -565,6 +599,8 @@ def tables(results):
 # ---------------------------------------------------------------- the program
 def main(config):
     jobs, say = plan(config), partial(print, flush=True)
+    if not jobs:
+        raise SystemExit(f"--double {config.double}: no finished run of these systems and seeds")
     if config.plan:
         for job in jobs:
             say("\n".join(shlex.join(command) for command in job.commands))
@@ -588,7 +624,10 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings = quickened(*cli.parse(AblateConfig, __doc__))
+    try:
+        settings = settled(*cli.parse(AblateConfig, __doc__))
+    except ValueError as error:
+        sys.exit(str(error))
     if settings.score:
         processes.one_a_core(1)                        # ends when the program that started it does
         sys.exit(score(settings, settings.score[0], int(settings.score[1])))

@@ -1,7 +1,8 @@
-"""Brings a run of ablate.py into the repository: python docs/publish_ablation.py runs/ablate
+"""Brings runs of ablate.py into the repository: python docs/publish_ablation.py runs/ablate
 
-     OUT/results.jsonl, inside/*.npz --> docs/ablate, with results.md and the figures drawn anew
-     claim_table, score_table, synchronisation_table --> README.md, each in the place of the old one
+     OUT/results.jsonl --> docs/<name of OUT>, with results.md;
+     of runs/ablate also inside/*.npz, with the figures drawn anew
+     tables_of(results) --> README.md, each in the place of the old one
 What the README says in words about them must be read again afterwards."""
 
 import re
@@ -37,8 +38,16 @@ def synchronisation_table(results):
                             "difference"], lines)
 
 
+def tables_of(results):
+    """Those that the README shows; how synchronisation does, of the first results only."""
+    shown = [ablate.claim_table(results), ablate.score_table(results)]
+    first = results.steps == ablate.AblateConfig.steps
+    return shown + [synchronisation_table(results)] * first
+
+
 def put(text, table):
-    """The text with the table in the place of the one that starts with the same two heads."""
+    """The text with the table in the place of the one that starts alike (its first head, which
+    says how many steps, and a word)."""
     start = re.escape(re.match(r"\| [^|]*\| [\w-]+", table)[0])
     old = re.search(rf"^{start}.*\n(\|.*\n)*", text, re.MULTILINE)
     if old is None:
@@ -46,17 +55,19 @@ def put(text, table):
     return text[:old.start()] + table + "\n" + text[old.end():]
 
 
-def main(out, folder=ROOT / "docs" / "ablate"):
-    (folder / "inside").mkdir(parents=True, exist_ok=True)
+def main(out):
+    folder = ROOT / "docs" / out.name
+    folder.mkdir(exist_ok=True)
     shutil.copy(out / "results.jsonl", folder)
-    for file in (out / "inside").glob("*.npz"):
-        shutil.copy(file, folder / "inside")
     results = ablate.Results.read(folder)
     (folder / "results.md").write_text(ablate.tables(results) + "\n")
-    figures.draw_all(folder)
+    if out.name == "ablate":
+        (folder / "inside").mkdir(exist_ok=True)
+        for file in (out / "inside").glob("*.npz"):
+            shutil.copy(file, folder / "inside")
+        figures.draw_all(folder)
     text = (ROOT / "README.md").read_text()
-    for table in (ablate.claim_table(results), ablate.score_table(results),
-                  synchronisation_table(results)):
+    for table in tables_of(results):
         text = put(text, table)
     (ROOT / "README.md").write_text(text)
 

@@ -67,7 +67,7 @@ def test_verdicts(mean, half, less_is_better, wanted):
 
 # ---------------------------------------------------------------- the plan
 def test_the_quick_plan():
-    config = ablate.quickened(*cli.parse(AblateConfig, "", ["--quick"]))
+    config = ablate.settled(*cli.parse(AblateConfig, "", ["--quick"]))
     jobs = ablate.plan(config)
     assert [job.name for job in jobs] == [f"{s}-seed0" for s in ablate.QUICK["only"]]
     systems = {*ablate.QUICK["only"]}               # every figure has two points at least
@@ -80,7 +80,7 @@ def test_the_quick_plan():
 
 
 def test_what_is_given_beats_quick():
-    config = ablate.quickened(*cli.parse(AblateConfig, "", ["--quick", "--seeds", "2", "--only",
+    config = ablate.settled(*cli.parse(AblateConfig, "", ["--quick", "--seeds", "2", "--only",
                                                             "future"]))
     assert [job.name for job in ablate.plan(config)] == ["future-seed0", "future-seed1"]
     assert config.steps == ablate.QUICK["steps"]
@@ -112,6 +112,39 @@ def test_the_claims_name_what_is_measured():
         assert system in ablate.SYSTEMS and {*tasks} <= {*miniature.TASKS}
         for task in tasks if system in ablate.PAPER_ROWS else ():
             assert ablate.PAPER[ablate.PAPER_ROWS[system]][task]
+
+
+def test_doubling_goes_on_from_where_finished_runs_ended(tmp_path):
+    """--double A trains into A-8, and --double A-8 into A-8-16, each with other draws."""
+    out = str(tmp_path / "a")
+    for name, done in (("complete-seed0", True), ("complete-seed1", False), ("k1-seed0", True)):
+        (tmp_path / "a" / name).mkdir(parents=True)
+        if done:
+            (tmp_path / "a" / name / "scores.json").write_text('{"settings": {}, "rows": []}')
+    lines = "".join(json.dumps(row) + "\n" for row in made_up({("complete", "avm", ""): [50]}))
+    (tmp_path / "a" / "results.jsonl").write_text(lines)
+    config = ablate.settled(*cli.parse(AblateConfig, "", ["--double", out + "/"]))
+    assert (config.steps, config.out) == (4, out + "-8")
+    jobs = ablate.plan(config)
+    assert [job.name for job in jobs] == ["complete-seed0", "k1-seed0"]      # what is finished
+    words = ablate.train_words(config, "complete", 0)
+    trained = ablate.train_config(config, "complete", 0)
+    assert (trained.start_from, trained.steps) == (f"{out}//complete-seed0/last", 4)
+    assert trained.seed == 4 and jobs[0].settings["train"] == words
+    _, score = jobs[0].commands
+    again = ablate.settled(*cli.parse(AblateConfig, "", list(score[2:])))
+    assert ablate.plan(dataclasses.replace(again, only=("complete",), seeds=1))[0] == jobs[0]
+    (tmp_path / "a-8").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in made_up({("k1", "avm", ""): [50]}, steps=8))
+    (tmp_path / "a-8" / "results.jsonl").write_text(lines)
+    third = ablate.settled(*cli.parse(AblateConfig, "", ["--double", out + "-8", "--seeds", "2"]))
+    assert (third.steps, third.out, third.seeds) == (8, out + "-8-16", 2)
+    with pytest.raises(SystemExit, match="no finished run of these"):
+        ablate.main(third)
+    with pytest.raises(ValueError, match="no .*results.jsonl; wanted the folder of runs"):
+        ablate.settled(AblateConfig(double=str(tmp_path)), set())
+    with pytest.raises(ValueError, match="wanted another folder"):
+        ablate.settled(AblateConfig(double=out, out=out + "/"), {"double", "out"})
 
 
 @pytest.mark.parametrize("wrong", [{"only": ("completely",)}, {"steps": 3}, {"seeds": 0}])
@@ -280,9 +313,9 @@ SOME = {("complete", "videoqa", ""): [60, 62, 64], ("no-causal", "videoqa", ""):
 def test_the_tables():
     results = Results(made_up(SOME))
     lines = ablate.score_table(results).splitlines()
-    assert lines[0].startswith("| system | seeds | trained parameters | LLM vectors, 5 s | asr ↓ |")
-    assert lines[2] == ("| complete | 3 | 1,234,567 | 20 | - | - | - | - | - | 62.0 ± 5.0 | "
-                        "21.0 ± 2.5 | - | 31.0 ± 2.5 | - | - |")
+    assert lines[0].startswith("| system, 4 steps | seeds | trained parameters | LLM vectors, 5 s")
+    assert lines[2] == ("| complete | 3 | 1,234,567 | 20 | - | - | - | - | - | 62.0 ± 5.0 "
+                        "| 21.0 ± 2.5 | - | 31.0 ± 2.5 | - | - |")
     assert "| 52.0 ± 5.0 |" in ablate.score_table(results, "half").splitlines()[2]
     lines = {line.split(" | ")[0][2:]: line for line in
              ablate.difference_table(results).splitlines()[2:]}
@@ -291,9 +324,12 @@ def test_the_tables():
 
 
 def test_the_claims():
-    lines = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in
-             ablate.claim_table(Results(made_up(SOME))).splitlines()[2:]}
-    assert len(lines) == sum(len(tasks) for _, tasks in ablate.CLAIMS)
+    some = SOME | {("lambda-10", "avm", ""): [1]}
+    head, _, *lines = ablate.claim_table(Results(made_up(some))).splitlines()
+    assert head.startswith("| paper: worse; 4 steps |") and " | at 2 steps | " in head
+    lines = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in lines}
+    assert len(lines) == sum(len(tasks) for system, tasks in ablate.CLAIMS
+                             if system in ("no-causal", "no-windows", "lambda-10"))
     cells = lines["| without causal encoder", "videoqa ↑"]
     assert cells[2:] == ["49.3 → 42.8", "62.0 ± 5.0", "52.0 ± 6.6", "-10.0 ± 2.5*", "0.250 (3)",
                          "-10.0 ± 2.5*", "**same sign and significant** |"]
@@ -326,20 +362,21 @@ def test_results_are_collected_in_order(tmp_path):
     assert "55.0 ± 63.5" in text and "Steps: 4. Commits: abcdef0." in text
 
 
-def test_the_committed_tables_are_the_committed_results():
-    """docs/ablate/results.jsonl --> results.md and the tables of the README, to the letter."""
-    folder = ablate.HERE
-    results = Results.read(folder / "docs" / "ablate")
-    assert (folder / "docs" / "ablate" / "results.md").read_text() == ablate.tables(results) + "\n"
-    readme = (folder / "README.md").read_text()
-    assert ablate.claim_table(results) in readme and ablate.score_table(results) in readme
+@pytest.mark.parametrize("folder", sorted((ablate.HERE / "docs").glob("ablate*")),
+                         ids=lambda folder: folder.name)
+def test_the_committed_tables_are_the_committed_results(folder):
+    """docs/ablate*/results.jsonl --> results.md and the tables of the README, to the letter."""
+    results = Results.read(folder)
+    assert (folder / "results.md").read_text() == ablate.tables(results) + "\n"
     spec = importlib.util.spec_from_file_location("publish", ablate.HERE / "docs" /
                                                   "publish_ablation.py")
     publish = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(publish)
-    table = publish.synchronisation_table(results)
-    assert table in readme and publish.put(readme, table) == readme
-    assert {row["steps"] for row in results.rows} == {1100} and not any(
+    readme = (ablate.HERE / "README.md").read_text()
+    for table in publish.tables_of(results):
+        assert table in readme and publish.put(readme, table) == readme
+    steps = int((folder.name.split("-") + [1100])[1])
+    assert {row["steps"] for row in results.rows} == {steps} and not any(
         row["dirty"] for row in results.rows)
 
 
@@ -515,3 +552,16 @@ def test_a_run_is_scored(small_parts, small_miniature, tmp_path):
     assert np.allclose(inside["attention"].astype(np.float32).sum(-1), 1, atol=5e-3)
     assert inside["frames"].shape == (10, 3, 64, 64) and inside["mel"].shape[0] == 80
     assert inside["cosine avsr"].shape == (10, 10)
+
+    # trained as long again: its earlier end is half of it, as it was scored
+    longer = ablate.settled(dataclasses.replace(config, double=str(tmp_path)), set())
+    job = ablate.plan(longer)[0]
+    assert longer.steps == 2 and job.folder.parent == tmp_path.parent / f"{tmp_path.name}-4"
+    with torch.no_grad():
+        model.llm_proj.bias += 1
+    model.save_pretrained(job.folder / "step-000002", commit="def", dirty=False)
+    ablate.score(longer, "complete", 0, quiet)
+    doubled = ablate.collect(longer.out)
+    assert job.finished() and doubled.steps == 4
+    assert doubled.by_seed("complete", "avm", "", "half") == results.by_seed("complete", "avm")
+    assert {(row["step"], row["commit"]) for row in doubled.rows} == {(2, "abc"), (4, "def")}
