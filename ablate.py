@@ -10,16 +10,14 @@ the tables and figures from what came out.  Paper Tables 2, 3, 5, 9, 10 and Figs
 
      SYSTEMS x seeds --train.py, then --score, one after the other--> OUT/<system>-seed<k>/
        scores.json --all runs--> OUT/results.jsonl, a line a (system, seed, task, part, step)
-                   --statistics--> OUT/results.md   --figures.py--> OUT/*.png
+                   --ablate_tables.py--> OUT/results.md   --figures.py--> OUT/*.png
 The same command goes on where it was killed; runs whose scores.json is there are not run again.
 Each run is scored at half of its steps, too: what separates early may be speed of learning only.
 --double goes further that way: the weights of a finished run, a new optimiser, warm-up and cosine,
 other draws of the data, as many steps as the run has had, scored into OUT of its own, where the
 earlier end is "half".  It can be repeated, until doubling changes nothing any more.
-Every mean is over seeds; differences to `complete` are paired by seed, which shares the order of
-the data and, where the shapes are the same, the first weights.
 
-Public: SYSTEMS, CLAIMS, settled, plan, run_jobs, score, mean_interval, paired, verdict, tables."""
+Public: AblateConfig, settled, Job, plan, run_jobs, prepare, score, collect."""
 
 import cli
 
@@ -44,55 +42,24 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import figures  # noqa: E402
 import hub  # noqa: E402
 import miniature  # noqa: E402
 import processes  # noqa: E402
 import tables as reports  # noqa: E402
 import train  # noqa: E402
+from ablate_tables import FPS, SYSTEMS, Results, claim_table, tables  # noqa: E402
 from favor import Favor  # noqa: E402
 from features import keep_features  # noqa: E402
-from metrics import ERROR_RATES  # noqa: E402
-from paper_numbers import PAPER  # noqa: E402
 from runlog import duration  # noqa: E402
 
 HERE = Path(__file__).parent
 
-# name: (what the tables call it, its flags of train.py).  The tiny preset: K 5 frames, 10 queries.
-SYSTEMS = {
-    "complete": ("complete", ""),
-    "no-diversity": ("without diversity loss", "--diversity 0"),
-    "no-causal": ("without causal encoder", "--causal none"),
-    "no-windows": ("without sliding windows", "--windows 0"),
-    "no-windows-2q": ("without sliding windows, twice the queries", "--windows 0 --queries 20"),
-    "no-sync": ("without synchronisation", "--no-sync"),
-    "none": ("without causal encoder, diversity loss, synchronisation",
-             "--causal none --diversity 0 --no-sync"),
-    "future": ("causal mask turned to the future", "--causal future"),
-    "audio-only": ("audio only, trained and tested so", "--mask visual"),
-    "visual-only": ("visual only, trained and tested so", "--mask audio"),
-    "k1": ("windows of 1 frame, 2 queries", "--windows 1 --queries 2"),
-    "k2": ("windows of 2 frames, 4 queries", "--windows 2 --queries 4"),
-    "lambda-0.1": ("lambda 0.1", "--diversity 0.1"),
-    "lambda-1": ("lambda 1", "--diversity 1"),
-    "lambda-10": ("lambda 10", "--diversity 10"),
-}
-WINDOWS = {1: "k1", 2: "k2", 5: "complete", 10: "no-windows-2q"}     # Fig. 3a, b; clips: 10 frames
-LAMBDAS = {0: "no-diversity", 0.01: "complete", 0.1: "lambda-0.1", 1: "lambda-1",
-           10: "lambda-10"}                                                  # Figs 4, 5
-FPS = (0.5, 1.0, 2.0, 4.0)                                                   # Fig. 3c
 # drawn only in figures, where so many seeds are enough
 FIGURES_ONLY = {"k1": 3, "k2": 3, "lambda-0.1": 3, "lambda-1": 3}
 # What is quick: every figure has its points, but hardly anything is learnt.
 QUICK = {"seeds": 1, "steps": 160, "limit": 100, "out": "runs/ablate-quick", "only": (
     "complete", "no-diversity", "no-causal", "no-windows-2q", "no-sync", "k1", "lambda-10")}
-# the paper's rows (paper_numbers.py) and what the paper says of them: tasks that get worse
-PAPER_ROWS = {"complete": "FAVOR 13B", "no-diversity": "no diversity loss",
-              "no-causal": "no causal encoder", "no-windows": "no sliding window",
-              "no-sync": "no synchronisation", "none": "no causal, div, sync"}
-CLAIMS = (("no-causal", ("videoqa", "isqa", "avssd")), ("no-windows", ("videoqa", "avsr")),
-          ("no-sync", ("isqa", "avm")),
-          ("none", ("videoqa", "avsr", "avsd", "isqa", "avssd", "avm")),     # Table 5
-          ("lambda-10", ("avsr", "videoqa", "avssd")))                       # Fig. 4
 
 
 @dataclass(frozen=True)
@@ -344,7 +311,6 @@ def score(config, system, seed, say=print):
     last checkpoint also the queries' cosine, of `complete` videoqa at other frame rates, and of
     seed 0 the pictures (figures.look_inside) in OUT/inside/<system>.npz.  With --double half is
     where the earlier run ended, as it was scored then."""
-    import figures
     job = next(j for j in plan(dataclasses.replace(config, only=(system,), seeds=seed + 1))
                if j.name == f"{system}-seed{seed}")
     trained, rows = train_config(config, system, seed), []
@@ -396,97 +362,7 @@ def at_other_rates(model, records, read, say=print):
     return rows
 
 
-# ---------------------------------------------------------------- statistics over seeds
-def t_quantile(df):
-    """Student's 97.5 % point: with t = sqrt(df) tan(a) the density is cos(a)^(df-1) da."""
-    angle = np.linspace(0, np.pi / 2, 200_001)
-    middle = (angle[1:] + angle[:-1]) / 2
-    area = np.concatenate([[0.0], np.cumsum(np.cos(middle) ** (df - 1))])
-    return math.sqrt(df) * math.tan(np.interp(0.95 * area[-1], area, angle))
-
-
-def mean_interval(values):
-    """-> mean, half the width of its 95 % t-interval (None for a single value)."""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return float(values.mean()), None
-    return float(values.mean()), float(
-        t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def sign_flip(differences):
-    """Exact two-sided p-value: the share of all 2^n ways to flip the signs whose sum is as far from
-    zero.  Not below 2 / 2^n: 0.0625 for five seeds, 0.031 for six."""
-    differences = np.asarray(differences, float)
-    signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
-    sums = abs(signs @ differences)
-    return float((sums >= abs(differences.sum()) - 1e-9 * (1 + sums.max())).mean())
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A system's score minus the complete one's, of the seeds that both have."""
-    mean: float
-    half: float | None           # of the 95 % t-interval of the paired differences
-    p: float
-    n: int                       # seeds
-
-    @property
-    def significant(self):
-        return self.half is not None and abs(self.mean) > self.half
-
-    def __str__(self):
-        if self.half is None:
-            return f"{self.mean:+.1f}"
-        return f"{self.mean:+.1f} ± {self.half:.1f}" + ("*" if self.significant else "")
-
-
-def paired(ours, theirs):
-    """{seed: score} twice -> Difference; None without a common seed."""
-    seeds = sorted({*ours} & {*theirs})
-    if not seeds:
-        return None
-    differences = [ours[seed] - theirs[seed] for seed in seeds]
-    return Difference(*mean_interval(differences), sign_flip(differences), len(seeds))
-
-
-def verdict(difference, less_is_better):
-    """Of "the task gets worse without it", by the paired 95 % t-interval."""
-    worse = difference.mean if less_is_better else -difference.mean
-    if worse > 0:
-        return "same sign and significant" if difference.significant else "same sign"
-    return "opposite and significant" if difference.significant else "not reproduced"
-
-
-class Results:
-    """The rows of results.jsonl by what they are of."""
-
-    def __init__(self, rows):
-        self.rows, self.scores = rows, {}
-        for row in rows:
-            when = "end" if row["step"] == row["steps"] else "half"
-            key = row["system"], row["task"], row["part"], when
-            self.scores.setdefault(key, {})[row["seed"]] = row["score"]
-        self.systems = [s for s in SYSTEMS if any(row["system"] == s for row in rows)]
-        self.steps = max((row["steps"] for row in rows), default=0)
-
-    @classmethod
-    def read(cls, folder):
-        return cls([json.loads(line) for line in
-                    (Path(folder) / "results.jsonl").read_text().splitlines()])
-
-    def by_seed(self, system, task, part="", when="end"):
-        """{seed: score}, {} where nothing was measured."""
-        return self.scores.get((system, task, part, when), {})
-
-    def fact(self, system, name):
-        return next(row[name] for row in self.rows if row["system"] == system)
-
-    def against(self, system, task, part="", when="end", base="complete"):
-        return paired(self.by_seed(system, task, part, when),
-                      self.by_seed(base, task, part, when))
-
-
+# ---------------------------------------------------------------- results, the program
 def collect(out):
     """results.jsonl and results.md of all runs in `out` that are scored -> Results."""
     rows = [row for file in Path(out).glob("*-seed*/scores.json")
@@ -500,103 +376,6 @@ def collect(out):
     return results
 
 
-# ---------------------------------------------------------------- results -> Markdown
-def markdown(head, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |"
-                     for row in (head, ["---"] * len(head), *rows))
-
-
-def with_half(values):
-    """'67.8 ± 2.1'; '-' where there is nothing."""
-    if not values:
-        return "-"
-    mean, half = mean_interval([*values.values()])
-    return f"{mean:.1f}" + ("" if half is None else f" ± {half:.1f}")
-
-
-def arrow(task):
-    return f"{task} {'↓' if task in ERROR_RATES else '↑'}"
-
-
-def score_table(results, when="end"):
-    """A line a system, a column a task: mean and 95 % interval over seeds."""
-    lines = [[SYSTEMS[s][0], max(len(results.by_seed(s, t, "", when)) for t in miniature.TASKS),
-              f"{results.fact(s, 'parameters'):,}", results.fact(s, "vectors"),
-              *(with_half(results.by_seed(s, task, "", when)) for task in miniature.TASKS)]
-             for s in results.systems]
-    steps = results.steps if when == "end" else results.steps // 2
-    return markdown([f"system, {steps} steps", "seeds", "trained parameters", "LLM vectors, 5 s",
-                     *map(arrow, miniature.TASKS)], lines)
-
-
-def difference_table(results, when="end"):
-    """The same minus the complete system, paired by seed."""
-    return markdown(["system minus complete", *map(arrow, miniature.TASKS)],
-                    [[SYSTEMS[s][0], *(results.against(s, task, "", when) or "-"
-                                       for task in miniature.TASKS)]
-                     for s in results.systems if s != "complete"])
-
-
-def claim_table(results):
-    """What the paper says gets worse, its numbers, ours, and what to say of it; the claims whose
-    system was run."""
-    lines = []
-    for system, task in ((s, t) for s, tasks in CLAIMS for t in tasks if s in results.systems):
-        end, half = (results.against(system, task, when=when) for when in ("end", "half"))
-        theirs = "figure only"
-        if system in PAPER_ROWS:
-            theirs = " → ".join(str(next(iter(PAPER[PAPER_ROWS[s]][task].values())))
-                                for s in ("complete", system))
-        if end is None:                                        # no seed in common with complete
-            lines.append([SYSTEMS[system][0], arrow(task), theirs, *["-"] * 5, "not run"])
-            continue
-        lines.append([SYSTEMS[system][0], arrow(task), theirs,
-                      with_half(results.by_seed("complete", task)),
-                      with_half(results.by_seed(system, task)), end, f"{end.p:.3f} ({end.n})",
-                      half or "-", f"**{verdict(end, task in ERROR_RATES)}**"])
-    return markdown([f"paper: worse; {results.steps} steps", "task", "paper: complete → without",
-                     "complete", "without", "difference", "p (seeds)",
-                     f"at {results.steps // 2} steps", "verdict"], lines)
-
-
-def mask_table(results):
-    """The mask turned to the future minus the past one, all tasks and parts."""
-    found = dict.fromkeys((t, p) for s, t, p, _ in results.scores if s == "future")
-    lines = []
-    for task, part in sorted(found, key=lambda key: (miniature.TASKS.index(key[0]), key[1])):
-        difference = results.against("future", task, part)
-        if difference and part != "query cosine":
-            half = results.against("future", task, part, "half")
-            lines.append([arrow(task) + (f", {part}" if part else ""),
-                          with_half(results.by_seed("complete", task, part)),
-                          with_half(results.by_seed("future", task, part)), difference,
-                          f"{difference.p:.3f} ({difference.n})", half or "-"])
-    return markdown(["task", "past", "future", "future minus past", "p (seeds)",
-                     f"at {results.steps // 2} steps"], lines)
-
-
-def tables(results):
-    """All of them as Markdown."""
-    def told(values):
-        return ", ".join(sorted(map(str, values))) or "-"
-
-    steps = told({row["steps"] for row in results.rows})
-    commits = told({f"{str(row['commit'])[:7]}{' + changes' * bool(row['dirty'])}"
-                    for row in results.rows})
-    head = (f"Steps: {steps}. Commits: {commits}. Means over seeds ± half of the 95 % t-interval; "
-            "↓ word error rate %, ↑ % right. Differences are paired by seed; * where the interval "
-            "leaves zero out (not corrected for how many there are), which the verdicts go by; p: "
-            "exact, over all flips of the differences' signs, not below 2 / 2^seeds.")
-    parts = [("The paper's claims", claim_table(results)),
-             ("All systems at the end", score_table(results)),
-             ("Differences at the end", difference_table(results)),
-             ("All systems at half of the steps", score_table(results, "half")),
-             ("Differences at half of the steps", difference_table(results, "half")),
-             ("Past or future: the causal mask", mask_table(results))]
-    return "\n\n".join([head, *(f"### {title}\n\n{text}" for title, text in parts)])
-
-
-# ---------------------------------------------------------------- the program
 def main(config):
     jobs, say = plan(config), partial(print, flush=True)
     if not jobs:
@@ -614,7 +393,6 @@ def main(config):
                       done=lambda job: collect(config.out))
     results = collect(config.out)
     say(f"{claim_table(results)}\n{config.out}/results.jsonl, results.md")
-    import figures
     try:
         figures.draw_all(config.out, say)
     except ImportError as error:

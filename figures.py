@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-import ablate
 import data
+from ablate_tables import FPS, LAMBDAS, WINDOWS, Results, mean_interval
 from answers import readable_samples
 from metrics import ERROR_RATES
 from whisper_enc import SAMPLE_RATE, log_mel_spectrogram
@@ -132,7 +132,7 @@ def curve(axis, at, by_seed, colour, style, marker, label):
     there = [(x, [*values.values()]) for x, values in zip(at, by_seed, strict=True) if values]
     if not there:
         return None
-    means, halves = zip(*(ablate.mean_interval(values) for _, values in there), strict=True)
+    means, halves = zip(*(mean_interval(values) for _, values in there), strict=True)
     line = axis.errorbar([x for x, _ in there], means, [half or 0 for half in halves],
                          color=colour, linestyle=style, marker=marker, markersize=5, capsize=3,
                          label=label, zorder=3)
@@ -156,19 +156,19 @@ def draw_scales(results):
     answering -> Figure."""
     figure, axes = pyplot().subplots(1, 3, figsize=(WIDTH, 2.9))
     for axis, task, letter in zip(axes, ("asr", "videoqa"), "ab", strict=False):
-        curve(axis, [*ablate.WINDOWS], [results.by_seed(s, task) for s in ablate.WINDOWS.values()],
+        curve(axis, [*WINDOWS], [results.by_seed(s, task) for s in WINDOWS.values()],
               BLUE, "-", "o", task)
         axis.set(xscale="log", title=f"({letter}) trained with Q = 2K queries", xlabel=K_LABEL,
                  ylabel=score_label(task))
-        axis.set_xticks([*ablate.WINDOWS], map(str, ablate.WINDOWS))
-        axis.set_xlim(min(ablate.WINDOWS) / 1.2, max(ablate.WINDOWS) * 1.2)
+        axis.set_xticks([*WINDOWS], map(str, WINDOWS))
+        axis.set_xlim(min(WINDOWS) / 1.2, max(WINDOWS) * 1.2)
         within(axis, task)
-    curve(axes[2], ablate.FPS,
-          [results.by_seed("complete", "videoqa", f"at {fps:g} Hz") for fps in ablate.FPS],
+    curve(axes[2], FPS,
+          [results.by_seed("complete", "videoqa", f"at {fps:g} Hz") for fps in FPS],
           ORANGE, "--", "s", "videoqa")
     axes[2].set(xscale="log", title="(c) trained at 2 Hz", ylabel=score_label("videoqa"),
                 xlabel="frame rate when answering, Hz")
-    axes[2].set_xticks(ablate.FPS, [f"{fps:g}" for fps in ablate.FPS])
+    axes[2].set_xticks(FPS, [f"{fps:g}" for fps in FPS])
     within(axes[2], "videoqa")
     for axis in axes:
         axis.minorticks_off()
@@ -179,7 +179,7 @@ def draw_scales(results):
 def draw_lambda(results):
     """Fig. 4: scores and the queries' mean cosine on the same task, against lambda -> Figure."""
     figure, axes = pyplot().subplots(1, 3, figsize=(WIDTH, 3.2))
-    places, systems = range(len(ablate.LAMBDAS)), ablate.LAMBDAS.values()
+    places, systems = range(len(LAMBDAS)), LAMBDAS.values()
     for axis, task, letter in zip(axes, COSINE_TASKS, "abc", strict=True):
         other = axis.twinx()
         lines = [curve(axis, [x - 0.06 for x in places],
@@ -189,7 +189,7 @@ def draw_lambda(results):
                        ORANGE, "--", "s", "mean cosine of the queries (right)")]
         axis.set(title=f"({letter})", ylabel=score_label(task),
                  xlabel="λ, factor of the diversity loss")
-        axis.set_xticks(places, [f"{value:g}" for value in ablate.LAMBDAS])
+        axis.set_xticks(places, [f"{value:g}" for value in LAMBDAS])
         axis.set_xlim(-0.3, len(places) - 0.7)
         within(axis, task)
         other.set(ylim=(-0.2, 1.05),                   # the least mean of Q vectors: -1 / (Q - 1)
@@ -277,7 +277,7 @@ def draw_attention(inside):
 
 def draw_all(folder, say=print):
     """All figures that the results of `folder` can show -> their paths."""
-    folder, results, drawn = Path(folder), ablate.Results.read(folder), []
+    folder, results, drawn = Path(folder), Results.read(folder), []
     plt = pyplot()
 
     def save(figure, name):
@@ -290,7 +290,7 @@ def draw_all(folder, say=print):
     inside = {path.stem: dict(np.load(path)) for path in sorted(folder.glob("inside/*.npz"))}
     matrices = {factor: {t: inside[s][f"cosine {t}"] for t in COSINE_TASKS
                          if f"cosine {t}" in inside[s]}
-                for factor, s in ablate.LAMBDAS.items() if s in inside}
+                for factor, s in LAMBDAS.items() if s in inside}
     if any(matrices.values()):
         save(draw_cosines(matrices), "fig5.png")
     for system, held in inside.items():

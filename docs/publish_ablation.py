@@ -13,8 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import ablate  # noqa: E402
+import ablate_tables as ablation  # noqa: E402
 import figures  # noqa: E402
+from ablate import AblateConfig  # noqa: E402
+from metrics import ERROR_RATES  # noqa: E402
 
 SIMULTANEOUS = (("avsd", ""), ("avsd", "at"), ("avsd", "after"), ("avssd", ""), ("avm", ""),
                 ("avm", "video"), ("avm", "image"), ("avsr", ""), ("ic", ""), ("ocr", ""),
@@ -30,18 +32,18 @@ def synchronisation_table(results):
     for task, part in SIMULTANEOUS:
         with_it, without = (results.by_seed(s, task, part) for s in ("complete", "no-sync"))
         seeds = sorted({*with_it} & {*without})
-        name = task + (f": {part}" if part else "") + " WER ↓" * (task in ablate.ERROR_RATES)
+        name = task + (f": {part}" if part else "") + " WER ↓" * (task in ERROR_RATES)
         lines.append([name, told([with_it[seed] for seed in seeds]),
                       told([without[seed] for seed in seeds]),
                       results.against("no-sync", task, part)])
-    return ablate.markdown(["task", f"with (seeds {', '.join(map(str, seeds))})", "without",
+    return ablation.markdown(["task", f"with (seeds {', '.join(map(str, seeds))})", "without",
                             "difference"], lines)
 
 
 def tables_of(results):
     """Those that the README shows; how synchronisation does, of the first results only."""
-    shown = [ablate.claim_table(results), ablate.score_table(results)]
-    first = results.steps == ablate.AblateConfig.steps
+    shown = [ablation.claim_table(results), ablation.score_table(results)]
+    first = results.steps == AblateConfig.steps
     return shown + [synchronisation_table(results)] * first
 
 
@@ -59,8 +61,8 @@ def main(out):
     folder = ROOT / "docs" / out.name
     folder.mkdir(exist_ok=True)
     shutil.copy(out / "results.jsonl", folder)
-    results = ablate.Results.read(folder)
-    (folder / "results.md").write_text(ablate.tables(results) + "\n")
+    results = ablation.Results.read(folder)
+    (folder / "results.md").write_text(ablation.tables(results) + "\n")
     if out.name == "ablate":
         (folder / "inside").mkdir(exist_ok=True)
         for file in (out / "inside").glob("*.npz"):

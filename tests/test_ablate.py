@@ -15,10 +15,12 @@ import torch
 from einops import rearrange
 
 import ablate
+import ablate_tables as ablation
 import cli
 import figures
 import miniature
-from ablate import AblateConfig, Difference, Job, Results
+from ablate import AblateConfig, Job
+from ablate_tables import Difference, Results
 from favor import CausalQFormer, Favor, preset
 
 quiet = lambda *_: None                                                          # noqa: E731
@@ -27,31 +29,31 @@ quiet = lambda *_: None                                                         
 # ---------------------------------------------------------------- statistics
 def test_students_quantile():
     for df, wanted in ((1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622), (100, 1.9840)):
-        assert ablate.t_quantile(df) == pytest.approx(wanted, abs=2e-3 if df == 1 else 2e-4)
+        assert ablation.t_quantile(df) == pytest.approx(wanted, abs=2e-3 if df == 1 else 2e-4)
 
 
 def test_mean_and_interval():
-    mean, half = ablate.mean_interval([1, 2, 3])           # sd 1: 4.3027 / sqrt(3)
+    mean, half = ablation.mean_interval([1, 2, 3])           # sd 1: 4.3027 / sqrt(3)
     assert mean == 2 and half == pytest.approx(2.4841, abs=1e-3)
-    assert ablate.mean_interval([7.5]) == (7.5, None)
+    assert ablation.mean_interval([7.5]) == (7.5, None)
 
 
 def test_sign_flips():
-    assert ablate.sign_flip([1, 2, 3]) == 2 / 8                 # only +++ and --- are as far
-    assert ablate.sign_flip([1, 2, -0.5]) == 4 / 8              # 3.5 and 2.5 of 3.5, 2.5, 1.5, 0.5
-    assert ablate.sign_flip([3, -1]) == 1
-    assert ablate.sign_flip([0, 0, 0]) == 1
-    assert ablate.sign_flip([0.1] * 5) == 2 / 32                # equal sums, whatever the rounding
+    assert ablation.sign_flip([1, 2, 3]) == 2 / 8               # only +++ and --- are as far
+    assert ablation.sign_flip([1, 2, -0.5]) == 4 / 8            # 3.5 and 2.5 of 3.5, 2.5, 1.5, 0.5
+    assert ablation.sign_flip([3, -1]) == 1
+    assert ablation.sign_flip([0, 0, 0]) == 1
+    assert ablation.sign_flip([0.1] * 5) == 2 / 32              # equal sums, whatever the rounding
 
 
 def test_differences_are_paired_by_seed():
-    found = ablate.paired({0: 60.0, 1: 71, 3: 5}, {1: 70.0, 0: 58, 2: 90})
+    found = ablation.paired({0: 60.0, 1: 71, 3: 5}, {1: 70.0, 0: 58, 2: 90})
     assert found.mean == 1.5 and found.n == 2                       # of 2 and 1; 3 and 2 stay out
     assert found.half == pytest.approx(12.7062 * 0.7071 / 2 ** 0.5, abs=1e-2)
-    assert ablate.paired({0: 1.0}, {1: 1.0}) is None
+    assert ablation.paired({0: 1.0}, {1: 1.0}) is None
     # what all seeds share does not widen it: unpaired, these two would be nowhere near significant
     base = {k: 10.0 * k for k in range(5)}
-    assert ablate.paired({k: v + 1 + 0.01 * k for k, v in base.items()}, base).significant
+    assert ablation.paired({k: v + 1 + 0.01 * k for k, v in base.items()}, base).significant
 
 
 @pytest.mark.parametrize("mean, half, less_is_better, wanted", [
@@ -62,7 +64,7 @@ def test_differences_are_paired_by_seed():
     (0, 1, False, "not reproduced"), (-5, None, False, "same sign"),
     (5, None, False, "not reproduced")])
 def test_verdicts(mean, half, less_is_better, wanted):
-    assert ablate.verdict(Difference(mean, half, 0.5, 5), less_is_better) == wanted
+    assert ablation.verdict(Difference(mean, half, 0.5, 5), less_is_better) == wanted
 
 
 # ---------------------------------------------------------------- the plan
@@ -71,8 +73,8 @@ def test_the_quick_plan():
     jobs = ablate.plan(config)
     assert [job.name for job in jobs] == [f"{s}-seed0" for s in ablate.QUICK["only"]]
     systems = {*ablate.QUICK["only"]}               # every figure has two points at least
-    assert len(systems & {*ablate.WINDOWS.values()}) >= 2
-    assert len(systems & {*ablate.LAMBDAS.values()}) >= 2
+    assert len(systems & {*ablation.WINDOWS.values()}) >= 2
+    assert len(systems & {*ablation.LAMBDAS.values()}) >= 2
     train, score = jobs[4].commands
     assert train[1].endswith("/train.py") and train[2] == "--no-sync"
     assert train[train.index("--steps") + 1] == "160" and "--no-test" in train
@@ -88,19 +90,19 @@ def test_what_is_given_beats_quick():
 
 def test_the_full_plan_goes_seed_by_seed_and_every_flag_is_one_of_train():
     jobs = ablate.plan(AblateConfig(seeds=2))
-    n = len(ablate.SYSTEMS)
+    n = len(ablation.SYSTEMS)
     assert len(jobs) == 2 * n and len({job.folder for job in jobs}) == 2 * n
     assert all(job.name.endswith("seed0") for job in jobs[:n])
-    methods = {s: ablate.train_config(AblateConfig(), s, 0) for s in ablate.SYSTEMS}
+    methods = {s: ablate.train_config(AblateConfig(), s, 0) for s in ablation.SYSTEMS}
     complete, none = methods["complete"].method(), methods["none"].method()
     assert complete == preset("tiny")
     assert (none.causal, none.diversity, none.sync) == ("none", 0, False)
     assert methods["audio-only"].mask == "visual" and methods["visual-only"].mask == "audio"
-    for k, system in ablate.WINDOWS.items():        # N/K constant: the same number of LLM vectors
+    for k, system in ablation.WINDOWS.items():        # N/K constant: the same number of LLM vectors
         method = methods[system].method()
         assert (method.windows or 10) == k and method.queries == 2 * k
         assert ablate.vectors_a_clip(method) == 20
-    for factor, system in ablate.LAMBDAS.items():
+    for factor, system in ablation.LAMBDAS.items():
         assert methods[system].method().diversity == factor
     assert ablate.vectors_a_clip(methods["no-windows"].method()) == 10
     assert ablate.vectors_a_clip(methods["no-sync"].method()) == 40
@@ -108,10 +110,10 @@ def test_the_full_plan_goes_seed_by_seed_and_every_flag_is_one_of_train():
 
 
 def test_the_claims_name_what_is_measured():
-    for system, tasks in ablate.CLAIMS:
-        assert system in ablate.SYSTEMS and {*tasks} <= {*miniature.TASKS}
-        for task in tasks if system in ablate.PAPER_ROWS else ():
-            assert ablate.PAPER[ablate.PAPER_ROWS[system]][task]
+    for system, tasks in ablation.CLAIMS:
+        assert system in ablation.SYSTEMS and {*tasks} <= {*miniature.TASKS}
+        for task in tasks if system in ablation.PAPER_ROWS else ():
+            assert ablation.PAPER[ablation.PAPER_ROWS[system]][task]
 
 
 def test_doubling_goes_on_from_where_finished_runs_ended(tmp_path):
@@ -312,23 +314,23 @@ SOME = {("complete", "videoqa", ""): [60, 62, 64], ("no-causal", "videoqa", ""):
 
 def test_the_tables():
     results = Results(made_up(SOME))
-    lines = ablate.score_table(results).splitlines()
+    lines = ablation.score_table(results).splitlines()
     assert lines[0].startswith("| system, 4 steps | seeds | trained parameters | LLM vectors, 5 s")
     assert lines[2] == ("| complete | 3 | 1,234,567 | 20 | - | - | - | - | - | 62.0 ± 5.0 "
                         "| 21.0 ± 2.5 | - | 31.0 ± 2.5 | - | - |")
-    assert "| 52.0 ± 5.0 |" in ablate.score_table(results, "half").splitlines()[2]
+    assert "| 52.0 ± 5.0 |" in ablation.score_table(results, "half").splitlines()[2]
     lines = {line.split(" | ")[0][2:]: line for line in
-             ablate.difference_table(results).splitlines()[2:]}
+             ablation.difference_table(results).splitlines()[2:]}
     assert "| -10.0 ± 2.5* |" in lines["without causal encoder"]               # 10, 11, 9
     assert "complete" not in lines and "| +10.3 ± 0.7* |" in lines["without sliding windows"]
 
 
 def test_the_claims():
     some = SOME | {("lambda-10", "avm", ""): [1]}
-    head, _, *lines = ablate.claim_table(Results(made_up(some))).splitlines()
+    head, _, *lines = ablation.claim_table(Results(made_up(some))).splitlines()
     assert head.startswith("| paper: worse; 4 steps |") and " | at 2 steps | " in head
     lines = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in lines}
-    assert len(lines) == sum(len(tasks) for system, tasks in ablate.CLAIMS
+    assert len(lines) == sum(len(tasks) for system, tasks in ablation.CLAIMS
                              if system in ("no-causal", "no-windows", "lambda-10"))
     cells = lines["| without causal encoder", "videoqa ↑"]
     assert cells[2:] == ["49.3 → 42.8", "62.0 ± 5.0", "52.0 ± 6.6", "-10.0 ± 2.5*", "0.250 (3)",
@@ -341,7 +343,7 @@ def test_the_claims():
 
 
 def test_past_and_future_with_the_parts():
-    lines = ablate.mask_table(Results(made_up(SOME))).splitlines()[2:]
+    lines = ablation.mask_table(Results(made_up(SOME))).splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == ["| videoqa ↑", "| videoqa ↑, after"]
     assert "| +0.3 ± 1.4 | 1.000 (3) |" in lines[0] and "| +2.0 ± 2.5 |" in lines[1]
 
@@ -367,7 +369,7 @@ def test_results_are_collected_in_order(tmp_path):
 def test_the_committed_tables_are_the_committed_results(folder):
     """docs/ablate*/results.jsonl --> results.md and the tables of the README, to the letter."""
     results = Results.read(folder)
-    assert (folder / "results.md").read_text() == ablate.tables(results) + "\n"
+    assert (folder / "results.md").read_text() == ablation.tables(results) + "\n"
     spec = importlib.util.spec_from_file_location("publish", ablate.HERE / "docs" /
                                                   "publish_ablation.py")
     publish = importlib.util.module_from_spec(spec)
@@ -383,12 +385,12 @@ def test_the_committed_tables_are_the_committed_results(folder):
 # ---------------------------------------------------------------- figures
 def sweeps():
     scores = {}
-    for systems in (ablate.WINDOWS.values(), ablate.LAMBDAS.values()):
+    for systems in (ablation.WINDOWS.values(), ablation.LAMBDAS.values()):
         for i, system in enumerate(systems):
             for task in ("asr", "avsr", "videoqa", "avssd"):
                 scores[system, task, ""] = [20 + 7 * i, 24 + 6 * i, 30 + 4 * i]
                 scores[system, task, "query cosine"] = [0.5 - 0.12 * i, 0.45 - 0.1 * i]
-    for i, fps in enumerate(ablate.FPS):
+    for i, fps in enumerate(ablation.FPS):
         scores["complete", "videoqa", f"at {fps:g} Hz"] = [50 + 5 * i, 52 + 5 * i, 51 + 4 * i]
     return scores
 
@@ -414,11 +416,11 @@ def test_scales_and_lambda_show_every_point_with_its_units():
     assert [a.get_ylabel() for a in axes] == ["asr: word error rate, %", "videoqa: right, %",
                                               "videoqa: right, %"]
     drawn = [a.containers[0].lines[0] for a in axes]
-    assert [*drawn[0].get_xdata()] == [1, 2, 5, 10] and [*drawn[2].get_xdata()] == [*ablate.FPS]
-    wanted = [np.mean([*results.by_seed(s, "asr").values()]) for s in ablate.WINDOWS.values()]
+    assert [*drawn[0].get_xdata()] == [1, 2, 5, 10] and [*drawn[2].get_xdata()] == [*ablation.FPS]
+    wanted = [np.mean([*results.by_seed(s, "asr").values()]) for s in ablation.WINDOWS.values()]
     assert np.allclose(drawn[0].get_ydata(), wanted)
     bars = axes[0].containers[0].lines[2][0].get_segments()             # 95 % over the seeds
-    half = ablate.mean_interval([*results.by_seed("k1", "asr").values()])[1]
+    half = ablation.mean_interval([*results.by_seed("k1", "asr").values()])[1]
     assert bars[0][1, 1] - bars[0][0, 1] == pytest.approx(2 * half)
     figure = figures.draw_lambda(results)
     left, right = figure.axes[:3], figure.axes[3:]
@@ -466,7 +468,7 @@ def test_all_figures_are_drawn(tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in made_up(sweeps()))
     (tmp_path / "results.jsonl").write_text(lines)
     (tmp_path / "inside").mkdir()
-    for system in {*ablate.LAMBDAS.values()}:
+    for system in {*ablation.LAMBDAS.values()}:
         np.savez(tmp_path / "inside" / f"{system}.npz", **held())
     drawn = figures.draw_all(tmp_path, quiet)
     assert [path.name for path in drawn] == ["fig3.png", "fig4.png", "fig5.png",
