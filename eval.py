@@ -245,7 +245,9 @@ def trained_on(model, checkpoint):
 
 def main(config, argv):
     config = settled(config)
-    manifests = find_manifests(config.data, config.tasks)
+    rank, world, device = processes.join()
+    with processes.chief_first():                          # who makes the miniature if it must be
+        manifests = find_manifests(config.data, config.tasks)
     manifest = ", ".join(map(str, manifests))
     every = config.task == "all" and not SYSTEMS[config.system].tasks
     records = [r for r in read_manifests(manifests) if every or r.task in config.tasks]
@@ -259,7 +261,6 @@ def main(config, argv):
     if unanswered:
         raise SystemExit(
             f"{manifest}: {unanswered[0]} has neither target nor refs to score against")
-    rank, world, device = processes.join()
     if world > 1:
         torch.set_num_threads(max(1, cli.cores() // world))
     say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
@@ -317,8 +318,9 @@ def sources_of(model):
 
 
 if __name__ == "__main__":
-    settings = settled(cli.parse(EvalConfig, __doc__)[0])       # what is missing is said before the
-    read_manifests(find_manifests(settings.data, settings.tasks))     # processes start, not by each
-    processes.one_a_core(settings.processes,          # each has its own copy of the weights
+    settings = settled(cli.parse(EvalConfig, __doc__)[0])
+    if Path(settings.data) != Path(EvalConfig.data):      # what is missing is said once, before the
+        read_manifests(find_manifests(settings.data, settings.tasks))              # processes start
+    processes.one_a_core(settings.processes,              # each has its own copy of the weights
                          most=4 if settings.model == "tiny" else 1)
     main(settings, sys.argv[1:])

@@ -2,11 +2,13 @@
 clips, verdicts; and from an official folder to the table (`aveb.py prepare`, then eval.py)."""
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from test_train import run_forked
 
 import aveb
 import data
@@ -202,3 +204,20 @@ def test_an_older_miniature_is_made_anew(tmp_path, monkeypatch):
     assert found_after("of an older one") == made
     stamp.unlink()
     assert found_after("someone's own") == "someone's own"
+
+
+def test_under_torchrun_the_first_process_makes_the_clips(tmp_path, monkeypatch):
+    """The second one waits, finds them, and both go on to what is wrong with the question."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(path, splits):
+        time.sleep(0.3)
+        path.mkdir(parents=True)                             # an error if another made it, too
+        (path / "test.jsonl").write_text('{"id": "a", "task": "vqa", "prompt": "?", "target": "b", '
+                                         '"image": "a.png"}\n')
+    monkeypatch.setattr(evaluation.miniature, "make", make)
+
+    def run(rank):
+        with pytest.raises(SystemExit, match="no questions of task ocr"):
+            evaluation.main(evaluation.EvalConfig(task="ocr"), [])
+    assert run_forked(run, processes=2) == [0, 0]
