@@ -72,3 +72,16 @@ def small_parts(tmp_path_factory):
                           max_positions=128, encoder_width=16), 4)
         pretrain.save_instructblip(encoder, nn.Linear(16, 32))
     return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small_parts, tmp_path_factory):
+    """A run folder with an untrained model."""
+    from favor import Favor, preset
+    torch.manual_seed(1)
+    model = Favor.from_config(preset(
+        "tiny", whisper=str(small_parts / "whisper"), llm=str(small_parts / "llama"),
+        instructblip=str(small_parts / "instructblip"), max_new_tokens=5))
+    folder = tmp_path_factory.mktemp("run")
+    model.save_pretrained(folder)
+    return folder

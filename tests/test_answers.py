@@ -8,7 +8,6 @@ import signal
 import time
 
 import pytest
-import torch
 from test_train import run_forked
 
 import answers
@@ -16,18 +15,6 @@ import data
 import eval as evaluation
 from answers import Journal, answer_all
 from favor import Favor, preset
-
-
-@pytest.fixture(scope="module")
-def checkpoint(small_parts, tmp_path_factory):
-    """A run folder with an untrained model."""
-    torch.manual_seed(1)
-    model = Favor.from_config(preset(
-        "tiny", whisper=str(small_parts / "whisper"), llm=str(small_parts / "llama"),
-        instructblip=str(small_parts / "instructblip"), max_new_tokens=5))
-    folder = tmp_path_factory.mktemp("run")
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -14,20 +14,9 @@ import aveb
 import data
 import eval as evaluation
 import tables
-from favor import Favor, preset
+from favor import Favor
 
 QUIET = {"log": lambda *_: None}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(small_parts, tmp_path_factory):
-    torch.manual_seed(1)
-    model = Favor.from_config(preset(
-        "tiny", whisper=str(small_parts / "whisper"), llm=str(small_parts / "llama"),
-        instructblip=str(small_parts / "instructblip"), max_new_tokens=5))
-    folder = tmp_path_factory.mktemp("run")
-    model.save_pretrained(folder)
-    return folder
 
 
 def row(task, metrics, answer, references, **meta):
