@@ -88,7 +88,7 @@ class AblateConfig:
 
 def settled(config, given):
     """The config with QUICK's values where the command line says nothing, and as many steps as the
-    runs to double have had.  Raises ValueError where there are none."""
+    runs to double have had.  Raises ValueError where there are none or --steps says otherwise."""
     small = {k: v for k, v in QUICK.items() if k not in given} if config.quick else {}
     if config.double:
         file = Path(config.double) / "results.jsonl"
@@ -96,6 +96,10 @@ def settled(config, given):
             raise ValueError(f"--double {config.double}: no {file}; wanted the folder of runs that "
                              "are scored (--out of an earlier ablate.py)")
         small["steps"] = Results.read(config.double).steps
+        if "steps" in given and config.steps != small["steps"]:
+            raise ValueError(f"--double {config.double} --steps {config.steps}; those runs have "
+                             f"had {small['steps']}, and are trained as long again: leave --steps "
+                             "out")
         if "out" in given and Path(config.out) == Path(config.double):
             raise ValueError(f"--double {config.double} --out {config.out}; wanted another folder")
         if "out" not in given:

@@ -155,7 +155,7 @@ def draw_scales(results):
     """Fig. 3: (a), (b) window size at a constant number of queries a frame, (c) frame rate when
     answering -> Figure."""
     figure, axes = pyplot().subplots(1, 3, figsize=(WIDTH, 2.9))
-    for axis, task, letter in zip(axes, ("asr", "videoqa"), "ab", strict=False):
+    for axis, task, letter in zip(axes[:2], ("asr", "videoqa"), "ab", strict=True):
         curve(axis, [*WINDOWS], [results.by_seed(s, task) for s in WINDOWS.values()],
               BLUE, "-", "o", task)
         axis.set(xscale="log", title=f"({letter}) trained with Q = 2K queries", xlabel=K_LABEL,
