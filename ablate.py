@@ -103,7 +103,8 @@ def settled(config, given):
         if "out" in given and Path(config.out) == Path(config.double):
             raise ValueError(f"--double {config.double} --out {config.out}; wanted another folder")
         if "out" not in given:
-            small["out"] = f"{config.double.rstrip('/')}-{2 * small['steps']}"
+            base = config.double.rstrip("/").removesuffix(f"-{small['steps']}")
+            small["out"] = f"{base}-{2 * small['steps']}"
     return dataclasses.replace(config, **small)
 
 
@@ -313,8 +314,8 @@ def rows_of(predictions, view):
 def score(config, system, seed, say=print):
     """Scores OUT/<system>-seed<k> at half of its steps and at the end -> its scores.json; of the
     last checkpoint also the queries' cosine, of `complete` videoqa at other frame rates, and of
-    seed 0 the pictures (figures.look_inside) in OUT/inside/<system>.npz.  With --double half is
-    where the earlier run ended, as it was scored then."""
+    seed 0 the pictures (figures.look_inside) in OUT/inside/<system>.npz.  With --double only at the
+    end: half is where the earlier run ended, and `collect` has it from there."""
     job = next(j for j in plan(dataclasses.replace(config, only=(system,), seeds=seed + 1))
                if j.name == f"{system}-seed{seed}")
     trained, rows = train_config(config, system, seed), []
@@ -325,8 +326,6 @@ def score(config, system, seed, say=print):
     before, total, scored = 0, config.steps, (config.steps // 2, config.steps)
     if config.double:
         before, total, scored = config.steps, 2 * config.steps, (config.steps,)
-        earlier = hub.read_json(Path(config.double) / job.name / "scores.json")["rows"]
-        rows = [row | {"steps": total} for row in earlier if row["step"] == before]
     for step in scored:
         checkpoint = job.folder / f"step-{step:06d}"
         model = load(trained, checkpoint)
@@ -367,10 +366,15 @@ def at_other_rates(model, records, read, say=print):
 
 
 # ---------------------------------------------------------------- results, the program
-def collect(out):
-    """results.jsonl and results.md of all runs in `out` that are scored -> Results."""
+def collect(out, double=""):
+    """results.jsonl and results.md of all runs in `out` that are scored -> Results.  double: where
+    their earlier stages are, whose rows go before theirs."""
     rows = [row for file in Path(out).glob("*-seed*/scores.json")
             for row in json.loads(file.read_text())["rows"]]
+    if double:
+        total = {(row["system"], row["seed"]): row["steps"] for row in rows}
+        rows += [row | {"steps": total[run]} for row in Results.read(double).rows
+                 if (run := (row["system"], row["seed"])) in total]
     order = {name: i for i, name in enumerate(SYSTEMS)}
     rows.sort(key=lambda row: (order[row["system"]], row["seed"], row["step"]))
     reports.write_text(Path(out) / "results.jsonl",
@@ -394,8 +398,8 @@ def main(config):
     if not all(job.finished() for job in jobs):
         prepare(config, say)
     failed = run_jobs(jobs, config.jobs or torch.cuda.device_count() or cli.cores(), say,
-                      done=lambda job: collect(config.out))
-    results = collect(config.out)
+                      done=lambda job: collect(config.out, config.double))
+    results = collect(config.out, config.double)
     say(f"{claim_table(results)}\n{config.out}/results.jsonl, results.md")
     try:
         figures.draw_all(config.out, say)

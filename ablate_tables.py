@@ -117,16 +117,19 @@ def verdict(difference, less_is_better):
 
 
 class Results:
-    """The rows of results.jsonl by what they are of."""
+    """The rows of results.jsonl by what they are of.  scores: {(system, task, part, when): {seed:
+    score}}, when as in by_seed; scored: the steps at which there are any."""
 
     def __init__(self, rows):
         self.rows, self.scores = rows, {}
         for row in rows:
-            when = "end" if row["step"] == row["steps"] else "half"
-            key = row["system"], row["task"], row["part"], when
-            self.scores.setdefault(key, {})[row["seed"]] = row["score"]
+            step, names = row["step"], {row["steps"]: "end", row["steps"] // 2: "half"}
+            for when in {step, names.get(step, step)}:
+                key = row["system"], row["task"], row["part"], when
+                self.scores.setdefault(key, {})[row["seed"]] = row["score"]
         self.systems = [s for s in SYSTEMS if any(row["system"] == s for row in rows)]
         self.steps = max((row["steps"] for row in rows), default=0)
+        self.scored = sorted({row["step"] for row in rows})
 
     @classmethod
     def read(cls, folder):
@@ -134,7 +137,7 @@ class Results:
                     (Path(folder) / "results.jsonl").read_text().splitlines()])
 
     def by_seed(self, system, task, part="", when="end"):
-        """{seed: score}, {} where nothing was measured."""
+        """{seed: score}, {} where nothing was measured.  when: "end", "half" or a step."""
         return self.scores.get((system, task, part, when), {})
 
     def fact(self, system, name):

@@ -5,12 +5,13 @@
      a run's last checkpoint --cross_attention, query_cosines--> OUT/inside/<system>.npz
      OUT/results.jsonl --> fig3.png  window size K at constant Q/K; frame rate when answering
                        --> fig4.png  lambda against scores and the queries' mean cosine
+                       --> learning.png  scores against steps, with each part and without
      OUT/inside/*.npz  --> fig5.png  cosine matrices of the queries under different lambda
                        --> attention-<system>.png  where the queries look, beside frames and sound
 Colours are Okabe and Ito's; every series also has a marker and a line style of its own.
 
 Public: cross_attention, query_cosines, off_diagonal_mean, look_inside, draw_scales, draw_lambda,
-draw_cosines, draw_attention, draw_all."""
+draw_learning, draw_cosines, draw_attention, draw_all."""
 
 import sys
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import data
-from ablate_tables import FPS, LAMBDAS, WINDOWS, Results, mean_interval
+from ablate_tables import FPS, LAMBDAS, SYSTEMS, WINDOWS, Results, mean_interval
 from answers import readable_samples
 from metrics import ERROR_RATES
 from whisper_enc import SAMPLE_RATE, log_mel_spectrogram
@@ -32,6 +33,10 @@ COSINE_TASKS, COSINE_CLIPS = ("avsr", "videoqa", "avssd"), 64          # Fig. 4
 BLUE, ORANGE = "#0072B2", "#D55E00"
 WIDTH, DPI = 9.0, 110                                                  # inches: the README's width
 K_LABEL = "window size K, frames of 0.5 s"
+LEARNING_TASKS = ("videoqa", "isqa", "avssd", "avsr", "avsd", "avm")   # Table 5's
+LEARNING = {"complete": ("black", "-", "o"), "no-causal": (BLUE, "--", "s"),
+            "no-windows": (ORANGE, "-.", "^"), "no-sync": ("#009E73", ":", "D"),
+            "none": ("#CC79A7", (0, (5, 1, 1, 1, 1, 1)), "v")}
 
 
 # ---------------------------------------------------------------- what a model does inside
@@ -126,9 +131,10 @@ def pyplot():
     return plt
 
 
-def curve(axis, at, by_seed, colour, style, marker, label):
-    """Means over seeds with 95 % intervals, the seeds themselves as small dots -> the line, None
-    where there is nothing.  at: places; by_seed: {seed: value} of each, {} where it is missing."""
+def curve(axis, at, by_seed, colour, style, marker, label, dots=True):
+    """Means over seeds with 95 % intervals, the seeds themselves as small dots (or not) -> the
+    line, None where there is nothing.  at: places; by_seed: {seed: value} of each, {} where it is
+    missing."""
     there = [(x, [*values.values()]) for x, values in zip(at, by_seed, strict=True) if values]
     if not there:
         return None
@@ -136,7 +142,7 @@ def curve(axis, at, by_seed, colour, style, marker, label):
     line = axis.errorbar([x for x, _ in there], means, [half or 0 for half in halves],
                          color=colour, linestyle=style, marker=marker, markersize=5, capsize=3,
                          label=label, zorder=3)
-    for x, values in there:
+    for x, values in there if dots else ():
         axis.plot([x] * len(values), values, ".", color="black", alpha=0.4, markersize=3, zorder=4)
     return line
 
@@ -198,6 +204,28 @@ def draw_lambda(results):
     lines = [line for line in lines if line is not None]
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.legend(handles=lines, loc="lower center", ncols=2, frameon=False)
+    return figure
+
+
+def draw_learning(results):
+    """Table 5's tasks against the steps trained, with each part of the method and without: what is
+    only learnt later and what is not learnt -> Figure."""
+    steps, systems = results.scored, [s for s in LEARNING if s in results.systems]
+    figure, axes = pyplot().subplots(2, 3, figsize=(WIDTH, 5.2), sharex=True)
+    for axis, task in zip(axes.flat, LEARNING_TASKS, strict=True):
+        lines = [curve(axis, [step * 1.03 ** (k - 2) for step in steps],   # bars beside each other
+                       [results.by_seed(system, task, "", step) for step in steps],
+                       *LEARNING[system], SYSTEMS[system][0], dots=False)
+                 for k, system in enumerate(systems)]
+        axis.set(xscale="log", ylabel=score_label(task))
+        axis.set_xticks(steps, map(str, steps))
+        axis.minorticks_off()
+        within(axis, task)
+    for axis in axes[-1]:
+        axis.set_xlabel("steps of training")
+    lines = [line for line in lines if line is not None]
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.legend(handles=lines, loc="lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -287,6 +315,7 @@ def draw_all(folder, say=print):
 
     save(draw_scales(results), "fig3.png")
     save(draw_lambda(results), "fig4.png")
+    save(draw_learning(results), "learning.png")
     inside = {path.stem: dict(np.load(path)) for path in sorted(folder.glob("inside/*.npz"))}
     matrices = {factor: {t: inside[s][f"cosine {t}"] for t in COSINE_TASKS
                          if f"cosine {t}" in inside[s]}

@@ -1,7 +1,7 @@
 """Brings runs of ablate.py into the repository: python docs/publish_ablation.py runs/ablate
 
      OUT/results.jsonl --> docs/<name of OUT>, with results.md;
-     of runs/ablate also inside/*.npz, with the figures drawn anew
+     of runs/ablate also inside/*.npz, with the figures drawn anew; of doubled ones learning.png
      tables_of(results) --> README.md, each in the place of the old one
 What the README says in words about them must be read again afterwards."""
 
@@ -68,6 +68,8 @@ def main(out):
         for file in (out / "inside").glob("*.npz"):
             shutil.copy(file, folder / "inside")
         figures.draw_all(folder)
+    else:
+        figures.draw_learning(results).savefig(folder / "learning.png", dpi=figures.DPI)
     text = (ROOT / "README.md").read_text()
     for table in tables_of(results):
         text = put(text, table)

@@ -117,7 +117,7 @@ def test_the_claims_name_what_is_measured():
 
 
 def test_doubling_goes_on_from_where_finished_runs_ended(tmp_path):
-    """--double A trains into A-8, and --double A-8 into A-8-16, each with other draws."""
+    """--double A trains into A-8, and --double A-8 into A-16, each with other draws."""
     out = str(tmp_path / "a")
     for name, done in (("complete-seed0", True), ("complete-seed1", False), ("k1-seed0", True)):
         (tmp_path / "a" / name).mkdir(parents=True)
@@ -140,7 +140,7 @@ def test_doubling_goes_on_from_where_finished_runs_ended(tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in made_up({("k1", "avm", ""): [50]}, steps=8))
     (tmp_path / "a-8" / "results.jsonl").write_text(lines)
     third = ablate.settled(*cli.parse(AblateConfig, "", ["--double", out + "-8", "--seeds", "2"]))
-    assert (third.steps, third.out, third.seeds) == (8, out + "-8-16", 2)
+    assert (third.steps, third.out, third.seeds) == (8, out + "-16", 2)
     with pytest.raises(SystemExit, match="no finished run of these"):
         ablate.main(third)
     with pytest.raises(ValueError, match="no .*results.jsonl; wanted the folder of runs"):
@@ -366,6 +366,26 @@ def test_results_are_collected_in_order(tmp_path):
     assert "55.0 ± 63.5" in text and "Steps: 4. Commits: abcdef0." in text
 
 
+def test_doubled_results_have_their_earlier_stages(tmp_path):
+    """Of the runs that went on, and of no others; half is where the earlier run ended."""
+    short, long = tmp_path / "a", tmp_path / "a-8"
+    for folder, name, steps, scores in (
+            (short, "complete-seed0", (2, 4), (40, 50)), (short, "k1-seed0", (2, 4), (30, 35)),
+            (long, "complete-seed0", (8,), (60,))):
+        rows = made_up({(name.split("-")[0], "avm", ""): [0]}, steps[-1])[:len(steps)]
+        rows = [row | {"step": step, "score": score}
+                for row, step, score in zip(rows, steps, scores, strict=True)]
+        (folder / name).mkdir(parents=True)
+        (folder / name / "scores.json").write_text(json.dumps({"settings": {}, "rows": rows}))
+    ablate.collect(short)
+    results = ablate.collect(long, short)
+    assert results.systems == ["complete"] and results.scored == [2, 4, 8]
+    found = {when: results.by_seed("complete", "avm", "", when).get(0)
+             for when in (2, 4, 8, "half", "end")}
+    assert found == {2: 40, 4: 50, 8: 60, "half": 50, "end": 60}
+    assert results.rows == Results.read(long).rows and results.steps == 8
+
+
 @pytest.mark.parametrize("folder", sorted((ablate.HERE / "docs").glob("ablate*")),
                          ids=lambda folder: folder.name)
 def test_the_committed_tables_are_the_committed_results(folder):
@@ -436,6 +456,27 @@ def test_scales_and_lambda_show_every_point_with_its_units():
     assert len(figure.legends[0].get_texts()) == 2
 
 
+def test_learning_has_a_line_a_system_and_a_point_a_stage():
+    pytest.importorskip("matplotlib")
+    scores = {(s, task, ""): [50 + 3 * k, 51 + 2 * k] for task in figures.LEARNING_TASKS
+              for k, s in enumerate(("complete", "no-sync", "future"))}
+    rows = made_up(scores, 8)
+    rows += [row | {"step": 2, "score": 30} for row in rows[::2]]
+    figure = figures.draw_learning(Results(rows))
+    assert len(figure.axes) == len(figures.LEARNING_TASKS)
+    assert [t.get_text() for t in figure.axes[-1].get_xticklabels()] == ["2", "4", "8"]
+    assert [figure.axes[k].get_ylabel() for k in (0, 3)] == ["videoqa: right, %",
+                                                             "avsr: word error rate, %"]
+    for axis in figure.axes:
+        lines = [c.lines[0] for c in axis.containers]
+        assert len(lines) == 2                                     # the future is no part removed
+        assert [*lines[0].get_ydata()] == [30, 40.5, 50.5]
+        for kind in ("get_color", "get_marker", "get_linestyle"):
+            assert getattr(lines[0], kind)() != getattr(lines[1], kind)()
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [
+        "complete", "without synchronisation"]
+
+
 def test_no_axis_shows_more_than_100_percent():
     pytest.importorskip("matplotlib")
     scores = {key: [5, 95] for key in sweeps() if key[2] != "query cosine"}      # two seeds
@@ -473,8 +514,8 @@ def test_all_figures_are_drawn(tmp_path):
     for system in {*ablation.LAMBDAS.values()}:
         np.savez(tmp_path / "inside" / f"{system}.npz", **held())
     drawn = figures.draw_all(tmp_path, quiet)
-    assert [path.name for path in drawn] == ["fig3.png", "fig4.png", "fig5.png",
-                                             "attention-complete.png"]
+    assert [path.name for path in drawn] == ["fig3.png", "fig4.png", "learning.png",
+                                             "fig5.png", "attention-complete.png"]
     for path in drawn:
         pixels = imread(path)
         assert 600 <= pixels.shape[1] <= 1000 and pixels.shape[0] >= 250
@@ -565,7 +606,8 @@ def test_a_run_is_scored(small_parts, small_miniature, tmp_path):
         model.llm_proj.bias += 1
     model.save_pretrained(job.folder / "step-000002", commit="def", dirty=False)
     ablate.score(longer, "complete", 0, quiet)
-    doubled = ablate.collect(longer.out)
-    assert job.finished() and doubled.steps == 4
+    doubled = ablate.collect(longer.out, longer.double)
+    assert job.finished() and (doubled.steps, doubled.scored) == (4, [1, 2, 4])
     assert doubled.by_seed("complete", "avm", "", "half") == results.by_seed("complete", "avm")
-    assert {(row["step"], row["commit"]) for row in doubled.rows} == {(2, "abc"), (4, "def")}
+    assert {(row["step"], row["commit"]) for row in doubled.rows} == {
+        (1, "abc"), (2, "abc"), (4, "def")}
