@@ -7,7 +7,7 @@ Every mean is over seeds; differences to `complete` are paired by seed, which sh
 the data and, where the shapes are the same, the first weights.
 
 Public: SYSTEMS, WINDOWS, LAMBDAS, FPS, CLAIMS, mean_interval, paired, verdict, Results, markdown,
-claim_table, score_table, difference_table, mask_table, tables."""
+score_table, difference_table, gain_table, claim_table, mask_table, tables."""
 
 import itertools
 import json
@@ -185,6 +185,15 @@ def difference_table(results, when="end"):
                      for s in results.systems if s != "complete"])
 
 
+def gain_table(results):
+    """The end minus half of the steps, paired by seed: what still rises has not converged."""
+    return markdown([f"steps {results.steps} minus {results.steps // 2}",
+                     *map(arrow, miniature.TASKS)],
+                    [[SYSTEMS[s][0], *(paired(results.by_seed(s, task),
+                                              results.by_seed(s, task, "", "half")) or "-"
+                                       for task in miniature.TASKS)] for s in results.systems])
+
+
 def claim_table(results):
     """What the paper says gets worse, its numbers, ours, and what to say of it; the claims whose
     system was run."""
@@ -240,5 +249,6 @@ def tables(results):
              ("Differences at the end", difference_table(results)),
              ("All systems at half of the steps", score_table(results, "half")),
              ("Differences at half of the steps", difference_table(results, "half")),
+             ("What the second half of the steps changed", gain_table(results)),
              ("Past or future: the causal mask", mask_table(results))]
     return "\n\n".join([head, *(f"### {title}\n\n{text}" for title, text in parts)])
