@@ -1,7 +1,8 @@
 """Brings runs of ablate.py into the repository: python docs/publish_ablation.py runs/ablate
 
      OUT/results.jsonl --> docs/<name of OUT>, with results.md;
-     of runs/ablate also inside/*.npz, with the figures drawn anew; of doubled ones learning.png
+     of runs/ablate also inside/*.npz, with the figures drawn anew
+     all docs/ablate*/results.jsonl --> docs/ablate/learning.png
      tables_of(results) --> README.md, each in the place of the old one
 What the README says in words about them must be read again afterwards."""
 
@@ -68,8 +69,9 @@ def main(out):
         for file in (out / "inside").glob("*.npz"):
             shutil.copy(file, folder / "inside")
         figures.draw_all(folder)
-    else:
-        figures.draw_learning(results).savefig(folder / "learning.png", dpi=figures.DPI)
+    stages = [ablation.Results.read(path) for path in sorted((ROOT / "docs").glob("ablate*"))]
+    learning = figures.draw_learning(ablation.Results([row for r in stages for row in r.rows]))
+    learning.savefig(ROOT / "docs" / "ablate" / "learning.png", dpi=figures.DPI)
     text = (ROOT / "README.md").read_text()
     for table in tables_of(results):
         text = put(text, table)
