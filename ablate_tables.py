@@ -249,6 +249,7 @@ def tables(results):
              ("Differences at the end", difference_table(results)),
              ("All systems at half of the steps", score_table(results, "half")),
              ("Differences at half of the steps", difference_table(results, "half")),
-             ("What the second half of the steps changed", gain_table(results)),
-             ("Past or future: the causal mask", mask_table(results))]
+             ("What the second half of the steps changed", gain_table(results))]
+    if "future" in results.systems:
+        parts.append(("Past or future: the causal mask", mask_table(results)))
     return "\n\n".join([head, *(f"### {title}\n\n{text}" for title, text in parts)])
