@@ -212,8 +212,8 @@ def draw_learning(results):
     only learnt later and what is not learnt -> Figure."""
     steps, systems = results.scored, [s for s in LEARNING if s in results.systems]
     figure, axes = pyplot().subplots(2, 3, figsize=(WIDTH, 5.2), sharex=True)
-    for axis, task in zip(axes.flat, LEARNING_TASKS, strict=True):
-        lines = [curve(axis, [step * 1.03 ** (k - 2) for step in steps],   # bars beside each other
+    for axis, task in zip(axes.flat, LEARNING_TASKS, strict=True):     # bars beside each other
+        lines = [curve(axis, [step * 1.03 ** (k - (len(systems) - 1) / 2) for step in steps],
                        [results.by_seed(system, task, "", step) for step in steps],
                        *LEARNING[system], SYSTEMS[system][0], dots=False)
                  for k, system in enumerate(systems)]
