@@ -96,7 +96,7 @@ def run_forked(work, processes=1, seconds=60):
     return [child.exitcode for child in children]
 
 
-def program(*words, cwd=None, seconds=300):
+def program(*words, cwd=None, seconds=100):
     """A program of ours in a process of its own."""
     return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True,
                           text=True, timeout=seconds)
