@@ -1,21 +1,23 @@
 """The paper's ablations in miniature: trains and scores every system with several seeds, and draws
 the tables and figures from what came out.  Paper Tables 2, 3, 5, 9, 10 and Figs 3, 4, 5.
 
-     python ablate.py                       all systems, 5 seeds (3 of four of them); hours
+     python ablate.py                       all systems, 5 seeds (3 of four of them), two rounds
      python ablate.py --quick               fewer systems, seeds, steps and questions: every figure
      python ablate.py --only complete future --seeds 10        some systems, more seeds
-     python ablate.py --double runs/ablate  trains finished runs on, as long again
+     python ablate.py --only complete no-sync --seeds 3 --rounds 3     some of them for longer
      python ablate.py --plan                prints the commands and runs nothing
      python figures.py runs/ablate          draws the figures again
 
-     SYSTEMS x seeds --train.py, then --score, one after the other--> OUT/<system>-seed<k>/
-       scores.json --all runs--> OUT/results.jsonl, a line a (system, seed, task, part, step)
-                   --ablate_tables.py--> OUT/results.md   --figures.py--> OUT/*.png
+     round 1: SYSTEMS x seeds --train.py, then --score--> OUT/<system>-seed<k>/scores.json
+     round 2: the same trained on for as long again   --> OUT/<system>-seed<k>/to-2200/scores.json
+              --all of them--> OUT/results.jsonl, a line a (system, seed, step, task, part)
+              --ablate_tables.py--> OUT/results.md   --figures.py--> OUT/*.png
 The same command goes on where it was killed; runs whose scores.json is there are not run again.
-Each run is scored at half of its steps, too: what separates early may be speed of learning only.
---double goes further that way: the weights of a finished run, a new optimiser, warm-up and cosine,
-other draws of the data, as many steps as the run has had, scored into OUT of its own, where the
-earlier end is "half".  It can be repeated, until doubling changes nothing any more.
+
+Why rounds: what separates early may be speed of learning only.  Round 1 is scored at half of its
+steps, too; every later round doubles the steps that a run has had: from its weights, with a new
+optimiser, warm-up and cosine and other draws of the data.  Its table says what that changed: where
+nothing, the systems have converged.
 
 Public: AblateConfig, settled, Job, plan, run_jobs, prepare, score, collect."""
 
@@ -48,24 +50,33 @@ import miniature  # noqa: E402
 import processes  # noqa: E402
 import tables as reports  # noqa: E402
 import train  # noqa: E402
-from ablate_tables import FPS, SYSTEMS, Results, claim_table, tables  # noqa: E402
+from ablate_tables import (  # noqa: E402
+    FPS,
+    SYSTEMS,
+    Results,
+    claim_table,
+    reproduction_table,
+    tables,
+)
 from favor import Favor  # noqa: E402
 from features import keep_features  # noqa: E402
 from runlog import duration  # noqa: E402
 
 HERE = Path(__file__).parent
+COMMITTED = HERE / "docs" / "ablate"              # the results that the README shows
 
-# drawn only in figures, where so many seeds are enough
+# drawn only in figures, where so many seeds and one round are enough
 FIGURES_ONLY = {"k1": 3, "k2": 3, "lambda-0.1": 3, "lambda-1": 3}
 # What is quick: every figure has its points, but hardly anything is learnt.
-QUICK = {"seeds": 1, "steps": 160, "limit": 100, "out": "runs/ablate-quick", "only": (
+QUICK = {"seeds": 1, "steps": 160, "rounds": 1, "limit": 100, "out": "runs/ablate-quick", "only": (
     "complete", "no-diversity", "no-causal", "no-windows-2q", "no-sync", "k1", "lambda-10")}
 
 
 @dataclass(frozen=True)
 class AblateConfig:
     seeds: int = 5  # of every system: 0, 1 ...
-    steps: int = 1100  # of every training; scored at half of them, too
+    steps: int = 1100  # of round 1, scored at half of them, too
+    rounds: int = 2  # each after the first doubles the steps: tables after 1100, 2200 ...
     out: str = "runs/ablate"  # where runs, results, tables and figures go
     only: tuple = ()  # names of systems (default: all; --plan lists them)
     jobs: int = 0  # trainings at a time (0: one a core, or one a GPU)
@@ -73,87 +84,89 @@ class AblateConfig:
     data: str = "media/miniature"  # folder with train.jsonl and test.jsonl
     flags: str = ""  # more flags for every train.py: --flags="--batch 16"
     quick: bool = False  # a quarter of an hour on two cores: what is not given is set small
-    double: str = ""  # OUT of finished runs: train them as long again (OUT-<steps>, or --out)
     plan: bool = False  # print the commands, run nothing
-    score: tuple = ()  # SYSTEM SEED: score one finished training (used by the program itself)
+    score: tuple = ()  # SYSTEM SEED ROUND: score a finished training (the program's own use)
 
     def __post_init__(self):
         unknown = sorted({*self.only, *self.score[:1]} - {*SYSTEMS})
         if unknown:
             raise ValueError(f"unknown system {unknown[0]!r}; there are {', '.join(SYSTEMS)}")
-        if self.seeds < 1 or self.steps < 2 or self.steps % 2:
-            raise ValueError(f"--seeds {self.seeds} --steps {self.steps}; wanted a seed at least, "
-                             "and an even number of steps (half of them are scored, too)")
+        if self.seeds < 1 or self.rounds < 1 or self.steps < 2 or self.steps % 2:
+            raise ValueError(f"--seeds {self.seeds} --rounds {self.rounds} --steps {self.steps}; "
+                             "wanted a seed and a round at least, and an even number of steps "
+                             "(half of them are scored, too)")
 
 
 def settled(config, given):
-    """The config with QUICK's values where the command line says nothing, and as many steps as the
-    runs to double have had.  Raises ValueError where there are none or --steps says otherwise."""
+    """The config with QUICK's values where the command line says nothing."""
     small = {k: v for k, v in QUICK.items() if k not in given} if config.quick else {}
-    if config.double:
-        file = Path(config.double) / "results.jsonl"
-        if not file.exists():
-            raise ValueError(f"--double {config.double}: no {file}; wanted the folder of runs that "
-                             "are scored (--out of an earlier ablate.py)")
-        small["steps"] = Results.read(config.double).steps
-        if "steps" in given and config.steps != small["steps"]:
-            raise ValueError(f"--double {config.double} --steps {config.steps}; those runs have "
-                             f"had {small['steps']}, and are trained as long again: leave --steps "
-                             "out")
-        if "out" in given and Path(config.out) == Path(config.double):
-            raise ValueError(f"--double {config.double} --out {config.out}; wanted another folder")
-        if "out" not in given:
-            base = config.double.rstrip("/").removesuffix(f"-{small['steps']}")
-            small["out"] = f"{base}-{2 * small['steps']}"
     return dataclasses.replace(config, **small)
 
 
 # ---------------------------------------------------------------- the runs
 @dataclass(frozen=True)
 class Job:
-    """Commands that are run one after the other in OUT/<system>-seed<k>/; settings: what
-    scores.json must have been made with to count."""
+    """Commands that are run one after the other, one round of one run; settings: what scores.json
+    in its folder must have been made with to count; after: the job that must have ended before."""
     name: str
     folder: Path
     commands: tuple
     settings: dict
+    steps: int
+    after: str = ""
 
     def finished(self):
         file = self.folder / "scores.json"
         return file.exists() and json.loads(file.read_text())["settings"] == self.settings
 
 
-def train_words(config, system, seed):
+def steps_of(config, round):
+    """Optimiser steps of a round 1, 2 ... -> those of all rounds before it, its own."""
+    return (0, config.steps) if round == 1 else (2 ** (round - 2) * config.steps,) * 2
+
+
+def run_folder(config, system, seed, round):
+    total, first = sum(steps_of(config, round)), Path(config.out) / f"{system}-seed{seed}"
+    return first if round == 1 else first / f"to-{total}"
+
+
+def train_words(config, system, seed, round):
     """Words behind `train.py` of one training, all but its --out."""
-    start = ["--seed", str(seed)]
-    if config.double:                              # a seed that no earlier stage has drawn with
-        start = ["--start-from", f"{config.double}/{system}-seed{seed}/last",
-                 "--seed", str(seed + config.steps)]
-    return [*shlex.split(SYSTEMS[system][1]), *start, "--steps", str(config.steps),
-            "--warmup", str(min(100, config.steps // 4)), "--save-every", str(config.steps // 2),
+    before, steps = steps_of(config, round)
+    start = ["--seed", str(seed + before)]                    # draws that no earlier round has had
+    if before:
+        start += ["--start-from", str(run_folder(config, system, seed, round - 1) / "last")]
+    return [*shlex.split(SYSTEMS[system][1]), *start, "--steps", str(steps),
+            "--warmup", str(min(100, steps // 4)), "--save-every", str(steps // 2),
             "--keep", "0", "--processes", "1", "--micro-batch", "16", "--show", "0",
             "--no-tensorboard", "--no-test", "--data", config.data, *shlex.split(config.flags)]
 
 
 def plan(config):
-    """The jobs, seed by seed: what is stopped early has the same seeds of all systems.  With
-    --double those whose earlier run is finished."""
+    """The jobs, round by round and seed by seed: what is stopped early has the same seeds of all
+    systems."""
     jobs = []
-    for seed, system in itertools.product(range(config.seeds), config.only or SYSTEMS):
-        if not config.only and seed >= FIGURES_ONLY.get(system, config.seeds):
+    for round, seed, system in itertools.product(
+            range(1, config.rounds + 1), range(config.seeds), config.only or SYSTEMS):
+        if not config.only and system in FIGURES_ONLY and (
+                round > 1 or seed >= FIGURES_ONLY[system]):
             continue
-        words, name = train_words(config, system, seed), f"{system}-seed{seed}"
-        folder = Path(config.out) / name
-        if config.double and not (Path(config.double) / name / "scores.json").exists():
-            continue
-        scoring = ["--score", system, str(seed), "--steps", str(config.steps), "--out", config.out,
-                   "--data", config.data, "--limit", str(config.limit), f"--flags={config.flags}",
-                   *(["--double", config.double] if config.double else [])]
-        jobs.append(Job(name, folder, (
-            (sys.executable, str(HERE / "train.py"), *words, "--out", str(folder)),
-            (sys.executable, str(HERE / "ablate.py"), *scoring)),
-            {"train": words, "limit": config.limit}))
+        jobs.append(job_of(config, system, seed, round))
     return jobs
+
+
+def job_of(config, system, seed, round):
+    words = train_words(config, system, seed, round)
+    folder, first = run_folder(config, system, seed, round), f"{system}-seed{seed}"
+    before, steps = steps_of(config, round)
+    scoring = ["--score", system, str(seed), str(round), "--steps", str(config.steps),
+               "--out", config.out, "--data", config.data, "--limit", str(config.limit),
+               f"--flags={config.flags}"]
+    return Job(f"{first} to {before + steps} steps", folder, (
+        (sys.executable, str(HERE / "train.py"), *words, "--out", str(folder)),
+        (sys.executable, str(HERE / "ablate.py"), *scoring)),
+        {"train": words, "limit": config.limit}, steps,
+        f"{first} to {before} steps" if before else "")
 
 
 def environment(slot):
@@ -208,7 +221,8 @@ class Running:
 
 def run_jobs(jobs, at_once, say=print, done=lambda job: None, poll=0.5, tell_every=300.0):
     """Keeps `at_once` jobs going until all are finished; done(job) after each.  A job that fails is
-    told with the end of its output, and the others go on.  -> names of the failed ones.
+    told with the end of its output, those that come after it are left out, and the others go on.
+    -> names of those that failed or were left out.
     Those under way are stopped when this is left by an exception."""
     waiting = [job for job in jobs if not job.finished()]
     n, before, took, failed, running = len(waiting), len(jobs) - len(waiting), [], [], []
@@ -216,23 +230,28 @@ def run_jobs(jobs, at_once, say=print, done=lambda job: None, poll=0.5, tell_eve
     begun = told = time.time()
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
+            while len(running) < at_once and (job := ready(waiting, running)):
+                waiting.remove(job)
+                if job.after in failed:
+                    failed.append(job.name)
+                    say(f"{job.name} is left out, as {job.after} failed")
+                    continue
                 slot = min({*range(at_once)} - {r.slot for r in running})
-                running.append(Running(waiting.pop(0), slot))
+                running.append(Running(job, slot))
             for r in list(running):
                 code = r.poll()
                 if code is None:
                     continue
                 running.remove(r)
-                took.append(time.time() - r.started)
+                took.append((time.time() - r.started, r.job.steps))
                 if code:
                     failed.append(r.job.name)
                     say(f"{r.job.name} FAILED (exit status {code}), the end of {r.file}:\n"
                         f"{r.tail()}")
                 else:
                     done(r.job)
-                say(f"[{before + len(took)}/{len(jobs)}] {r.job.name}: {duration(took[-1])}; "
-                    f"{remaining(took, len(waiting), running, at_once)}")
+                say(f"[{len(jobs) - len(waiting) - len(running)}/{len(jobs)}] {r.job.name}: "
+                    f"{duration(took[-1][0])}; {remaining(took, waiting, running, at_once)}")
             if running and time.time() - told > tell_every:
                 told = time.time()
                 for r in running:
@@ -252,10 +271,17 @@ def run_jobs(jobs, at_once, say=print, done=lambda job: None, poll=0.5, tell_eve
     return failed
 
 
+def ready(waiting, running):
+    """The first job that comes after none of the others; None where all do."""
+    ahead = {job.name for job in waiting} | {r.job.name for r in running}
+    return next((job for job in waiting if job.after not in ahead), None)
+
+
 def remaining(took, waiting, running, at_once):
-    """'ETA 5 h 12 min' by the mean of what runs took so far."""
-    mean = sum(took) / len(took)
-    left = waiting * mean + sum(max(0, mean - (time.time() - r.started)) for r in running)
+    """'ETA 5 h 12 min' by what a step took so far, scoring included.  took: (seconds, steps)."""
+    pace = sum(seconds for seconds, _ in took) / sum(steps for _, steps in took)
+    left = sum(pace * job.steps for job in waiting)
+    left += sum(max(0, pace * r.job.steps - (time.time() - r.started)) for r in running)
     return f"ETA {duration(left / at_once)}"
 
 
@@ -264,14 +290,14 @@ def prepare(config, say=print):
     """Clips and their kept features, once, on all cores; the runs find them."""
     if Path(config.data) == Path(evaluation.EvalConfig.data):
         miniature.make(config.data, log=say)
-    model = load(train_config(config, "complete", 0))
+    model = load(train_config(config, "complete", 0, 1))
     records = [r for split in ("train", "test")
                for r in data.read_manifest(evaluation.find_manifest(config.data, split))]
     keep_features(model, records, Path(config.data) / "features", log=say)
 
 
-def train_config(config, system, seed):
-    return cli.parse(train.TrainConfig, train.__doc__, train_words(config, system, seed))[0]
+def train_config(config, system, seed, round):
+    return cli.parse(train.TrainConfig, train.__doc__, train_words(config, system, seed, round))[0]
 
 
 def load(trained, checkpoint=None):
@@ -311,26 +337,22 @@ def rows_of(predictions, view):
     return rows
 
 
-def score(config, system, seed, say=print):
-    """Scores OUT/<system>-seed<k> at half of its steps and at the end -> its scores.json; of the
-    last checkpoint also the queries' cosine, of `complete` videoqa at other frame rates, and of
-    seed 0 the pictures (figures.look_inside) in OUT/inside/<system>.npz.  With --double only at the
-    end: half is where the earlier run ended, and `collect` has it from there."""
-    job = next(j for j in plan(dataclasses.replace(config, only=(system,), seeds=seed + 1))
-               if j.name == f"{system}-seed{seed}")
-    trained, rows = train_config(config, system, seed), []
+def score(config, system, seed, round, say=print):
+    """Scores a finished training at its end, in round 1 at half of its steps, too -> its
+    scores.json; at the end also the queries' cosine, of `complete` videoqa at other frame rates,
+    and of round 1 of seed 0 the pictures (figures.look_inside) in OUT/inside/<system>.npz."""
+    job, rows = job_of(config, system, seed, round), []
+    trained = train_config(config, system, seed, round)
     view = evaluation.views_of("favor", trained.mask, ("both",))[0]
     records = limited(data.read_manifest(evaluation.find_manifest(config.data, "test")),
                       config.limit)
     read = partial(keep_features, folder=Path(config.data) / "features", workers=1, log=say)
-    before, total, scored = 0, config.steps, (config.steps // 2, config.steps)
-    if config.double:
-        before, total, scored = config.steps, 2 * config.steps, (config.steps,)
-    for step in scored:
+    before, steps = steps_of(config, round)
+    for step in (steps // 2, steps) if round == 1 else (steps,):
         checkpoint = job.folder / f"step-{step:06d}"
         model = load(trained, checkpoint)
         made, method = hub.read_json(checkpoint / "favor.json"), model.config
-        facts = {"system": system, "seed": seed, "step": before + step, "steps": total,
+        facts = {"system": system, "seed": seed, "step": before + step,
                  "parameters": sum(p.numel() for p in model.trained_parameters()),
                  "vectors": vectors_a_clip(method), "commit": made.get("commit"),
                  "dirty": made.get("dirty")}
@@ -343,7 +365,7 @@ def score(config, system, seed, say=print):
     rows += [facts | {"task": task, "part": "query cosine", "n": n, "low": None, "high": None,
                       "score": figures.off_diagonal_mean(matrix)}
              for task, (matrix, n) in matrices.items()]
-    if seed == 0:
+    if seed == 0 and round == 1:
         figures.look_inside(model, records, store, trained.mask, matrices,
                             Path(config.out) / "inside" / f"{system}.npz")
     if system == "complete":
@@ -366,28 +388,28 @@ def at_other_rates(model, records, read, say=print):
 
 
 # ---------------------------------------------------------------- results, the program
-def collect(out, double=""):
-    """results.jsonl and results.md of all runs in `out` that are scored -> Results.  double: where
-    their earlier stages are, whose rows go before theirs."""
-    rows = [row for file in Path(out).glob("*-seed*/scores.json")
+def collect(out):
+    """results.jsonl and results.md of all runs in `out` that are scored -> Results."""
+    rows = [row for file in Path(out).glob("*-seed*/**/scores.json")
             for row in json.loads(file.read_text())["rows"]]
-    if double:
-        total = {(row["system"], row["seed"]): row["steps"] for row in rows}
-        rows += [row | {"steps": total[run]} for row in Results.read(double).rows
-                 if (run := (row["system"], row["seed"])) in total]
-    order = {name: i for i, name in enumerate(SYSTEMS)}
-    rows.sort(key=lambda row: (order[row["system"]], row["seed"], row["step"]))
-    reports.write_text(Path(out) / "results.jsonl",
-                       "".join(json.dumps(row) + "\n" for row in rows))
-    results = Results(rows)
+    results = Results(in_order(rows))
+    reports.write_text(Path(out) / "results.jsonl", jsonl(results.rows))
     reports.write_text(Path(out) / "results.md", tables(results) + "\n")
     return results
 
 
+def in_order(rows):
+    """By system, seed and step; what is of the same run stays as it was."""
+    order = {name: i for i, name in enumerate(SYSTEMS)}
+    return sorted(rows, key=lambda row: (order[row["system"]], row["seed"], row["step"]))
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def main(config):
     jobs, say = plan(config), partial(print, flush=True)
-    if not jobs:
-        raise SystemExit(f"--double {config.double}: no finished run of these systems and seeds")
     if config.plan:
         for job in jobs:
             say("\n".join(shlex.join(command) for command in job.commands))
@@ -398,9 +420,14 @@ def main(config):
     if not all(job.finished() for job in jobs):
         prepare(config, say)
     failed = run_jobs(jobs, config.jobs or torch.cuda.device_count() or cli.cores(), say,
-                      done=lambda job: collect(config.out, config.double))
-    results = collect(config.out, config.double)
-    say(f"{claim_table(results)}\n{config.out}/results.jsonl, results.md")
+                      done=lambda job: collect(config.out))
+    results = collect(config.out)
+    for stage in results.stages:
+        say(claim_table(stage) + "\n")
+    if (COMMITTED / "results.jsonl").exists() and (
+            again := reproduction_table(results, Results.read(COMMITTED))):
+        say(f"Against {COMMITTED}/results.jsonl: {again}\n")
+    say(f"{config.out}/results.jsonl, results.md")
     try:
         figures.draw_all(config.out, say)
     except ImportError as error:
@@ -410,11 +437,9 @@ def main(config):
 
 
 if __name__ == "__main__":
-    try:
-        settings = settled(*cli.parse(AblateConfig, __doc__))
-    except ValueError as error:
-        sys.exit(str(error))
+    settings = settled(*cli.parse(AblateConfig, __doc__))
     if settings.score:
         processes.one_a_core(1)                        # ends when the program that started it does
-        sys.exit(score(settings, settings.score[0], int(settings.score[1])))
+        system, *numbers = settings.score
+        sys.exit(score(settings, system, *map(int, numbers)))
     sys.exit(main(settings))

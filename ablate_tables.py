@@ -1,13 +1,15 @@
 """What ablate.py measured -> tables: the systems, statistics over seeds, the paper's claims.
 
-     OUT/results.jsonl --Results--> scores by (system, task, part, when) and seed
-                       --mean_interval, paired--> means, differences with 95 % t-intervals and p
+     OUT/results.jsonl --Results--> a Stage for each number of steps that was scored
+                       --Stage.by_seed, .against--> means, differences with 95 % t-intervals and p
                        --tables--> Markdown, with a verdict on each claim of the paper
+     results of two times --reproduction_table--> does the second give what the first gave?
 Every mean is over seeds; differences to `complete` are paired by seed, which shares the order of
 the data and, where the shapes are the same, the first weights.
 
-Public: SYSTEMS, WINDOWS, LAMBDAS, FPS, CLAIMS, mean_interval, paired, verdict, Results, markdown,
-score_table, difference_table, gain_table, claim_table, mask_table, tables."""
+Public: SYSTEMS, WINDOWS, LAMBDAS, FPS, CLAIMS, mean_interval, paired, welch, verdict, Results,
+Stage, markdown, score_table, difference_table, gain_table, claim_table, mask_table, tables,
+reproduction_table."""
 
 import itertools
 import json
@@ -108,6 +110,17 @@ def paired(ours, theirs):
     return Difference(*mean_interval(differences), sign_flip(differences), len(seeds))
 
 
+def welch(ours, theirs):
+    """Scores of two measurements that share nothing -> Difference of their means, with the interval
+    of Welch (1947): degrees of freedom by Satterthwaite, rounded down; p is not computed."""
+    parts = [(np.var(values, ddof=1) / len(values), len(values) - 1) for values in (ours, theirs)]
+    total = sum(variance for variance, _ in parts)
+    weights = sum(variance ** 2 / df for variance, df in parts)
+    df = max(1, int(total ** 2 / weights + 1e-9)) if weights else 1
+    return Difference(float(np.mean(ours) - np.mean(theirs)),
+                      t_quantile(df) * math.sqrt(total), math.nan, min(len(ours), len(theirs)))
+
+
 def verdict(difference, less_is_better):
     """Of "the task gets worse without it", by the paired 95 % t-interval."""
     worse = difference.mean if less_is_better else -difference.mean
@@ -117,35 +130,52 @@ def verdict(difference, less_is_better):
 
 
 class Results:
-    """The rows of results.jsonl by what they are of.  scores: {(system, task, part, when): {seed:
-    score}}, when as in by_seed; scored: the steps at which there are any."""
+    """The rows of results.jsonl.  scored: the numbers of steps after which there are any; stages:
+    a Stage for each of them whose half was scored, too; first: the first of these."""
 
     def __init__(self, rows):
-        self.rows, self.scores = rows, {}
-        for row in rows:
-            step, names = row["step"], {row["steps"]: "end", row["steps"] // 2: "half"}
-            for when in {step, names.get(step, step)}:
-                key = row["system"], row["task"], row["part"], when
-                self.scores.setdefault(key, {})[row["seed"]] = row["score"]
-        self.systems = [s for s in SYSTEMS if any(row["system"] == s for row in rows)]
-        self.steps = max((row["steps"] for row in rows), default=0)
+        self.rows = rows
         self.scored = sorted({row["step"] for row in rows})
+        self.stages = [self.at(step) for step in self.scored if step / 2 in self.scored]
+        self.systems = [s for s in SYSTEMS if any(row["system"] == s for row in rows)]
 
     @classmethod
     def read(cls, folder):
         return cls([json.loads(line) for line in
                     (Path(folder) / "results.jsonl").read_text().splitlines()])
 
-    def by_seed(self, system, task, part="", when="end"):
-        """{seed: score}, {} where nothing was measured.  when: "end", "half" or a step."""
-        return self.scores.get((system, task, part, when), {})
+    @property
+    def first(self):
+        return self.stages[0]
+
+    def at(self, step):
+        return Stage(self, step)
+
+
+class Stage:
+    """What the systems score after so many steps.  half: the same after half of them."""
+
+    def __init__(self, results, step):
+        self.results, self.step, self.scores = results, step, {}
+        self.rows = [row for row in results.rows if row["step"] == step]
+        for row in self.rows:
+            key = row["system"], row["task"], row["part"]
+            self.scores.setdefault(key, {})[row["seed"]] = row["score"]
+        self.systems = [s for s in SYSTEMS if any(row["system"] == s for row in self.rows)]
+
+    @property
+    def half(self):
+        return self.results.at(self.step // 2)
+
+    def by_seed(self, system, task, part=""):
+        """{seed: score}, {} where nothing was measured."""
+        return self.scores.get((system, task, part), {})
 
     def fact(self, system, name):
         return next(row[name] for row in self.rows if row["system"] == system)
 
-    def against(self, system, task, part="", when="end", base="complete"):
-        return paired(self.by_seed(system, task, part, when),
-                      self.by_seed(base, task, part, when))
+    def against(self, system, task, part="", base="complete"):
+        return paired(self.by_seed(system, task, part), self.by_seed(base, task, part))
 
 
 # ---------------------------------------------------------------- results -> Markdown
@@ -166,40 +196,37 @@ def arrow(task):
     return f"{task} {'↓' if task in ERROR_RATES else '↑'}"
 
 
-def score_table(results, when="end"):
+def score_table(stage):
     """A line a system, a column a task: mean and 95 % interval over seeds."""
-    lines = [[SYSTEMS[s][0], max(len(results.by_seed(s, t, "", when)) for t in miniature.TASKS),
-              f"{results.fact(s, 'parameters'):,}", results.fact(s, "vectors"),
-              *(with_half(results.by_seed(s, task, "", when)) for task in miniature.TASKS)]
-             for s in results.systems]
-    steps = results.steps if when == "end" else results.steps // 2
-    return markdown([f"system, {steps} steps", "seeds", "trained parameters", "LLM vectors, 5 s",
-                     *map(arrow, miniature.TASKS)], lines)
+    lines = [[SYSTEMS[s][0], max(len(stage.by_seed(s, task)) for task in miniature.TASKS),
+              f"{stage.fact(s, 'parameters'):,}", stage.fact(s, "vectors"),
+              *(with_half(stage.by_seed(s, task)) for task in miniature.TASKS)]
+             for s in stage.systems]
+    return markdown([f"system, {stage.step} steps", "seeds", "trained parameters",
+                     "LLM vectors, 5 s", *map(arrow, miniature.TASKS)], lines)
 
 
-def difference_table(results, when="end"):
+def difference_table(stage):
     """The same minus the complete system, paired by seed."""
-    return markdown(["system minus complete", *map(arrow, miniature.TASKS)],
-                    [[SYSTEMS[s][0], *(results.against(s, task, "", when) or "-"
-                                       for task in miniature.TASKS)]
-                     for s in results.systems if s != "complete"])
+    return markdown([f"minus complete, {stage.step} steps", *map(arrow, miniature.TASKS)],
+                    [[SYSTEMS[s][0], *(stage.against(s, task) or "-" for task in miniature.TASKS)]
+                     for s in stage.systems if s != "complete"])
 
 
-def gain_table(results):
+def gain_table(stage):
     """The end minus half of the steps, paired by seed: what still rises has not converged."""
-    return markdown([f"steps {results.steps} minus {results.steps // 2}",
-                     *map(arrow, miniature.TASKS)],
-                    [[SYSTEMS[s][0], *(paired(results.by_seed(s, task),
-                                              results.by_seed(s, task, "", "half")) or "-"
-                                       for task in miniature.TASKS)] for s in results.systems])
+    half = stage.half
+    return markdown([f"steps {stage.step} minus {half.step}", *map(arrow, miniature.TASKS)],
+                    [[SYSTEMS[s][0], *(paired(stage.by_seed(s, task), half.by_seed(s, task)) or "-"
+                                       for task in miniature.TASKS)] for s in stage.systems])
 
 
-def claim_table(results):
+def claim_table(stage):
     """What the paper says gets worse, its numbers, ours, and what to say of it; the claims whose
     system was run."""
-    lines = []
-    for system, task in ((s, t) for s, tasks in CLAIMS for t in tasks if s in results.systems):
-        end, half = (results.against(system, task, when=when) for when in ("end", "half"))
+    lines, half = [], stage.half
+    for system, task in ((s, t) for s, tasks in CLAIMS for t in tasks if s in stage.systems):
+        end = stage.against(system, task)
         theirs = "figure only"
         if system in PAPER_ROWS:
             theirs = " → ".join(str(next(iter(PAPER[PAPER_ROWS[s]][task].values())))
@@ -208,28 +235,29 @@ def claim_table(results):
             lines.append([SYSTEMS[system][0], arrow(task), theirs, *["-"] * 5, "not run"])
             continue
         lines.append([SYSTEMS[system][0], arrow(task), theirs,
-                      with_half(results.by_seed("complete", task)),
-                      with_half(results.by_seed(system, task)), end, f"{end.p:.3f} ({end.n})",
-                      half or "-", f"**{verdict(end, task in ERROR_RATES)}**"])
-    return markdown([f"paper: worse; {results.steps} steps", "task", "paper: complete → without",
+                      with_half(stage.by_seed("complete", task)),
+                      with_half(stage.by_seed(system, task)), end, f"{end.p:.3f} ({end.n})",
+                      half.against(system, task) or "-",
+                      f"**{verdict(end, task in ERROR_RATES)}**"])
+    return markdown([f"paper: worse; {stage.step} steps", "task", "paper: complete → without",
                      "complete", "without", "difference", "p (seeds)",
-                     f"at {results.steps // 2} steps", "verdict"], lines)
+                     f"at {half.step} steps", "verdict"], lines)
 
 
-def mask_table(results):
+def mask_table(stage):
     """The mask turned to the future minus the past one, all tasks and parts."""
-    found = dict.fromkeys((t, p) for s, t, p, _ in results.scores if s == "future")
-    lines = []
+    found = dict.fromkeys((t, p) for s, t, p in stage.scores if s == "future")
+    lines, half = [], stage.half
     for task, part in sorted(found, key=lambda key: (miniature.TASKS.index(key[0]), key[1])):
-        difference = results.against("future", task, part)
+        difference = stage.against("future", task, part)
         if difference and part != "query cosine":
-            half = results.against("future", task, part, "half")
             lines.append([arrow(task) + (f", {part}" if part else ""),
-                          with_half(results.by_seed("complete", task, part)),
-                          with_half(results.by_seed("future", task, part)), difference,
-                          f"{difference.p:.3f} ({difference.n})", half or "-"])
-    return markdown(["task", "past", "future", "future minus past", "p (seeds)",
-                     f"at {results.steps // 2} steps"], lines)
+                          with_half(stage.by_seed("complete", task, part)),
+                          with_half(stage.by_seed("future", task, part)), difference,
+                          f"{difference.p:.3f} ({difference.n})",
+                          half.against("future", task, part) or "-"])
+    return markdown([f"task, {stage.step} steps", "past", "future", "future minus past",
+                     "p (seeds)", f"at {half.step} steps"], lines)
 
 
 def tables(results):
@@ -237,19 +265,54 @@ def tables(results):
     def told(values):
         return ", ".join(sorted(map(str, values))) or "-"
 
-    steps = told({row["steps"] for row in results.rows})
     commits = told({f"{str(row['commit'])[:7]}{' + changes' * bool(row['dirty'])}"
                     for row in results.rows})
-    head = (f"Steps: {steps}. Commits: {commits}. Means over seeds ± half of the 95 % t-interval; "
-            "↓ word error rate %, ↑ % right. Differences are paired by seed; * where the interval "
-            "leaves zero out (not corrected for how many there are), which the verdicts go by; p: "
-            "exact, over all flips of the differences' signs, not below 2 / 2^seeds.")
-    parts = [("The paper's claims", claim_table(results)),
-             ("All systems at the end", score_table(results)),
-             ("Differences at the end", difference_table(results)),
-             ("All systems at half of the steps", score_table(results, "half")),
-             ("Differences at half of the steps", difference_table(results, "half")),
-             ("What the second half of the steps changed", gain_table(results))]
-    if "future" in results.systems:
-        parts.append(("Past or future: the causal mask", mask_table(results)))
-    return "\n\n".join([head, *(f"### {title}\n\n{text}" for title, text in parts)])
+    parts = [f"Commits: {commits}. Means over seeds ± half of the 95 % t-interval; "
+             "↓ word error rate %, ↑ % right. Differences are paired by seed; * where the interval "
+             "leaves zero out (not corrected for how many there are), which the verdicts go by; p: "
+             "exact, over all flips of the differences' signs, not below 2 / 2^seeds."]
+    if results.stages:
+        half = results.first.half
+        parts += [f"## {half.step} steps", score_table(half), difference_table(half)]
+    for stage in results.stages:
+        parts += [f"## {stage.step} steps",
+                  "### The paper's claims", claim_table(stage),
+                  "### All systems", score_table(stage),
+                  "### Differences", difference_table(stage),
+                  f"### What steps {stage.step // 2 + 1} to {stage.step} changed",
+                  gain_table(stage)]
+        if "future" in stage.systems:
+            parts += [f"### Past or future: the causal mask after {stage.step} steps",
+                      mask_table(stage)]
+    return "\n\n".join(parts)
+
+
+def reproduction_table(results, earlier):
+    """Whether `results` give what `earlier` ones gave -> Markdown: of the steps and systems that
+    both have, the difference of the means over seeds with Welch's 95 % interval; before it how many
+    of the new means lie inside the earlier ones' intervals.  "" where they share nothing."""
+    lines, inside, apart, n = [], 0, 0, 0
+    for now in map(results.at, sorted({*results.scored} & {*earlier.scored})):
+        before = earlier.at(now.step)
+        for system in (s for s in now.systems if s in before.systems):
+            cells = []
+            for task in miniature.TASKS:
+                ours, theirs = ([*stage.by_seed(system, task).values()] for stage in (now, before))
+                if min(len(ours), len(theirs)) < 2:
+                    cells.append("-")
+                    continue
+                mean, half = mean_interval(theirs)
+                difference, n = welch(ours, theirs), n + 1
+                inside += abs(np.mean(ours) - mean) <= half
+                apart += difference.significant
+                cells.append(difference)
+            seeds = [max(len(stage.by_seed(system, task)) for task in miniature.TASKS)
+                     for stage in (now, before)]
+            lines.append([f"{SYSTEMS[system][0]}, {now.step} steps", "{}, {}".format(*seeds),
+                          *cells])
+    if not lines:
+        return ""
+    return (f"{inside} of {n} means lie inside the earlier 95 % intervals (of five seeds each, "
+            f"88 % would if nothing differed); {apart} of {n} differences leave zero out (5 % "
+            "would).\n\n" + markdown(["here minus earlier", "seeds here, earlier",
+                                      *map(arrow, miniature.TASKS)], lines))

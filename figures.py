@@ -2,9 +2,10 @@
 
      python figures.py runs/ablate          draws OUT/*.png again (needs the extra `plot`)
 
-     a run's last checkpoint --cross_attention, query_cosines--> OUT/inside/<system>.npz
+     the end of a run's first round --cross_attention, query_cosines--> OUT/inside/<system>.npz
      OUT/results.jsonl --> fig3.png  window size K at constant Q/K; frame rate when answering
                        --> fig4.png  lambda against scores and the queries' mean cosine
+                           (both of the first round, which all systems have)
                        --> learning.png  scores against steps, with each part and without
      OUT/inside/*.npz  --> fig5.png  cosine matrices of the queries under different lambda
                        --> attention-<system>.png  where the queries look, beside frames and sound
@@ -157,12 +158,12 @@ def within(axis, task):
     axis.set_ylim(max(low, 0), high if task in ERROR_RATES else min(high, 100))
 
 
-def draw_scales(results):
+def draw_scales(stage):
     """Fig. 3: (a), (b) window size at a constant number of queries a frame, (c) frame rate when
-    answering -> Figure."""
+    answering.  stage: ablate_tables.Stage -> Figure."""
     figure, axes = pyplot().subplots(1, 3, figsize=(WIDTH, 2.9))
     for axis, task, letter in zip(axes[:2], ("asr", "videoqa"), "ab", strict=True):
-        curve(axis, [*WINDOWS], [results.by_seed(s, task) for s in WINDOWS.values()],
+        curve(axis, [*WINDOWS], [stage.by_seed(s, task) for s in WINDOWS.values()],
               BLUE, "-", "o", task)
         axis.set(xscale="log", title=f"({letter}) trained with Q = 2K queries", xlabel=K_LABEL,
                  ylabel=score_label(task))
@@ -170,7 +171,7 @@ def draw_scales(results):
         axis.set_xlim(min(WINDOWS) / 1.2, max(WINDOWS) * 1.2)
         within(axis, task)
     curve(axes[2], FPS,
-          [results.by_seed("complete", "videoqa", f"at {fps:g} Hz") for fps in FPS],
+          [stage.by_seed("complete", "videoqa", f"at {fps:g} Hz") for fps in FPS],
           ORANGE, "--", "s", "videoqa")
     axes[2].set(xscale="log", title="(c) trained at 2 Hz", ylabel=score_label("videoqa"),
                 xlabel="frame rate when answering, Hz")
@@ -182,16 +183,17 @@ def draw_scales(results):
     return figure
 
 
-def draw_lambda(results):
-    """Fig. 4: scores and the queries' mean cosine on the same task, against lambda -> Figure."""
+def draw_lambda(stage):
+    """Fig. 4: scores and the queries' mean cosine on the same task, against lambda.
+    stage: ablate_tables.Stage -> Figure."""
     figure, axes = pyplot().subplots(1, 3, figsize=(WIDTH, 3.2))
     places, systems = range(len(LAMBDAS)), LAMBDAS.values()
     for axis, task, letter in zip(axes, COSINE_TASKS, "abc", strict=True):
         other = axis.twinx()
         lines = [curve(axis, [x - 0.06 for x in places],
-                       [results.by_seed(s, task) for s in systems], BLUE, "-", "o", "score (left)"),
+                       [stage.by_seed(s, task) for s in systems], BLUE, "-", "o", "score (left)"),
                  curve(other, [x + 0.06 for x in places],          # error bars beside each other
-                       [results.by_seed(s, task, "query cosine") for s in systems],
+                       [stage.by_seed(s, task, "query cosine") for s in systems],
                        ORANGE, "--", "s", "mean cosine of the queries (right)")]
         axis.set(title=f"({letter})", ylabel=score_label(task),
                  xlabel="λ, factor of the diversity loss")
@@ -209,12 +211,13 @@ def draw_lambda(results):
 
 def draw_learning(results):
     """Table 5's tasks against the steps trained, with each part of the method and without: what is
-    only learnt later and what is not learnt -> Figure."""
+    only learnt later and what is not learnt.  results: ablate_tables.Results -> Figure."""
     steps, systems = results.scored, [s for s in LEARNING if s in results.systems]
+    stages = [results.at(step) for step in steps]
     figure, axes = pyplot().subplots(2, 3, figsize=(WIDTH, 5.2), sharex=True)
     for axis, task in zip(axes.flat, LEARNING_TASKS, strict=True):     # bars beside each other
         lines = [curve(axis, [step * 1.03 ** (k - (len(systems) - 1) / 2) for step in steps],
-                       [results.by_seed(system, task, "", step) for step in steps],
+                       [stage.by_seed(system, task) for stage in stages],
                        *LEARNING[system], SYSTEMS[system][0], dots=False)
                  for k, system in enumerate(systems)]
         axis.set(xscale="log", ylabel=score_label(task))
@@ -313,9 +316,10 @@ def draw_all(folder, say=print):
         plt.close(figure)
         drawn.append(folder / name)
 
-    save(draw_scales(results), "fig3.png")
-    save(draw_lambda(results), "fig4.png")
-    save(draw_learning(results), "learning.png")
+    if results.stages:
+        save(draw_scales(results.first), "fig3.png")
+        save(draw_lambda(results.first), "fig4.png")
+        save(draw_learning(results), "learning.png")
     inside = {path.stem: dict(np.load(path)) for path in sorted(folder.glob("inside/*.npz"))}
     matrices = {factor: {t: inside[s][f"cosine {t}"] for t in COSINE_TASKS
                          if f"cosine {t}" in inside[s]}

@@ -1,10 +1,12 @@
 """Brings runs of ablate.py into the repository: python docs/publish_ablation.py runs/ablate
 
-     OUT/results.jsonl --> docs/<name of OUT>, with results.md;
-     of runs/ablate also inside/*.npz, with the figures drawn anew
-     all docs/ablate*/results.jsonl --> docs/ablate/learning.png
-     tables_of(results) --> README.md, each in the place of the old one
-What the README says in words about them must be read again afterwards."""
+     OUT/results.jsonl --> docs/ablate/results.jsonl: a run (a system's seed, all its rounds) that
+                           OUT has takes the place of the one that was there; what OUT has not stays
+     OUT/inside/*.npz  --> docs/ablate/inside
+     all of them --> results.md, the figures, and tables_of(results) in the README, each in the
+                     place of the old one
+Before that it says whether OUT's means are those that were there.  What the README says in words
+about them must be read again afterwards."""
 
 import re
 import shutil
@@ -16,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import ablate_tables as ablation  # noqa: E402
 import figures  # noqa: E402
-from ablate import AblateConfig  # noqa: E402
+from ablate import COMMITTED, in_order, jsonl  # noqa: E402
 from metrics import ERROR_RATES  # noqa: E402
 
 SIMULTANEOUS = (("avsd", ""), ("avsd", "at"), ("avsd", "after"), ("avssd", ""), ("avm", ""),
@@ -24,28 +26,28 @@ SIMULTANEOUS = (("avsd", ""), ("avsd", "at"), ("avsd", "after"), ("avssd", ""), 
                 ("vqa", ""), ("videoqa", ""))
 
 
-def synchronisation_table(results):
+def synchronisation_table(stage):
     """With and without Eq. (1), the seeds that both have, one by one."""
     def told(values):
         return f"{sum(values) / len(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})"
 
     lines, seeds = [], []
     for task, part in SIMULTANEOUS:
-        with_it, without = (results.by_seed(s, task, part) for s in ("complete", "no-sync"))
+        with_it, without = (stage.by_seed(s, task, part) for s in ("complete", "no-sync"))
         seeds = sorted({*with_it} & {*without})
         name = task + (f": {part}" if part else "") + " WER ↓" * (task in ERROR_RATES)
         lines.append([name, told([with_it[seed] for seed in seeds]),
                       told([without[seed] for seed in seeds]),
-                      results.against("no-sync", task, part)])
+                      stage.against("no-sync", task, part)])
     return ablation.markdown(["task", f"with (seeds {', '.join(map(str, seeds))})", "without",
                             "difference"], lines)
 
 
 def tables_of(results):
-    """Those that the README shows; how synchronisation does, of the first results only."""
-    shown = [ablation.claim_table(results), ablation.score_table(results)]
-    first = results.steps == AblateConfig.steps
-    return shown + [synchronisation_table(results)] * first
+    """Those that the README shows; how synchronisation does, of the first round only."""
+    return [synchronisation_table(results.first), *(
+        table(stage) for stage in results.stages
+        for table in (ablation.claim_table, ablation.score_table))]
 
 
 def put(text, table):
@@ -58,20 +60,21 @@ def put(text, table):
     return text[:old.start()] + table + "\n" + text[old.end():]
 
 
+def merged(rows, new):
+    """rows without the runs that `new` has, and new."""
+    again = {(row["system"], row["seed"]) for row in new}
+    return in_order([row for row in rows if (row["system"], row["seed"]) not in again] + new)
+
+
 def main(out):
-    folder = ROOT / "docs" / out.name
-    folder.mkdir(exist_ok=True)
-    shutil.copy(out / "results.jsonl", folder)
-    results = ablation.Results.read(folder)
-    (folder / "results.md").write_text(ablation.tables(results) + "\n")
-    if out.name == "ablate":
-        (folder / "inside").mkdir(exist_ok=True)
-        for file in (out / "inside").glob("*.npz"):
-            shutil.copy(file, folder / "inside")
-        figures.draw_all(folder)
-    stages = [ablation.Results.read(path) for path in sorted((ROOT / "docs").glob("ablate*"))]
-    learning = figures.draw_learning(ablation.Results([row for r in stages for row in r.rows]))
-    learning.savefig(ROOT / "docs" / "ablate" / "learning.png", dpi=figures.DPI)
+    before, new = ablation.Results.read(COMMITTED), ablation.Results.read(out)
+    print(ablation.reproduction_table(new, before))
+    results = ablation.Results(merged(before.rows, new.rows))
+    (COMMITTED / "results.jsonl").write_text(jsonl(results.rows))
+    (COMMITTED / "results.md").write_text(ablation.tables(results) + "\n")
+    for file in (out / "inside").glob("*.npz"):
+        shutil.copy(file, COMMITTED / "inside")
+    figures.draw_all(COMMITTED)
     text = (ROOT / "README.md").read_text()
     for table in tables_of(results):
         text = put(text, table)

@@ -5,6 +5,8 @@ import dataclasses
 import importlib.util
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -18,7 +20,9 @@ import ablate
 import ablate_tables as ablation
 import cli
 import figures
+import hub
 import miniature
+import runlog
 from ablate import AblateConfig, Job
 from ablate_tables import Difference, Results
 from favor import CausalQFormer, Favor, preset
@@ -71,29 +75,38 @@ def test_verdicts(mean, half, less_is_better, wanted):
 def test_the_quick_plan():
     config = ablate.settled(*cli.parse(AblateConfig, "", ["--quick"]))
     jobs = ablate.plan(config)
-    assert [job.name for job in jobs] == [f"{s}-seed0" for s in ablate.QUICK["only"]]
+    assert [job.name for job in jobs] == [f"{s}-seed0 to 160 steps" for s in ablate.QUICK["only"]]
     systems = {*ablate.QUICK["only"]}               # every figure has two points at least
     assert len(systems & {*ablation.WINDOWS.values()}) >= 2
     assert len(systems & {*ablation.LAMBDAS.values()}) >= 2
     train, score = jobs[4].commands
     assert train[1].endswith("/train.py") and train[2] == "--no-sync"
     assert train[train.index("--steps") + 1] == "160" and "--no-test" in train
-    assert score[2:5] == ("--score", "no-sync", "0") and score[score.index("--limit") + 1] == "100"
+    assert score[2:6] == ("--score", "no-sync", "0", "1")
+    assert score[score.index("--limit") + 1] == "100"
 
 
 def test_what_is_given_beats_quick():
     config = ablate.settled(*cli.parse(AblateConfig, "", ["--quick", "--seeds", "2", "--only",
                                                             "future"]))
-    assert [job.name for job in ablate.plan(config)] == ["future-seed0", "future-seed1"]
+    assert [job.folder.name for job in ablate.plan(config)] == ["future-seed0", "future-seed1"]
     assert config.steps == ablate.QUICK["steps"]
 
 
-def test_the_full_plan_goes_seed_by_seed_and_every_flag_is_one_of_train():
-    jobs = ablate.plan(AblateConfig(seeds=2))
-    n = len(ablation.SYSTEMS)
-    assert len(jobs) == 2 * n and len({job.folder for job in jobs}) == 2 * n
-    assert all(job.name.endswith("seed0") for job in jobs[:n])
-    methods = {s: ablate.train_config(AblateConfig(), s, 0) for s in ablation.SYSTEMS}
+def test_the_full_plan_goes_round_by_round_and_every_flag_is_one_of_train():
+    """Five seeds of every system, three of those that only figures show, which have one round."""
+    jobs = ablate.plan(AblateConfig())
+    figures_only = sum(ablate.FIGURES_ONLY.values())
+    core = 5 * (len(ablation.SYSTEMS) - len(ablate.FIGURES_ONLY))
+    assert len(jobs) == len({job.folder for job in jobs}) == len({job.name for job in jobs})
+    assert len(jobs) == 2 * core + figures_only
+    assert [job.steps for job in jobs] == [1100] * len(jobs)
+    assert not any(job.after for job in jobs[:core + figures_only])
+    assert {job.after for job in jobs[core + figures_only:]} == {
+        job.name for job in jobs if job.name.endswith("to 1100 steps")
+        and job.folder.name.rpartition("-seed")[0] not in ablate.FIGURES_ONLY}
+    assert all("seed0" in job.name for job in jobs[:len(ablation.SYSTEMS)])
+    methods = {s: ablate.train_config(AblateConfig(), s, 0, 1) for s in ablation.SYSTEMS}
     complete, none = methods["complete"].method(), methods["none"].method()
     assert complete == preset("tiny")
     assert (none.causal, none.diversity, none.sync) == ("none", 0, False)
@@ -116,45 +129,32 @@ def test_the_claims_name_what_is_measured():
             assert ablation.PAPER[ablation.PAPER_ROWS[system]][task]
 
 
-def test_doubling_goes_on_from_where_finished_runs_ended(tmp_path):
-    """--double A trains into A-8, and --double A-8 into A-16, each with other draws."""
-    out = str(tmp_path / "a")
-    for name, done in (("complete-seed0", True), ("complete-seed1", False), ("k1-seed0", True)):
-        (tmp_path / "a" / name).mkdir(parents=True)
-        if done:
-            (tmp_path / "a" / name / "scores.json").write_text('{"settings": {}, "rows": []}')
-    lines = "".join(json.dumps(row) + "\n" for row in made_up({("complete", "avm", ""): [50]}))
-    (tmp_path / "a" / "results.jsonl").write_text(lines)
-    config = ablate.settled(*cli.parse(AblateConfig, "", ["--double", out + "/"]))
-    assert (config.steps, config.out) == (4, out + "-8")
-    jobs = ablate.plan(config)
-    assert [job.name for job in jobs] == ["complete-seed0", "k1-seed0"]      # what is finished
-    words = ablate.train_words(config, "complete", 0)
-    trained = ablate.train_config(config, "complete", 0)
-    assert (trained.start_from, trained.steps) == (f"{out}//complete-seed0/last", 4)
-    assert trained.seed == 4 and jobs[0].settings["train"] == words
-    _, score = jobs[0].commands
-    again = ablate.settled(*cli.parse(AblateConfig, "", list(score[2:])))
-    assert ablate.plan(dataclasses.replace(again, only=("complete",), seeds=1))[0] == jobs[0]
-    (tmp_path / "a-8").mkdir()
-    lines = "".join(json.dumps(row) + "\n" for row in made_up({("k1", "avm", ""): [50]}, steps=8))
-    (tmp_path / "a-8" / "results.jsonl").write_text(lines)
-    third = ablate.settled(*cli.parse(AblateConfig, "", ["--double", out + "-8", "--seeds", "2"]))
-    assert (third.steps, third.out, third.seeds) == (8, out + "-16", 2)
-    with pytest.raises(SystemExit, match="no finished run of these"):
-        ablate.main(third)
-    with pytest.raises(ValueError, match="no .*results.jsonl; wanted the folder of runs"):
-        ablate.settled(AblateConfig(double=str(tmp_path)), set())
-    with pytest.raises(ValueError, match="have had 4, and are trained as long again"):
-        ablate.settled(AblateConfig(double=out, steps=6), {"double", "steps"})
-    with pytest.raises(ValueError, match="wanted another folder"):
-        ablate.settled(AblateConfig(double=out, out=out + "/"), {"double", "out"})
+def test_every_round_goes_on_where_the_one_before_ended(tmp_path):
+    """As long again as all rounds before it, from their weights, with draws of its own."""
+    config = AblateConfig(out=str(tmp_path), steps=4, rounds=3, only=("no-sync",), seeds=2)
+    jobs = [job for job in ablate.plan(config) if "seed1" in job.name]
+    first = tmp_path / "no-sync-seed1"
+    assert [(job.folder, job.steps) for job in jobs] == [
+        (first, 4), (first / "to-8", 4), (first / "to-16", 8)]
+    assert [job.name for job in jobs] == [f"no-sync-seed1 to {n} steps" for n in (4, 8, 16)]
+    assert [job.after for job in jobs] == ["", jobs[0].name, jobs[1].name]
+    trained = [ablate.train_config(config, "no-sync", 1, round) for round in (1, 2, 3)]
+    assert [t.start_from for t in trained] == ["", f"{first}/last", f"{first}/to-8/last"]
+    assert [t.steps for t in trained] == [4, 4, 8] and not any(t.sync for t in trained)
+    assert [t.seed for t in trained] == [1, 5, 9]
+    for round, job in enumerate(jobs, 1):            # the program is told what it is to score
+        again = ablate.settled(*cli.parse(AblateConfig, "", list(job.commands[1][2:])))
+        assert again.score == ("no-sync", "1", str(round))
+        assert ablate.job_of(again, "no-sync", 1, round) == job
+    # more rounds, later: those that are finished count
+    assert ablate.plan(dataclasses.replace(config, rounds=1)) == ablate.plan(config)[:2]
 
 
-@pytest.mark.parametrize("wrong", [{"only": ("completely",)}, {"steps": 3}, {"seeds": 0}])
+@pytest.mark.parametrize("wrong", [{"only": ("completely",)}, {"steps": 3}, {"seeds": 0},
+                                   {"rounds": 0}])
 def test_what_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError, match="unknown system 'completely'; there are complete, no-div"
-                       if "only" in wrong else "wanted a seed at least, and an even"):
+                       if "only" in wrong else "wanted a seed and a round at least, and an even"):
         AblateConfig(**wrong)
 
 
@@ -162,13 +162,13 @@ def test_what_cannot_be_is_refused(wrong):
 FINISH = "import json; json.dump({'settings': {}}, open('scores.json', 'w'))"
 
 
-def fake(folder, name, *bodies, finish=True):
+def fake(folder, name, *bodies, finish=True, after=""):
     """A job of Python programs that run in its folder; the last one says that it is finished."""
     own = folder / name
     start = f"import os, sys, time; os.chdir({str(own)!r})\n"
     bodies = [*bodies, FINISH] if finish else bodies
     return Job(name, own, tuple((sys.executable, "-I", "-S", "-c", start + body)
-                                for body in bodies), {})
+                                for body in bodies), {}, 10, after)
 
 
 def noting(text):
@@ -206,8 +206,27 @@ def test_what_runs_is_told_now_and_then(tmp_path):
 
 
 def test_the_time_left():
-    waiting = SimpleNamespace(started=time.time() - 30)
-    assert ablate.remaining([50, 70], 3, [waiting], 2) == "ETA 1 min 45 s"    # (3 * 60 + 30) / 2
+    """6 s a step so far: 10 steps, a round of 20, and 30 s that are left of 10."""
+    waiting = [SimpleNamespace(steps=10), SimpleNamespace(steps=20)]
+    running = SimpleNamespace(started=time.time() - 30, job=SimpleNamespace(steps=10))
+    took = [(50, 10), (70, 10)]
+    assert ablate.remaining(took, waiting, [running], 2) == "ETA 1 min 45 s"  # (180 + 30) / 2
+
+
+def test_a_job_waits_for_the_one_it_comes_after(tmp_path):
+    """Also where there is room for it; where that one fails it is left out, and said to be."""
+    jobs = [fake(tmp_path, "a", "time.sleep(0.5)\n" + noting("a")),
+            fake(tmp_path, "b", noting("b"), after="a"),
+            fake(tmp_path, "bad", "sys.exit(3)"), fake(tmp_path, "c", noting("c"), after="bad"),
+            fake(tmp_path, "d", noting("d"), after="c")]
+    said = []
+    assert ablate.run_jobs(jobs, 4, said.append, poll=0.02) == ["bad", "c", "d"]
+    assert (tmp_path / "order").read_text().split() == ["a", "b"]
+    assert "c is left out, as bad failed" in said and "d is left out, as c failed" in said
+    assert said[-1].endswith("FAILED: bad, c, d; the same command tries again")
+    mended = [*jobs[:2], fake(tmp_path, "bad", noting("bad")), *jobs[3:]]
+    assert ablate.run_jobs(mended, 4, quiet, poll=0.02) == []
+    assert (tmp_path / "order").read_text().split() == ["a", "b", "bad", "c", "d"]
 
 
 def test_a_job_that_fails_is_told_and_the_others_go_on(tmp_path):
@@ -288,7 +307,7 @@ def test_the_program_ends_with_1_and_what_there_is(tmp_path, monkeypatch, capsys
     printed = capsys.readouterr().out
     assert "prepared" in printed and "FAILED (exit status 7)" in printed
     assert 'pip install -e ".[plot]", then python figures.py' in printed
-    assert Results.read(tmp_path).by_seed("complete", "avm") == {0: 50}
+    assert Results.read(tmp_path).first.by_seed("complete", "avm") == {0: 50}
     assert "| complete | 1 |" in (tmp_path / "results.md").read_text()
     jobs.pop()                                                    # the rest is finished: no error,
     assert ablate.main(AblateConfig(out=str(tmp_path))) == 0      # nothing to prepare
@@ -301,7 +320,7 @@ def test_the_program_ends_with_1_and_what_there_is(tmp_path, monkeypatch, capsys
 def made_up(scores, steps=4):
     """{(system, task, part): [score of each seed]} -> rows; at half of the steps 10 less."""
     return [{"system": system, "task": task, "part": part, "seed": seed, "n": 100, "low": None,
-             "high": None, "score": value - 10 * (step < steps), "step": step, "steps": steps,
+             "high": None, "score": value - 10 * (step < steps), "step": step,
              "parameters": 1234567, "vectors": 20, "commit": "abcdef0123", "dirty": False}
             for (system, task, part), values in scores.items()
             for seed, value in enumerate(values) for step in (steps // 2, steps)]
@@ -315,14 +334,14 @@ SOME = {("complete", "videoqa", ""): [60, 62, 64], ("no-causal", "videoqa", ""):
 
 
 def test_the_tables():
-    results = Results(made_up(SOME))
-    lines = ablation.score_table(results).splitlines()
+    stage = Results(made_up(SOME)).first
+    lines = ablation.score_table(stage).splitlines()
     assert lines[0].startswith("| system, 4 steps | seeds | trained parameters | LLM vectors, 5 s")
     assert lines[2] == ("| complete | 3 | 1,234,567 | 20 | - | - | - | - | - | 62.0 ± 5.0 "
                         "| 21.0 ± 2.5 | - | 31.0 ± 2.5 | - | - |")
-    assert "| 52.0 ± 5.0 |" in ablation.score_table(results, "half").splitlines()[2]
+    assert "| 52.0 ± 5.0 |" in ablation.score_table(stage.half).splitlines()[2]
     lines = {line.split(" | ")[0][2:]: line for line in
-             ablation.difference_table(results).splitlines()[2:]}
+             ablation.difference_table(stage).splitlines()[2:]}
     assert "| -10.0 ± 2.5* |" in lines["without causal encoder"]               # 10, 11, 9
     assert "complete" not in lines and "| +10.3 ± 0.7* |" in lines["without sliding windows"]
 
@@ -333,7 +352,7 @@ def test_what_still_rises():
         if row["system"] == "no-causal" and row["step"] == 2:
             row["score"] += 10 + row["seed"] - 1                # no more than noise to the end
     lines = {line.split(" | ")[0][2:]: line for line in
-             ablation.gain_table(Results(rows)).splitlines()}
+             ablation.gain_table(Results(rows).first).splitlines()}
     assert lines["steps 4 minus 2"].startswith("| steps 4 minus 2 | asr ↓ | ac ↓ |")
     assert "| +10.0 ± 0.0* |" in lines["complete"]
     assert "| +0.0 ± 2.5 |" in lines["without causal encoder"]
@@ -341,7 +360,7 @@ def test_what_still_rises():
 
 def test_the_claims():
     some = SOME | {("lambda-10", "avm", ""): [1]}
-    head, _, *lines = ablation.claim_table(Results(made_up(some))).splitlines()
+    head, _, *lines = ablation.claim_table(Results(made_up(some)).first).splitlines()
     assert head.startswith("| paper: worse; 4 steps |") and " | at 2 steps | " in head
     lines = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in lines}
     assert len(lines) == sum(len(tasks) for system, tasks in ablation.CLAIMS
@@ -357,62 +376,85 @@ def test_the_claims():
 
 
 def test_past_and_future_with_the_parts():
-    lines = ablation.mask_table(Results(made_up(SOME))).splitlines()[2:]
+    lines = ablation.mask_table(Results(made_up(SOME)).first).splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == ["| videoqa ↑", "| videoqa ↑, after"]
     assert "| +0.3 ± 1.4 | 1.000 (3) |" in lines[0] and "| +2.0 ± 2.5 |" in lines[1]
 
 
 def test_results_are_collected_in_order(tmp_path):
-    for name in ("future-seed0", "complete-seed1", "complete-seed0"):
-        system, seed = name.split("-seed")
+    """All rounds of all runs in one file."""
+    for name in ("future-seed0", "complete-seed1", "complete-seed0/to-8", "complete-seed0"):
+        system, seed = name.split("/")[0].split("-seed")
         rows = [row for row in made_up({(system, "avm", ""): [50, 60]}) if row["seed"] == int(seed)]
-        (tmp_path / name).mkdir()
+        if "to-8" in name:
+            rows = [rows[1] | {"step": 8, "score": 70}]
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "scores.json").write_text(json.dumps({"settings": {}, "rows": rows}))
-    ablate.collect(tmp_path)
+    results = ablate.collect(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(row["system"], row["seed"], row["step"]) for row in rows] == [
-        ("complete", 0, 2), ("complete", 0, 4), ("complete", 1, 2), ("complete", 1, 4),
-        ("future", 0, 2), ("future", 0, 4)]
-    assert Results.read(tmp_path).by_seed("complete", "avm") == {0: 50, 1: 60}
+        ("complete", 0, 2), ("complete", 0, 4), ("complete", 0, 8), ("complete", 1, 2),
+        ("complete", 1, 4), ("future", 0, 2), ("future", 0, 4)]
+    assert results.rows == rows == Results.read(tmp_path).rows
+    assert results.scored == [2, 4, 8] and [stage.step for stage in results.stages] == [4, 8]
+    assert results.first.by_seed("complete", "avm") == {0: 50, 1: 60}
+    assert results.first.half.by_seed("complete", "avm") == {0: 40, 1: 50}
+    assert results.at(8).by_seed("complete", "avm") == {0: 70} and results.at(8).half.step == 4
+    assert results.at(8).systems == ["complete"] and results.systems == ["complete", "future"]
     text = (tmp_path / "results.md").read_text()
-    assert "55.0 ± 63.5" in text and "Steps: 4. Commits: abcdef0." in text
+    assert "55.0 ± 63.5" in text and "Commits: abcdef0." in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## 2 steps", "## 4 steps", "## 8 steps"]
 
 
-def test_doubled_results_have_their_earlier_stages(tmp_path):
-    """Of the runs that went on, and of no others; half is where the earlier run ended."""
-    short, long = tmp_path / "a", tmp_path / "a-8"
-    for folder, name, steps, scores in (
-            (short, "complete-seed0", (2, 4), (40, 50)), (short, "k1-seed0", (2, 4), (30, 35)),
-            (long, "complete-seed0", (8,), (60,))):
-        rows = made_up({(name.split("-")[0], "avm", ""): [0]}, steps[-1])[:len(steps)]
-        rows = [row | {"step": step, "score": score}
-                for row, step, score in zip(rows, steps, scores, strict=True)]
-        (folder / name).mkdir(parents=True)
-        (folder / name / "scores.json").write_text(json.dumps({"settings": {}, "rows": rows}))
-    ablate.collect(short)
-    results = ablate.collect(long, short)
-    assert results.systems == ["complete"] and results.scored == [2, 4, 8]
-    found = {when: results.by_seed("complete", "avm", "", when).get(0)
-             for when in (2, 4, 8, "half", "end")}
-    assert found == {2: 40, 4: 50, 8: 60, "half": 50, "end": 60}
-    assert results.rows == Results.read(long).rows and results.steps == 8
+def test_welchs_interval():
+    """By hand: variances 1/3 and 4/3 of the means, (5/3)^2 / ((1/3)^2/2 + (4/3)^2/2) = 2.94."""
+    found = ablation.welch([1, 2, 3], [10, 12, 14])
+    assert found.mean == -10 and found.n == 3 and found.significant
+    assert found.half == pytest.approx(4.3027 * (5 / 3) ** 0.5, abs=1e-3)
+    assert ablation.welch([1, 1], [1, 1]).half == 0
 
 
-@pytest.mark.parametrize("folder", sorted((ablate.HERE / "docs").glob("ablate*")),
-                         ids=lambda folder: folder.name)
-def test_the_committed_tables_are_the_committed_results(folder):
-    """docs/ablate*/results.jsonl --> results.md and the tables of the README, to the letter."""
-    results = Results.read(folder)
-    assert (folder / "results.md").read_text() == ablation.tables(results) + "\n"
+def test_what_is_measured_again_is_held_against_what_was_there():
+    avm, asr = ("complete", "avm", ""), ("complete", "asr", "")
+    earlier = Results(made_up({avm: [50, 51, 52], asr: [10, 11, 12], ("k1", "avm", ""): [20, 21]}))
+    again = Results(made_up({avm: [51, 52, 53], asr: [14] * 3, ("future", "avm", ""): [50, 51]}))
+    text, *table = ablation.reproduction_table(again, earlier).splitlines()
+    assert text.startswith("2 of 4 means lie inside the earlier") and "; 2 of 4 differences" in text
+    assert table[1].startswith("| here minus earlier | seeds here, earlier | asr ↓ |")
+    assert [line.split(" | ")[0] for line in table[3:]] == ["| complete, 2 steps",
+                                                           "| complete, 4 steps"]
+    assert "| 3, 3 | +3.0 ± 2.5* | - |" in table[4] and "| +1.0 ± 2.3 |" in table[4]
+    assert ablation.reproduction_table(again, Results(made_up({("k1", "avm", ""): [1, 2]}))) == ""
+
+
+def published():
     spec = importlib.util.spec_from_file_location("publish", ablate.HERE / "docs" /
                                                   "publish_ablation.py")
     publish = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(publish)
+    return publish
+
+
+def test_a_run_that_is_published_again_takes_the_place_of_the_first():
+    """With all of its rounds: one run's numbers are never of two trainings."""
+    before = made_up({("complete", "avm", ""): [50, 51], ("k1", "avm", ""): [20]})
+    before += [before[1] | {"step": 8}]
+    new = made_up({("complete", "avm", ""): [70]})
+    rows = published().merged(before, new)
+    assert [(row["system"], row["seed"], row["step"], row["score"]) for row in rows] == [
+        ("complete", 0, 2, 60), ("complete", 0, 4, 70), ("complete", 1, 2, 41),
+        ("complete", 1, 4, 51), ("k1", 0, 2, 10), ("k1", 0, 4, 20)]
+
+
+def test_the_committed_tables_are_the_committed_results():
+    """docs/ablate/results.jsonl --> results.md and the tables of the README, to the letter."""
+    results, publish = Results.read(ablate.COMMITTED), published()
+    assert (ablate.COMMITTED / "results.md").read_text() == ablation.tables(results) + "\n"
     readme = (ablate.HERE / "README.md").read_text()
     for table in publish.tables_of(results):
         assert table in readme and publish.put(readme, table) == readme
-    steps = int(folder.name.partition("-")[2] or AblateConfig.steps)
-    assert {row["steps"] for row in results.rows} == {steps} and not any(
+    assert results.first.step == AblateConfig.steps and not any(
         row["dirty"] for row in results.rows)
 
 
@@ -443,7 +485,7 @@ def held(streams=1, seed=0):
 
 def test_scales_and_lambda_show_every_point_with_its_units():
     pytest.importorskip("matplotlib")
-    results = Results(made_up(sweeps()))
+    results = Results(made_up(sweeps())).first
     axes = figures.draw_scales(results).axes
     assert [a.get_xlabel() for a in axes] == ["window size K, frames of 0.5 s"] * 2 + [
         "frame rate when answering, Hz"]
@@ -493,7 +535,7 @@ def test_no_axis_shows_more_than_100_percent():
     pytest.importorskip("matplotlib")
     scores = {key: [5, 95] for key in sweeps() if key[2] != "query cosine"}      # two seeds
     for draw in (figures.draw_scales, figures.draw_lambda):
-        for axis in draw(Results(made_up(scores))).axes[:3]:
+        for axis in draw(Results(made_up(scores)).first).axes[:3]:
             low, high = axis.get_ylim()
             assert low == 0 and (high == 100 or "error rate" in axis.get_ylabel())
 
@@ -576,33 +618,47 @@ def test_cosines_are_equation_four():
                                                               abs=1e-6)
 
 
-def test_a_run_is_scored(small_parts, small_miniature, tmp_path):
-    """Checkpoints of random weights -> scores.json with all that the tables and figures need."""
+def test_the_program_from_clips_to_figures(small_parts, small_miniature, tmp_path):
+    """Two rounds of one system, killed in the second; the same command goes on and leaves all that
+    the tables and figures need.  Random parts, so nothing is learnt."""
     flags = " ".join(f"--{name} {small_parts / folder}" for name, folder in (
         ("whisper", "whisper"), ("instructblip", "instructblip"), ("llm", "llama")))
-    config = AblateConfig(seeds=1, steps=2, limit=1, out=str(tmp_path), data=str(small_miniature),
-                          flags=flags, only=("complete",))
-    job = ablate.plan(config)[0]
-    model = Favor.from_config(ablate.train_config(config, "complete", 0).method())
-    for step in (1, 2):
-        with torch.no_grad():
-            model.llm_proj.bias += 1
-        model.save_pretrained(job.folder / f"step-{step:06d}", commit="abc", dirty=False)
-    assert not job.finished()
-    ablate.score(config, "complete", 0, quiet)
-    assert job.finished()
-    results = ablate.collect(tmp_path)
-    ends = {(row["task"], row["part"]): row for row in results.rows if row["step"] == 2}
+    command = [sys.executable, ablate.HERE / "ablate.py", "--only", "complete", "--seeds", "1",
+               "--steps", "2", "--limit", "1", "--jobs", "2", "--data", small_miniature,
+               "--out", tmp_path, f"--flags={flags} --batch 4 --micro-batch 4"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    said, second = [], tmp_path / "complete-seed0" / "to-4" / "output.txt"
+    for line in first.stdout:
+        said.append(line)
+        if line.startswith("[1/2] complete-seed0 to 2 steps: "):
+            until = time.time() + 60
+            while not second.exists() and time.time() < until:
+                time.sleep(0.02)
+            first.send_signal(signal.SIGTERM)
+    assert first.wait() == 128 + signal.SIGTERM, "".join(said)
+    assert "stopping complete-seed0 to 4 steps; the same command goes on" in said[-1]
+    assert Results.read(tmp_path).scored == [1, 2]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 runs, 1 of them finished before; 2 at a time" in done.stdout
+    assert "[2/2] complete-seed0 to 4 steps: " in done.stdout and "ETA 0 s" in done.stdout
+
+    results = Results.read(tmp_path)
+    assert results.scored == [1, 2, 4] and [stage.step for stage in results.stages] == [2, 4]
+    ends = {(row["task"], row["part"]): row for row in results.first.rows}
     assert {task for task, part in ends if part == ""} == {*miniature.TASKS}
     assert {part for task, part in ends if task == "videoqa"} >= {
         "", "query cosine", "at 0.5 Hz", "at 1 Hz", "at 2 Hz", "at 4 Hz"}
-    row = ends["videoqa", ""]
-    assert (row["n"], row["vectors"], row["commit"], row["steps"]) == (1, 20, "abc", 2)
-    assert row["parameters"] == sum(p.numel() for p in model.trained_parameters())
+    row, config = ends["videoqa", ""], AblateConfig(out=str(tmp_path), steps=2, flags=flags)
+    model = Favor.from_pretrained(tmp_path / "complete-seed0" / "last")
+    assert (row["n"], row["vectors"], row["commit"]) == (1, 20, runlog.git_facts()["commit"])
+    assert row["parameters"] == sum(
+        p.numel() for p in Favor.from_config(
+            ablate.train_config(config, "complete", 0, 1).method()).trained_parameters())
     assert ends["videoqa", "at 2 Hz"]["score"] == row["score"]
     assert ends["videoqa", "at 4 Hz"]["vectors"] == 40       # 20 frames, 4 windows
     assert all(-1 <= ends[task, "query cosine"]["score"] <= 1 for task in figures.COSINE_TASKS)
-    assert {row["step"] for row in results.rows if row["part"] != "query cosine"} == {1, 2}
+    assert {row["step"] for row in results.rows if row["part"] != "query cosine"} == {1, 2, 4}
     inside = np.load(tmp_path / "inside" / "complete.npz")
     layers, windows, heads, queries, length = inside["attention"].shape
     assert (layers, windows, heads, queries, length) == (2, 2, 4, 10, 50)
@@ -610,16 +666,10 @@ def test_a_run_is_scored(small_parts, small_miniature, tmp_path):
     assert inside["frames"].shape == (10, 3, 64, 64) and inside["mel"].shape[0] == 80
     assert inside["cosine avsr"].shape == (10, 10)
 
-    # trained as long again: its earlier end is half of it, as it was scored
-    longer = ablate.settled(dataclasses.replace(config, double=str(tmp_path)), set())
-    job = ablate.plan(longer)[0]
-    assert longer.steps == 2 and job.folder.parent == tmp_path.parent / f"{tmp_path.name}-4"
-    with torch.no_grad():
-        model.llm_proj.bias += 1
-    model.save_pretrained(job.folder / "step-000002", commit="def", dirty=False)
-    ablate.score(longer, "complete", 0, quiet)
-    doubled = ablate.collect(longer.out, longer.double)
-    assert job.finished() and (doubled.steps, doubled.scored) == (4, [1, 2, 4])
-    assert doubled.by_seed("complete", "avm", "", "half") == results.by_seed("complete", "avm")
-    assert {(row["step"], row["commit"]) for row in doubled.rows} == {
-        (1, "abc"), (2, "abc"), (4, "def")}
+    # the second round began with the weights of the first, and has moved on
+    longer = Favor.from_pretrained(tmp_path / "complete-seed0" / "to-4" / "last")
+    trained = hub.read_json(tmp_path / "complete-seed0" / "to-4" / "config.json")["train"]
+    assert trained["start_from"] == str(tmp_path / "complete-seed0" / "last")
+    moved = [(a - b).abs().max().item() for a, b in zip(
+        model.trained_parameters(), longer.trained_parameters(), strict=True)]
+    assert 0 < max(moved) < 0.02                             # 2 steps, learning rate below 1.5e-3
