@@ -7,8 +7,8 @@
 Every mean is over seeds; differences to `complete` are paired by seed, which shares the order of
 the data and, where the shapes are the same, the first weights.
 
-Public: SYSTEMS, WINDOWS, LAMBDAS, FPS, CLAIMS, mean_interval, paired, welch, verdict, Results,
-Stage, markdown, score_table, difference_table, gain_table, claim_table, mask_table, tables,
+Public: SYSTEMS, WINDOWS, LAMBDAS, FPS, CLAIMS, mean_interval, paired, verdict, Results, Stage,
+markdown, score_table, difference_table, gain_table, claim_table, mask_table, tables,
 reproduction_table."""
 
 import itertools
@@ -108,17 +108,6 @@ def paired(ours, theirs):
         return None
     differences = [ours[seed] - theirs[seed] for seed in seeds]
     return Difference(*mean_interval(differences), sign_flip(differences), len(seeds))
-
-
-def welch(ours, theirs):
-    """Scores of two measurements that share nothing -> Difference of their means, with the interval
-    of Welch (1947): degrees of freedom by Satterthwaite, rounded down; p is not computed."""
-    parts = [(np.var(values, ddof=1) / len(values), len(values) - 1) for values in (ours, theirs)]
-    total = sum(variance for variance, _ in parts)
-    weights = sum(variance ** 2 / df for variance, df in parts)
-    df = max(1, int(total ** 2 / weights + 1e-9)) if weights else 1
-    return Difference(float(np.mean(ours) - np.mean(theirs)),
-                      t_quantile(df) * math.sqrt(total), math.nan, min(len(ours), len(theirs)))
 
 
 def verdict(difference, less_is_better):
@@ -288,31 +277,27 @@ def tables(results):
 
 
 def reproduction_table(results, earlier):
-    """Whether `results` give what `earlier` ones gave -> Markdown: of the steps and systems that
-    both have, the difference of the means over seeds with Welch's 95 % interval; before it how many
-    of the new means lie inside the earlier ones' intervals.  "" where they share nothing."""
+    """Whether `results` give what `earlier` ones gave -> Markdown: how many of the new means lie
+    inside the earlier ones' 95 % intervals, and of the steps, systems and seeds (two at least) that
+    both have the differences, paired by seed.  "" where there are none."""
     lines, inside, apart, n = [], 0, 0, 0
     for now in map(results.at, sorted({*results.scored} & {*earlier.scored})):
         before = earlier.at(now.step)
         for system in (s for s in now.systems if s in before.systems):
             cells = []
             for task in miniature.TASKS:
-                ours, theirs = ([*stage.by_seed(system, task).values()] for stage in (now, before))
-                if min(len(ours), len(theirs)) < 2:
+                ours, theirs = now.by_seed(system, task), before.by_seed(system, task)
+                difference = paired(ours, theirs)
+                if difference is None or difference.half is None:
                     cells.append("-")
                     continue
-                mean, half = mean_interval(theirs)
-                difference, n = welch(ours, theirs), n + 1
-                inside += abs(np.mean(ours) - mean) <= half
-                apart += difference.significant
+                mean, half = mean_interval([*theirs.values()])
+                n, apart = n + 1, apart + difference.significant
+                inside += abs(np.mean([*ours.values()]) - mean) <= half
                 cells.append(difference)
-            seeds = [max(len(stage.by_seed(system, task)) for task in miniature.TASKS)
-                     for stage in (now, before)]
-            lines.append([f"{SYSTEMS[system][0]}, {now.step} steps", "{}, {}".format(*seeds),
-                          *cells])
-    if not lines:
+            lines.append([f"{SYSTEMS[system][0]}, {now.step} steps", *cells])
+    if not n:
         return ""
-    return (f"{inside} of {n} means lie inside the earlier 95 % intervals (of five seeds each, "
-            f"88 % would if nothing differed); {apart} of {n} differences leave zero out (5 % "
-            "would).\n\n" + markdown(["here minus earlier", "seeds here, earlier",
-                                      *map(arrow, miniature.TASKS)], lines))
+    return (f"{inside} of {n} means lie inside the earlier 95 % intervals; {apart} of {n} "
+            "differences, paired by seed, leave zero out (by luck 5 % would).\n\n"
+            + markdown(["here minus earlier", *map(arrow, miniature.TASKS)], lines))
