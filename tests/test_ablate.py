@@ -624,8 +624,9 @@ def test_the_program_from_clips_to_figures(small_parts, small_miniature, tmp_pat
     for line in first.stdout:
         said.append(line)
         if line.startswith("[1/2] complete-seed0 to 2 steps: "):
-            until = time.time() + 60
-            while not second.exists() and time.time() < until:
+            until = time.time() + 60                 # more than its command: train.py is under way
+            while time.time() < until and not (
+                    second.exists() and len(second.read_text().splitlines()) > 1):
                 time.sleep(0.02)
             first.send_signal(signal.SIGTERM)
     assert first.wait() == 128 + signal.SIGTERM, "".join(said)
