@@ -418,6 +418,8 @@ def main(config):
         signal.signal(number, lambda got, _: sys.exit(128 + got))
     started = time.time()
     if not all(job.finished() for job in jobs):
+        if lacking := figures.no_figures(config.out):             # not first after some hours
+            say(lacking)
         prepare(config, say)
     failed = run_jobs(jobs, config.jobs or torch.cuda.device_count() or cli.cores(), say,
                       done=lambda job: collect(config.out))
@@ -428,10 +430,10 @@ def main(config):
             again := reproduction_table(results, Results.read(COMMITTED))):
         say(f"Against {COMMITTED}/results.jsonl: {again}\n")
     say(f"{config.out}/results.jsonl, results.md")
-    try:
+    if lacking := figures.no_figures(config.out):
+        say(lacking)
+    else:
         figures.draw_all(config.out, say)
-    except ImportError as error:
-        say(f'no figures ({error}): pip install -e ".[plot]", then python figures.py {config.out}')
     say(f"{duration(time.time() - started)} in all")
     return 1 if failed else 0
 

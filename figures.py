@@ -12,8 +12,9 @@
 Colours are Okabe and Ito's; every series also has a marker and a line style of its own.
 
 Public: cross_attention, query_cosines, off_diagonal_mean, look_inside, draw_scales, draw_lambda,
-draw_learning, draw_cosines, draw_attention, draw_all."""
+draw_learning, draw_cosines, draw_attention, draw_all, no_figures."""
 
+import importlib.util
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -122,8 +123,16 @@ def look_inside(model, records, store, mask, matrices, path):
 
 
 # ---------------------------------------------------------------- drawing
+def no_figures(out):
+    """What to say and do where matplotlib, an extra, is not installed; "" where it is."""
+    if importlib.util.find_spec("matplotlib"):
+        return ""
+    return ("no figures, as matplotlib is missing: "
+            f'pip install -e ".[plot]", then python figures.py {out}')
+
+
 def pyplot():
-    """Only now: matplotlib is an extra."""
+    """Imported only here: matplotlib is an extra."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -336,4 +345,6 @@ def draw_all(folder, say=print):
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
+    if lacking := no_figures(sys.argv[1]):
+        sys.exit(lacking)
     draw_all(sys.argv[1])

@@ -300,13 +300,13 @@ def test_the_program_ends_with_1_and_what_there_is(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(ablate, "prepare", lambda config, say: say("prepared"))
     monkeypatch.setattr(ablate.signal, "signal", quiet)          # pytest's own stay
 
-    def no_matplotlib(*_):
-        raise ImportError("No module named 'matplotlib'")
-    monkeypatch.setattr(figures, "draw_all", no_matplotlib)
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     assert ablate.main(AblateConfig(out=str(tmp_path), jobs=2)) == 1
     printed = capsys.readouterr().out
     assert "prepared" in printed and "FAILED (exit status 7)" in printed
-    assert 'pip install -e ".[plot]", then python figures.py' in printed
+    advice = f'pip install -e ".[plot]", then python figures.py {tmp_path}'
+    before, after = printed.split("prepared")
+    assert advice in before and advice in after and not list(tmp_path.glob("*.png"))
     assert Results.read(tmp_path).first.by_seed("complete", "avm") == {0: 50}
     assert "| complete | 1 |" in (tmp_path / "results.md").read_text()
     jobs.pop()                                                    # the rest is finished: no error,
