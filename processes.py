@@ -2,7 +2,7 @@
 
      torchrun --nproc_per_node 8 train.py     processes as torchrun starts them, nccl on GPUs
      python train.py                          on a CPU one a core, started by `one_a_core`, gloo
-The first process makes files and speaks.  Public: one_a_core, join, leave,
+The first process makes files and speaks.  Public: one_a_core, places, join, leave,
 precision, rank, world, chief_first, summed, gathered."""
 
 import os
@@ -48,10 +48,15 @@ def one_a_core(wanted=0, most=4):
             **os.environ, "RANK": rank, "LOCAL_RANK": rank, "PARENT_HOLDS_STDIN": "yes"})
 
 
+def places():
+    """(rank, world, rank on this machine) as the environment has them, before any have met."""
+    return tuple(int(os.environ.get(k, d)) for k, d in
+                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
 def join():
     """(rank, world, device) of this process, after all have met.  gloo on the CPU, nccl on GPUs."""
-    world, rank, local = (int(os.environ.get(k, d)) for k, d in
-                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    rank, world, local = places()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)

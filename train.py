@@ -392,11 +392,12 @@ def features_of(config, model, records, say):
 
 
 def main(config, argv):
-    rank, world, device = processes.join()
-    say, started = partial(print, flush=True) if rank == 0 else (lambda *_: None), time.time()
-    if config.batch < world:
+    # Before they meet: where the first ends while another still joins, that one fails for its own.
+    if config.batch < (world := processes.places()[1]):
         raise SystemExit(
             f"--batch {config.batch} for {world} processes; wanted a sample for each at least")
+    rank, world, device = processes.join()
+    say, started = partial(print, flush=True) if rank == 0 else (lambda *_: None), time.time()
     torch.set_num_threads(
         config.threads or (1 if config.model == "tiny" else max(1, cli.cores() // world)))
     torch.manual_seed(config.seed)
