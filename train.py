@@ -392,7 +392,7 @@ def features_of(config, model, records, say):
 
 
 def main(config, argv):
-    # Before they meet: where the first ends while another still joins, that one fails for its own.
+    # Before they meet: one still joining when the first ends would fail with a reset connection.
     if config.batch < (world := processes.places()[1]):
         raise SystemExit(
             f"--batch {config.batch} for {world} processes; wanted a sample for each at least")
