@@ -314,7 +314,7 @@ def rank_step(job):
         row = step.gradients(mine)                           # ends with numbers on the CPU
         step.update()
         times.append(time.perf_counter() - start)
-    processes.leave()
+    processes.leave(step.ddp)
     return {"loss": row["loss"], "grad_norm": float(row["grad_norm"]),
             "seconds": statistics.median(times)}
 

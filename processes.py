@@ -15,6 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import cli
 
@@ -96,10 +97,14 @@ def local_world():
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
 
 
-def leave():
-    """All wait for all, then part."""
+def leave(model=None):
+    """All wait for all, then part.  model: the one in DDP, which is of no use afterwards."""
     if dist.is_initialized():
         dist.barrier()
+        # DDP's reducer, the last to hold the group, would end it with Python's lock held, and wait
+        # for gloo's threads, which may be waiting for that lock to drop their tensors.
+        if isinstance(model, DistributedDataParallel):
+            del model.reducer, model.logger
         dist.destroy_process_group()
 
 

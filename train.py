@@ -445,7 +445,7 @@ def main(config, argv):
                 log.close()
                 say(f"{stopped}: saved step {done} in {run.out}/last; the same command goes on "
                     "there")
-                processes.leave()
+                processes.leave(run.ddp)
                 sys.exit(128 + signal.Signals[stopped])
 
     # end: the curve and the table
@@ -458,12 +458,12 @@ def main(config, argv):
     if config.test:
         test(run, config)
     if run.unsaved:
-        processes.leave()
+        processes.leave(run.ddp)
         raise SystemExit(f"{run.out}/{run.unsaved} could not be saved, the disk was full; make "
                          "room and run the same command again")
     say(f"{run.out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {run.out}/best   "
         f"({runlog.duration(time.time() - started)} in all)")
-    processes.leave()
+    processes.leave(run.ddp)
 
 
 def update(run, config, row, everyone, done):

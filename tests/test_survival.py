@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from test_train import (  # noqa: F401
     command,
@@ -31,6 +32,7 @@ from test_train import (  # noqa: F401
     step_of,
     weights,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoints
 import corpus
@@ -168,6 +170,21 @@ def test_one_of_two_ranks(command, tmp_path, number):  # noqa: F811
         assert codes == [143, 143] and checkpoints.load_state(out / "last")["step"] == 5
     assert run_forked(lambda rank: run(command(out, **flags)), 2) == [0, 0]
     assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_two_ranks_part(tmp_path):
+    """Many times, each as at the end of a run: gloo's threads drop their last tensors, for which
+    they need Python's lock, while the model goes that was in DDP."""
+    def meet_and_part(rank, k):
+        store = dist.FileStore(str(tmp_path / f"store{k}"), 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        model = DistributedDataParallel(torch.nn.Linear(64, 64))
+        for _ in range(3):
+            model(torch.ones(4, 64)).sum().backward()
+            processes.gathered(rank)
+        processes.leave(model)
+
+    assert run_forked(lambda rank: [meet_and_part(rank, k) for k in range(40)], 2) == [0, 0]
 
 
 def test_torchrun_restarts(command, tmp_path):  # noqa: F811
@@ -329,9 +346,9 @@ def test_disjoint_modalities_for_200_steps(command, one_sided, tmp_path, monkeyp
         train.train_step = train_step
         real = processes.leave
 
-        def leave():
+        def leave(model):
             (tmp_path / f"rank{rank}").write_text(sharding.fingerprint(kept["model"]))
-            real()
+            real(model)
         processes.leave = leave
         run(command(tmp_path / "run", **flags))
     assert run_forked(work, processes=2, seconds=150) == [0, 0]
