@@ -5,6 +5,7 @@
 The first process makes files and speaks.  Public: one_a_core, places, join, leave,
 precision, rank, world, chief_first, summed, gathered."""
 
+import atexit
 import os
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  here: imported later, its functions keep the group alive
 from torch.nn.parallel import DistributedDataParallel
 
 import cli
@@ -71,6 +73,8 @@ def join():
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=timedelta(hours=24))
+        if not cuda:
+            atexit.register(_part)
     return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
@@ -95,6 +99,13 @@ def world():
 def local_world():
     """Processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
+def _part():
+    """At the end of a program that did not leave, as after an error.  Gloo's threads may still have
+    tensors to drop; in Python's last moments that aborts the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def leave(model=None):

@@ -187,6 +187,40 @@ def test_two_ranks_part(tmp_path):
     assert run_forked(lambda rank: [meet_and_part(rank, k) for k in range(40)], 2) == [0, 0]
 
 
+@pytest.mark.parametrize("end, code", [("processes.leave(model)", 0), ("sys.exit('no clip')", 1)])
+def test_no_thread_outlives_the_group(tmp_path, end, code):
+    """One of gloo's that wants Python's lock while Python ends aborts the process."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""if True:
+        import atexit, os, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import processes, torch
+        from pathlib import Path
+        from torch.nn.parallel import DistributedDataParallel
+
+        def threads():
+            return [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+
+        def look():                             # runs after all that is registered later
+            left = [name for name in threads() if "gloo" in name]
+            Path({str(tmp_path)!r}, os.environ["RANK"]).write_text(f"{{len(left)}} left")
+
+        def work():
+            processes.join()
+            model = DistributedDataParallel(torch.nn.Linear(8, 8))
+            model(torch.ones(1, 8)).sum().backward()
+            assert any("gloo" in name for name in threads())
+            {end}
+
+        atexit.register(look)
+        processes.one_a_core(2)
+        work()
+    """)
+    done = program(script)
+    assert done.returncode == code, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 left"] * 2
+
+
 def test_torchrun_restarts(command, tmp_path):  # noqa: F811
     """--max-restarts: a rank that dies takes all down, and all go on from the last checkpoint."""
     flags = {"steps": 8, "val_every": 2, "show": 0}
