@@ -424,8 +424,8 @@ def main(config):
     failed = run_jobs(jobs, config.jobs or torch.cuda.device_count() or cli.cores(), say,
                       done=lambda job: collect(config.out))
     results = collect(config.out)
-    for stage in results.stages:
-        say(claim_table(stage) + "\n")
+    if results.stages:
+        say(claim_table(results) + "\n")
     if (COMMITTED / "results.jsonl").exists() and (
             again := reproduction_table(results, Results.read(COMMITTED))):
         say(f"Against {COMMITTED}/results.jsonl: {again}\n")

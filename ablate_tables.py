@@ -210,27 +210,28 @@ def gain_table(stage):
                                        for task in miniature.TASKS)] for s in stage.systems])
 
 
-def claim_table(stage):
-    """What the paper says gets worse, its numbers, ours, and what to say of it; the claims whose
-    system was run."""
-    lines, half = [], stage.half
-    for system, task in ((s, t) for s, tasks in CLAIMS for t in tasks if s in stage.systems):
-        end = stage.against(system, task)
+def claim_table(results):
+    """What the paper says gets worse, its numbers, ours at every stage (paired by seed), and what
+    to say of it; the claims whose system was run."""
+    def told(stage, system, task):
+        difference = stage.against(system, task)
+        if difference is None:                                 # no seed in common with complete
+            return "not run"
+        means = (f"{mean_interval([*stage.by_seed(s, task).values()])[0]:.1f}"
+                 for s in ("complete", system))
+        return (f"{' → '.join(means)}: {difference} (p {difference.p:.3f}, {difference.n} seeds), "
+                f"**{verdict(difference, task in ERROR_RATES)}**")
+
+    lines = []
+    for system, task in ((s, t) for s, tasks in CLAIMS for t in tasks if s in results.systems):
         theirs = "figure only"
         if system in PAPER_ROWS:
             theirs = " → ".join(str(next(iter(PAPER[PAPER_ROWS[s]][task].values())))
                                 for s in ("complete", system))
-        if end is None:                                        # no seed in common with complete
-            lines.append([SYSTEMS[system][0], arrow(task), theirs, *["-"] * 5, "not run"])
-            continue
         lines.append([SYSTEMS[system][0], arrow(task), theirs,
-                      with_half(stage.by_seed("complete", task)),
-                      with_half(stage.by_seed(system, task)), end, f"{end.p:.3f} ({end.n})",
-                      half.against(system, task) or "-",
-                      f"**{verdict(end, task in ERROR_RATES)}**"])
-    return markdown([f"paper: worse; {stage.step} steps", "task", "paper: complete → without",
-                     "complete", "without", "difference", "p (seeds)",
-                     f"at {half.step} steps", "verdict"], lines)
+                      *(told(stage, system, task) for stage in results.stages)])
+    return markdown(["paper: worse", "task", "paper: complete → without",
+                     *(f"{stage.step} steps" for stage in results.stages)], lines)
 
 
 def mask_table(stage):
@@ -262,10 +263,10 @@ def tables(results):
              "exact, over all flips of the differences' signs, not below 2 / 2^seeds."]
     if results.stages:
         half = results.first.half
-        parts += [f"## {half.step} steps", score_table(half), difference_table(half)]
+        parts += ["## The paper's claims", claim_table(results),
+                  f"## {half.step} steps", score_table(half), difference_table(half)]
     for stage in results.stages:
         parts += [f"## {stage.step} steps",
-                  "### The paper's claims", claim_table(stage),
                   "### All systems", score_table(stage),
                   "### Differences", difference_table(stage),
                   f"### What steps {stage.step // 2 + 1} to {stage.step} changed",

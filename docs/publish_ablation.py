@@ -45,14 +45,13 @@ def synchronisation_table(stage):
 
 def tables_of(results):
     """Those that the README shows; how synchronisation does, of the first round only."""
-    return [synchronisation_table(results.first), *(
-        table(stage) for stage in results.stages
-        for table in (ablation.claim_table, ablation.score_table))]
+    return [synchronisation_table(results.first), ablation.claim_table(results),
+            *map(ablation.score_table, results.stages)]
 
 
 def put(text, table):
-    """The text with the table in the place of the one that starts alike (its first head, which
-    says how many steps, and a word)."""
+    """The text with the table in the place of the one that starts alike (its first head, of
+    the scores with the number of steps, and a word)."""
     start = re.escape(re.match(r"\| [^|]*\| [\w-]+", table)[0])
     old = re.search(rf"^{start}.*\n(\|.*\n)*", text, re.MULTILINE)
     if old is None:

@@ -359,19 +359,26 @@ def test_what_still_rises():
 
 
 def test_the_claims():
+    """A column a stage: means, the difference paired by seed, its p, the verdict."""
     some = SOME | {("lambda-10", "avm", ""): [1]}
-    head, _, *lines = ablation.claim_table(Results(made_up(some)).first).splitlines()
-    assert head.startswith("| paper: worse; 4 steps |") and " | at 2 steps | " in head
-    lines = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in lines}
+    rows = made_up(some)
+    rows += [row | {"step": 8, "score": row["score"] + 4 * (row["system"] == "no-causal")}
+             for row in rows if row["step"] == 4 and row["system"] != "lambda-10"]
+    head, _, *lines = ablation.claim_table(Results(rows)).splitlines()
+    assert head == "| paper: worse | task | paper: complete → without | 4 steps | 8 steps |"
+    lines = {tuple(line.split(" | ")[:2]): line[:-2].split(" | ") for line in lines}
     assert len(lines) == sum(len(tasks) for system, tasks in ablation.CLAIMS
                              if system in ("no-causal", "no-windows", "lambda-10"))
-    cells = lines["| without causal encoder", "videoqa ↑"]
-    assert cells[2:] == ["49.3 → 42.8", "62.0 ± 5.0", "52.0 ± 6.6", "-10.0 ± 2.5*", "0.250 (3)",
-                         "-10.0 ± 2.5*", "**same sign and significant** |"]
-    assert lines["| without causal encoder", "isqa ↑"][-1] == "**not reproduced** |"
-    assert lines["| without sliding windows", "avsr ↓"][-1] == "**same sign and significant** |"
+    assert lines["| without causal encoder", "videoqa ↑"][2:] == [
+        "49.3 → 42.8",
+        "62.0 → 52.0: -10.0 ± 2.5* (p 0.250, 3 seeds), **same sign and significant**",
+        "62.0 → 56.0: -6.0 ± 2.5* (p 0.250, 3 seeds), **same sign and significant**"]
+    assert [cell.split(", ")[-1] for cell in lines["| without causal encoder", "isqa ↑"][3:]] == [
+        "**not reproduced**", "**opposite and significant**"]
+    assert lines["| without sliding windows", "avsr ↓"][-1].endswith(
+        ", **same sign and significant**")
     assert lines["| without sliding windows", "avsr ↓"][2] == "8.1 → 8.5"
-    assert lines["| without causal encoder", "avssd ↑"][-1] == "not run |"
+    assert lines["| without causal encoder", "avssd ↑"][3:] == ["not run", "not run"]
     assert lines["| lambda 10", "avsr ↓"][2] == "figure only"
 
 
@@ -404,7 +411,7 @@ def test_results_are_collected_in_order(tmp_path):
     text = (tmp_path / "results.md").read_text()
     assert "55.0 ± 63.5" in text and "Commits: abcdef0." in text
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
-        "## 2 steps", "## 4 steps", "## 8 steps"]
+        "## The paper's claims", "## 2 steps", "## 4 steps", "## 8 steps"]
 
 
 def test_what_is_measured_again_is_held_against_what_was_there():
