@@ -96,9 +96,10 @@ class Difference:
         return self.half is not None and abs(self.mean) > self.half
 
     def __str__(self):
+        mean = f"{round(self.mean, 1) + 0:+.1f}"                              # + 0: no -0.0
         if self.half is None:
-            return f"{self.mean:+.1f}"
-        return f"{self.mean:+.1f} ± {self.half:.1f}" + ("*" if self.significant else "")
+            return mean
+        return f"{mean} ± {self.half:.1f}" + ("*" if self.significant else "")
 
 
 def paired(ours, theirs):
@@ -111,11 +112,12 @@ def paired(ours, theirs):
 
 
 def verdict(difference, less_is_better):
-    """Of "the task gets worse without it", by the paired 95 % t-interval."""
-    worse = difference.mean if less_is_better else -difference.mean
+    """Of "the task gets worse without it", by the paired 95 % t-interval; a difference that the
+    tables tell as 0.0 has no sign."""
+    worse = round(difference.mean if less_is_better else -difference.mean, 1)
     if worse > 0:
         return "same sign and significant" if difference.significant else "same sign"
-    return "opposite and significant" if difference.significant else "not reproduced"
+    return "opposite and significant" if worse and difference.significant else "not reproduced"
 
 
 class Results:

@@ -65,7 +65,8 @@ def test_differences_are_paired_by_seed():
     (5, 6, False, "not reproduced"), (5, 2, False, "opposite and significant"),
     (5, 2, True, "same sign and significant"), (5, 6, True, "same sign"),
     (-5, 6, True, "not reproduced"), (-5, 2, True, "opposite and significant"),
-    (0, 1, False, "not reproduced"), (-5, None, False, "same sign"),
+    (0, 1, False, "not reproduced"), (0.04, 0.01, True, "not reproduced"),
+    (-0.06, 1, False, "same sign"), (-5, None, False, "same sign"),
     (5, None, False, "not reproduced")])
 def test_verdicts(mean, half, less_is_better, wanted):
     assert ablation.verdict(Difference(mean, half, 0.5, 5), less_is_better) == wanted
