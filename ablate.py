@@ -180,9 +180,11 @@ def environment(slot):
 
 
 class Running:
-    """A job under way: its commands one by one, what they print in <folder>/output.txt."""
+    """A job under way: its commands one by one, what they print in <folder>/output.txt.
+    whole: it was not begun before."""
 
     def __init__(self, job, slot):
+        self.whole = not job.folder.exists()
         self.job, self.slot, self.started = job, slot, time.time()
         self.commands, self.file = list(job.commands), job.folder / "output.txt"
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -243,7 +245,9 @@ def run_jobs(jobs, at_once, say=print, done=lambda job: None, poll=0.5, tell_eve
                 if code is None:
                     continue
                 running.remove(r)
-                took.append((time.time() - r.started, r.job.steps))
+                spent = time.time() - r.started
+                if r.whole and not code:
+                    took.append((spent, r.job.steps))
                 if code:
                     failed.append(r.job.name)
                     say(f"{r.job.name} FAILED (exit status {code}), the end of {r.file}:\n"
@@ -251,7 +255,7 @@ def run_jobs(jobs, at_once, say=print, done=lambda job: None, poll=0.5, tell_eve
                 else:
                     done(r.job)
                 say(f"[{len(jobs) - len(waiting) - len(running)}/{len(jobs)}] {r.job.name}: "
-                    f"{duration(took[-1][0])}; {remaining(took, waiting, running, at_once)}")
+                    f"{duration(spent)}; {remaining(took, waiting, running, at_once)}")
             if running and time.time() - told > tell_every:
                 told = time.time()
                 for r in running:
@@ -278,7 +282,10 @@ def ready(waiting, running):
 
 
 def remaining(took, waiting, running, at_once):
-    """'ETA 5 h 12 min' by what a step took so far, scoring included.  took: (seconds, steps)."""
+    """'ETA 5 h 12 min' by what a step took so far, scoring included.  took: (seconds, steps) of
+    jobs from their first step to their last."""
+    if not took:
+        return "ETA when one has run whole" if waiting or running else "ETA 0 s"
     pace = sum(seconds for seconds, _ in took) / sum(steps for _, steps in took)
     left = sum(pace * job.steps for job in waiting)
     left += sum(max(0, pace * r.job.steps - (time.time() - r.started)) for r in running)

@@ -212,6 +212,18 @@ def test_the_time_left():
     running = SimpleNamespace(started=time.time() - 30, job=SimpleNamespace(steps=10))
     took = [(50, 10), (70, 10)]
     assert ablate.remaining(took, waiting, [running], 2) == "ETA 1 min 45 s"  # (180 + 30) / 2
+    assert ablate.remaining([], [], [], 2) == "ETA 0 s"
+
+
+def test_the_pace_is_that_of_whole_runs(tmp_path):
+    """One that goes on where it was stopped, or fails, says nothing of how long a run takes."""
+    jobs, said = [fake(tmp_path, "begun"), fake(tmp_path, "broken", "1 / 0"),
+                  fake(tmp_path, "whole", "time.sleep(1)"), fake(tmp_path, "last")], []
+    jobs[0].folder.mkdir()
+    assert ablate.run_jobs(jobs, 1, said.append, poll=0.02) == ["broken"]
+    ends = [line.rsplit("; ", 1)[1] for line in said if line.startswith("[")]
+    assert ends[:2] == ["ETA when one has run whole"] * 2
+    assert ends[2] not in (ends[1], "ETA 0 s") and ends[3] == "ETA 0 s"
 
 
 def test_a_job_waits_for_the_one_it_comes_after(tmp_path):
