@@ -50,8 +50,8 @@ def tables_of(results):
 
 
 def put(text, table):
-    """The text with the table in the place of the one that starts alike (its first head, of
-    the scores with the number of steps, and a word)."""
+    """The text with the table in the place of the one that starts alike (its first head,
+    which in those of scores has the number of steps, and a word)."""
     start = re.escape(re.match(r"\| [^|]*\| [\w-]+", table)[0])
     old = re.search(rf"^{start}.*\n(\|.*\n)*", text, re.MULTILINE)
     if old is None:
