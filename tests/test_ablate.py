@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -469,6 +470,20 @@ def test_the_committed_tables_are_the_committed_results():
         assert table in readme and publish.put(readme, table) == readme
     assert results.first.step == AblateConfig.steps and not any(
         row["dirty"] for row in results.rows)
+
+
+def test_the_counts_of_verdicts_in_the_readme():
+    """Those of "In short", which are written in words, against the committed results."""
+    results, readme = Results.read(ablate.COMMITTED), (ablate.HERE / "README.md").read_text()
+    head = next(line for line in readme.splitlines() if line.startswith("| after |"))
+    verdicts = [cell.strip() for cell in head.split("|")[2:-1]]
+    for stage in results.stages:
+        found = [ablation.verdict(stage.against(system, task), task in ablation.ERROR_RATES)
+                 for system, tasks in ablation.CLAIMS for task in tasks]
+        line = next(line for line in readme.splitlines()
+                    if line.startswith(f"| {stage.step} steps |"))
+        told = [int(re.match(r" (\d+)", cell)[1]) for cell in line.split("|")[2:-1]]
+        assert told == [found.count(verdict) for verdict in verdicts] and sum(told) == len(found)
 
 
 # ---------------------------------------------------------------- figures
