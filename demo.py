@@ -6,21 +6,18 @@
      python demo.py clip.mp4 "Which sounds are heard?" --checkpoint runs/7b/best
      python demo.py clip.mp4 "Hello?" --model 7b --random-init      does the full size run here?"""
 
-import cli
 
-cli.quiet_threads()
+import argparse
+import sys
+import time
 
-import argparse  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
+import torch
 
-import torch  # noqa: E402
-
-import hub  # noqa: E402
-import processes  # noqa: E402
-import sizes  # noqa: E402
-from data import clip_from_path  # noqa: E402
-from eval import EvalConfig, load_model, settled  # noqa: E402
+from data import clip_from_path
+from eval import EvalConfig, load_model, settled
+from runtime import distributed as processes
+from runtime import hub
+from tools import memory as sizes
 
 
 def main(argv=None):
@@ -33,7 +30,7 @@ def main(argv=None):
     parser.add_argument("--end", type=float, help="seconds")
     parser.add_argument("--model", default="tiny", help="preset: tiny, 7b, 13b")
     parser.add_argument("--checkpoint", default="",
-                        help="default: runs/<model>/best, for tiny else the committed tiny/favor")
+                        help="default: runs/<model>/best, for tiny else the committed one")
     parser.add_argument("--whisper", help="where Whisper is, if not where the checkpoint says")
     parser.add_argument("--instructblip", help="the same for InstructBLIP's ViT and Q-Former")
     parser.add_argument("--llm", help="the same for the LLM")

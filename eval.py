@@ -11,31 +11,27 @@ Each question is answered four times: as it is, with the sound masked, with the 
 blind (both masked, the same trained model): a task needs what it falls without.  Accuracy is exact
 match of the whole answer; asr, ac and avsr are word error rates.  Predictions are kept as JSONL."""
 
-import cli
 
-cli.quiet_threads()
+import dataclasses
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-import dataclasses  # noqa: E402
-import sys  # noqa: E402
-from collections import Counter  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
+import torch
 
-import torch  # noqa: E402
-
-import captions  # noqa: E402
-import data  # noqa: E402
-import hub  # noqa: E402
-import judge  # noqa: E402
-import lora  # noqa: E402
-import miniature  # noqa: E402
-import processes  # noqa: E402
-from answers import HISTORIES, VIEWS, Journal, answer_all, short_hash  # noqa: E402
-from baselines import SYSTEMS  # noqa: E402
-from favor import HERE, preset  # noqa: E402
-from features import keep_features  # noqa: E402
-from tables import TASKS, report_text, write_report  # noqa: E402
+import data
+import lora
+from aveb import captions, judge
+from aveb.answers import HISTORIES, VIEWS, Journal, answer_all, short_hash
+from aveb.tables import TASKS, report_text, write_report
+from baselines.instructblip import SYSTEMS
+from favor import HERE, preset
+from miniature import world as miniature
+from runtime import cli, hub
+from runtime import distributed as processes
+from runtime.feature_cache import keep_features
 
 
 @dataclass(frozen=True)
@@ -43,11 +39,11 @@ class EvalConfig:
     task: str = "all"  # or some of asr,ac,ic,ocr,vqa,videoqa,avsr,avsd,isqa,avssd,avm,favd,valor
     model: str = "tiny"  # preset: tiny, 7b, 13b (a given --checkpoint says it itself)
     system: str = "favor"  # or the paper's baselines: whisper, instructblip
-    checkpoint: str = ""  # folder that train.py wrote (default: runs/<model>/best, else tiny/favor)
+    checkpoint: str = ""  # folder that train.py wrote (default: runs/<model>/best, else the committed one)
     data: str = "media/miniature"  # a manifest (.jsonl), or a folder with test.jsonl or TASK.jsonl
     views: tuple = ()  # of "both" "audio only" "visual only" "blind" (default: all that differ)
     mask: str = ""  # audio or visual: as --views "visual only" or "audio only"
-    out: str = ""  # predictions (default: in <checkpoint>/; runs/tiny-committed/ for tiny/favor)
+    out: str = ""  # predictions (default: in <checkpoint>/; runs/tiny-committed/ for the committed one)
     batch: int = 128  # questions answered at a time
     limit: int = 0  # at most so many questions a task (0: all)
     keep_features: bool = True  # encode each clip once and keep the features beside the manifest
@@ -118,7 +114,7 @@ def find_checkpoint(path, model="tiny"):
     """The given folder, else the last own run, else the committed one."""
     places = [Path(path)] if path else [Path(f"runs/{model}/best")]
     if model == "tiny" and not path:
-        places.append(HERE / "tiny" / "favor")
+        places.append(HERE / "miniature" / "weights" / "favor")
     for place in places:
         if (place / "favor.json").exists():
             return place
@@ -166,7 +162,7 @@ def find_manifest(path, split):
         miniature.make(path, splits=(split,))
     if not manifest.exists():
         raise SystemExit(f"{manifest}: no such manifest; name a .jsonl file or a folder with "
-                         f"{split}.jsonl (the miniature: python miniature.py make)")
+                         f"{split}.jsonl (the miniature: python -m miniature make)")
     return manifest
 
 
@@ -277,7 +273,7 @@ def main(config, argv):
     if config.keep_features and config.model == "tiny" and config.system != "whisper":
         with processes.chief_first():
             store = keep_features(model, records, manifests[0].parent / "features", log=say)
-    own = checkpoint and checkpoint.resolve() != (HERE / "tiny" / "favor").resolve()
+    own = checkpoint and checkpoint.resolve() != (HERE / "miniature" / "weights" / "favor").resolve()
     folder = checkpoint if own else Path("runs") / (
         "tiny-committed" if checkpoint else f"{config.model}-{config.system}")
     out = Path(config.out or folder / "predictions.jsonl")

@@ -23,6 +23,7 @@ block_causal_mask, CausalQFormer, diversity_loss, prompt_ids, from_official."""
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,12 +35,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import hub
 import lora
-import official
-import sizes
 from data import Clip, clip_from_path
 from llama import Llama, Tokenizer
+from runtime import hub
+from tools import memory as sizes
+from tools import official
 from vit_qformer import FRAMES_AT_ONCE, QFormerTokenizer, VisualEncoder, to_pixels
 from whisper_enc import WhisperEncoder
 
@@ -118,7 +119,8 @@ OFFICIAL = {"variant": "official", "causal": "future", "mask_padding": False,
 VICUNA_13B = "Salesforce/instructblip-vicuna-13b"
 PRESETS = {
     "tiny": FavorConfig(
-        whisper="tiny/whisper", instructblip="tiny/instructblip", llm="tiny/llama",
+        whisper="miniature/weights/whisper", instructblip="miniature/weights/instructblip",
+        llm="miniature/weights/llama",
         windows=5, queries=10, width=128, heads=4, causal_heads=4, ffn=512, dropout=0.0,
         max_positions=1024, lora_r=16, lora_alpha=16, lora_dropout=0.0, max_new_tokens=24),
     "7b": FavorConfig(),
@@ -733,10 +735,10 @@ class Favor(nn.Module):
         """Uploads the trained parts with a model card to the Hub's user/name, which from_pretrained
         opens.  facts: what favor.json and the card are to say beside the config (commit, mixture
         ...); folder: a new one, where what is uploaded stays.  A run that train.py wrote has its
-        facts and scores already: python share.py push RUN user/name."""
+        facts and scores already: python -m tools.share push RUN user/name."""
         import tempfile
 
-        import share  # only now: it imports this file
+        from tools import share  # only now: it imports this file
         if folder and Path(folder).exists():
             raise FileExistsError(f"{folder}: is there already; name a new folder")
         with tempfile.TemporaryDirectory() as temporary:
@@ -768,6 +770,7 @@ def from_official(path, model=None, dtype=None, device=None, **changes):
 
 def local_source(source):
     """The miniature's sources are relative to this file, so that it works from any folder."""
+    source = re.sub(r"^tiny/", "miniature/weights/", str(source))      # their place before
     return HERE / source if (HERE / source).is_dir() else source
 
 
@@ -779,8 +782,8 @@ def load_tokenizers(config, random_init=False):
     """The LLM's and the Q-Former's.  With random weights the miniature's stand in where a source is
     no local folder with a tokenizer: their ids fit into any vocabulary."""
     def source(name, stand_in):
-        there = Path(local_source(name))
+        there, weights = Path(local_source(name)), HERE / "miniature" / "weights"
         files = "qformer_tokenizer" if stand_in == "instructblip" else "tokenizer.*"
-        return there if not random_init or any(there.glob(files)) else HERE / "tiny" / stand_in
+        return there if not random_init or any(there.glob(files)) else weights / stand_in
     return (Tokenizer.from_pretrained(source(config.llm, "llama")),
             QFormerTokenizer.from_pretrained(source(config.instructblip, "instructblip")))

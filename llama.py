@@ -19,8 +19,8 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import hub
 import lora
+from runtime import hub
 
 SAME_STEPS = 128                  # compiled decoding: caches are multiples of so many positions
 LLM_TENSORS = ("language_model.", "model.", "lm_head.")     # in an InstructBLIP's or a LLaMA's file

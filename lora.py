@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import hub
+from runtime import hub
 
 PREFIX = "base_model.model."              # what peft puts before a module's own name
 # Settings of an adapter_config.json that would change the formula above: refused unless unset.

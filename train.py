@@ -12,44 +12,38 @@ events.jsonl, skipped.jsonl (clips that could not be read, and why), tensorboard
 curve), last/ and best/ (checkpoints that eval.py, demo.py and Favor.from_pretrained open).
 A run that was stopped, killed or preempted goes on where it was: the same command again."""
 
-import cli
 
-cli.quiet_threads()
+import dataclasses
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-import dataclasses  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import shlex  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-from contextlib import nullcontext  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-
-import checkpoints  # noqa: E402
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import flops  # noqa: E402
-import hub  # noqa: E402
-import loader  # noqa: E402
-import miniature  # noqa: E402
-import processes  # noqa: E402
-import runlog  # noqa: E402
-import sharding  # noqa: E402
-import sizes  # noqa: E402
-import tables  # noqa: E402
-from answers import readable_samples  # noqa: E402
-from baselines import SYSTEMS  # noqa: E402
-from corpus import IMAGE, VIDEO, Corpus, Index, Order, split_weight  # noqa: E402
-from favor import Sample, preset  # noqa: E402
-from features import FeatureCache  # noqa: E402
-from mixing import Mixing  # noqa: E402
+import data
+import eval as evaluation
+from aveb import tables
+from aveb.answers import readable_samples
+from baselines.instructblip import SYSTEMS
+from favor import Sample, preset
+from miniature import world as miniature
+from runtime import checkpoint as checkpoints
+from runtime import cli, flops, hub, loader, sharding
+from runtime import distributed as processes
+from runtime import log as runlog
+from runtime.feature_cache import FeatureCache
+from runtime.manifests import IMAGE, VIDEO, Corpus, Index, Order, split_weight
+from runtime.mixing import Mixing
+from tools import memory as sizes
 
 NOTHING_READ = 20                   # so many steps in a row without a readable clip end a run
 

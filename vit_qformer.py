@@ -20,7 +20,7 @@ from einops import rearrange
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
-import hub
+from runtime import hub
 
 FRAMES_AT_ONCE = 64                                     # bounds memory: 32 s of video at 2 Hz
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # R, G, B of values in [0, 1]

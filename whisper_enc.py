@@ -18,7 +18,7 @@ import torchaudio.functional as AF
 from einops import rearrange
 from torch import nn
 
-import hub
+from runtime import hub
 
 SAMPLE_RATE = 16000
 CHUNKS_AT_ONCE = 8                    # 8 x 30 s: bounds the memory of encode() for long audio

@@ -24,7 +24,7 @@ def _seed():
 @pytest.fixture(scope="session")
 def small_miniature(tmp_path_factory):
     """Folder of a miniature with 4 training and 2 test clips a scene, made once: real files."""
-    import miniature
+    from miniature import world as miniature
     folder = tmp_path_factory.mktemp("miniature")
     counts = {split: dict.fromkeys(miniature.SCENES, n) for split, n in (("train", 4), ("test", 2))}
     return miniature.make(folder, workers=1, counts=counts, log=lambda *_: None)
@@ -39,9 +39,8 @@ def small_parts(tmp_path_factory):
     import sentencepiece
     from torch import nn
 
-    import miniature as world
-    import miniature_pretrain as pretrain
     from llama import Llama, LlamaConfig
+    from miniature import pretrain, world
     from vit_qformer import QFormerConfig, VisualEncoder, ViTConfig
     from whisper_enc import WhisperConfig, WhisperEncoder
     root = tmp_path_factory.mktemp("parts")

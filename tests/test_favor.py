@@ -23,7 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import favor
-import hub
 import lora
 from data import Clip, clip_from_path, write_wav
 from favor import (
@@ -44,6 +43,7 @@ from favor import (
     synchronise,
 )
 from llama import Llama, LlamaConfig, Tokenizer
+from runtime import hub
 from vit_qformer import QFormerConfig, QFormerTokenizer, VisualEncoder, ViTConfig
 from whisper_enc import WhisperConfig, WhisperEncoder
 

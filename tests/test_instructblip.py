@@ -8,8 +8,8 @@ import torch
 from parity import check, randomise
 from torch import nn
 
-import hub
 from llama import Llama
+from runtime import hub
 from vit_qformer import VisualEncoder
 
 QUERIES, VOCAB, IMAGE = 5, 43, 42            # the image token is the last id, as in the oracle

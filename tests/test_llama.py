@@ -11,8 +11,8 @@ import pytest
 import torch
 from parity import check, randomise
 
-import hub
 from llama import KVCache, Llama, LlamaConfig, SwiGLU, rotary_angles
+from runtime import hub
 
 VOCAB = 37
 EOS = 2

@@ -34,13 +34,13 @@ from test_train import (  # noqa: F401
 )
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoints
-import corpus
 import data
-import processes
-import sharding
 import train
 from favor import Favor
+from runtime import checkpoint as checkpoints
+from runtime import distributed as processes
+from runtime import manifests as corpus
+from runtime import sharding
 
 ROOT = Path(train.__file__).parent
 
@@ -195,8 +195,9 @@ def test_no_thread_outlives_the_group(tmp_path, end, code):
         import atexit, os, sys
         os.environ["CUDA_VISIBLE_DEVICES"] = ""              # gloo, also where there are GPUs
         sys.path.insert(0, {str(ROOT)!r})
-        import processes, torch
+        import torch
         from pathlib import Path
+        from runtime import distributed as processes
         from torch.nn.parallel import DistributedDataParallel
 
         def threads():
@@ -230,7 +231,8 @@ def test_torchrun_restarts(command, tmp_path):  # noqa: F811
     script.write_text(f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import cli, train
+import train
+from runtime import cli
 whole_step = train.train_step
 def train_step(*args):
     step = args[1][0].g // args[2].batch

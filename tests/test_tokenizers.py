@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import hub
 from favor import prompt_ids
 from llama import JsonTokenizer, Tokenizer
+from runtime import hub
 from vit_qformer import QFormerTokenizer
 
-TINY = Path(__file__).parent.parent / "tiny"
+TINY = Path(__file__).parent.parent / "miniature" / "weights"
 
 # ---- tokenizer.model: sentencepiece -------------------------------------------------------------
 

@@ -21,21 +21,19 @@ import numpy as np
 import pytest
 import torch
 
-import answers
-import checkpoints
-import cli
-import corpus
 import data
 import demo
 import eval as evaluation
 import favor
-import features
-import loader
 import lora
-import miniature
-import tables
 import train
+from aveb import answers, tables
 from favor import Favor
+from miniature import world as miniature
+from runtime import checkpoint as checkpoints
+from runtime import cli, loader
+from runtime import feature_cache as features
+from runtime import manifests as corpus
 
 ROOT = Path(train.__file__).parent
 quiet = lambda *_: None                                                          # noqa: E731
@@ -197,10 +195,10 @@ def test_a_second_stage_begins_where_the_first_ended(command, unbroken, tmp_path
 
 def test_training_learns(command, tmp_path):
     """The committed parts load, and in 30 steps on a few clips the loss falls."""
-    there = {flag: ROOT / "tiny" / name for flag, name in
+    there = {flag: ROOT / "miniature" / "weights" / name for flag, name in
              (("whisper", "whisper"), ("instructblip", "instructblip"), ("llm", "llama"))
-             if (ROOT / "tiny" / name / "model.safetensors").exists()}
-    assert there, "tiny/ holds no pretrained parts; make them: python miniature.py pretrain"
+             if (ROOT / "miniature" / "weights" / name / "model.safetensors").exists()}
+    assert there, "tiny/ holds no pretrained parts; make them: python -m miniature pretrain"
     run(command(tmp_path, steps=30, batch=16, val_every=30, warmup=5, mask_share=0, **there))
     ce = [row["ce"] for row in log_of(tmp_path)]
     print(f"cross-entropy {np.mean(ce[:3]):.2f} -> {np.mean(ce[-8:]):.2f}")
@@ -797,7 +795,7 @@ def test_which_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "HERE", tmp_path / "repo")
     with pytest.raises(SystemExit, match="python train.py"):
         evaluation.find_checkpoint("")
-    for folder in (tmp_path / "repo" / "tiny" / "favor", Path("runs/tiny/best")):
+    for folder in (tmp_path / "repo" / "miniature" / "weights" / "favor", Path("runs/tiny/best")):
         folder.mkdir(parents=True)
         (folder / "favor.json").write_text("{}")
         assert evaluation.find_checkpoint("") == folder

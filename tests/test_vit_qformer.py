@@ -12,8 +12,8 @@ import transformers
 from parity import check, randomise
 from PIL import Image
 
-import hub
 import vit_qformer
+from runtime import hub
 from vit_qformer import (
     CLIP_MEAN,
     CLIP_STD,

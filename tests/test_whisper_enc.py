@@ -10,8 +10,8 @@ import torch
 import transformers
 from parity import check, randomise
 
-import hub
 import whisper_enc
+from runtime import hub
 from whisper_enc import WhisperConfig, WhisperEncoder, log_mel_spectrogram, resample
 
 # heads != layers and odd widths; 50 positions are chunks of 50 * 2 * 160 = 16000 samples = 1 s.

@@ -1,0 +1,476 @@
+"""How answers are scored: text normalisation, word error rate, accuracies, 95 % intervals, and
+every metric of the benchmark under its name (captions: captions.py).
+
+     rows [{id, prompt, answer, references, options, meta}] --METRICS[name]--> Score | Unavailable
+
+An answer None is missing: counted, not scored.  A metric that cannot run here returns
+Unavailable, printed as `n/a (needs Java)`.
+
+Public: METRICS, measure, by_type, Score, Unavailable; normalise, vqa_words, edit_distance,
+word_error_rate, word_match, lenient_choice, ERROR_RATES."""
+
+import dataclasses
+import functools
+import math
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from aveb import captions
+from aveb.judge import label_match
+from aveb.whisper_norm import whisper_normaliser
+
+ERROR_RATES = ("asr", "ac", "avsr")       # scored by WER (less is better), the others by accuracy
+
+
+# ---------------------------------------------------------------- text: plain, and as VQA does it
+def normalise(text):
+    """Lower case, words only: 'Red ball, blue box.' -> ['red', 'ball', 'blue', 'box']."""
+    kept = "".join(c if c.isalnum() or c == "'" else " " for c in text.lower().replace("’", "'"))
+    return kept.split()
+
+
+def plain_words(text):
+    """normalise() without the apostrophes around a word: "'red'" -> ['red']."""
+    return [word for word in (w.strip("'") for w in normalise(text)) if word]
+
+
+VQA_NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
+                       "0 0 1 2 3 4 5 6 7 8 9 10".split(), strict=True))
+VQA_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+NEGATED = ("ai are ca could did do does had has have is might must need should wo would was were"
+           ).split()
+CONTRACTED = {"im": "i'm", "ive": "i've", "lets": "let's", "maam": "ma'am", "oclock": "o'clock",
+              "yall": "y'all", **{f"{word}nt": f"{word}n't" for word in NEGATED},
+              **{f"{who}{end}": f"{who}'{end}"
+                 for who in ("he", "she", "that", "there", "what", "where", "who", "how")
+                 for end in ("s", "d", "ll") if f"{who}{end}" not in ("shed", "shell", "hell")},
+              **{f"{who}{end}": f"{who}'{end}"
+                 for who in ("you", "they", "we", "could", "should", "would", "might")
+                 for end in ("re", "ve", "ll") if f"{who}{end}" not in ("were", "well")}}
+
+
+def vqa_words(text):
+    """Words after the processing of the VQA and TextVQA evaluation (EvalAI): lower case, no
+    punctuation (deleted where the text has the mark beside a space or between digits, else a
+    space), no articles, number words as digits, apostrophes put back.  A text of articles and
+    punctuation only stays as it is, so that it can still be told from silence."""
+    text = " ".join(text.lower().replace("’", "'").split())
+    kept, digits = text, re.search(r"\d,\d", text) is not None
+    for mark in VQA_MARKS:
+        delete = f"{mark} " in text or f" {mark}" in text or digits
+        kept = kept.replace(mark, "" if delete else " ")
+    kept = re.sub(r"\.(?!\d)", "", kept)                        # the point of 3.5 stays
+    words = [VQA_NUMBERS.get(word, word) for word in kept.split()]
+    words = [CONTRACTED.get(word, word) for word in words if word not in ("a", "an", "the")]
+    words = [word for word in (w.strip("'") for w in words) if word]
+    return words or plain_words(text)
+
+
+# ---------------------------------------------------------------- distances and matches
+def edit_distance(ours, theirs):
+    """Fewest substitutions, deletions and insertions that turn one list into the other."""
+    row = list(range(len(theirs) + 1))
+    for i, a in enumerate(ours, 1):
+        previous, row[0] = row[0], i
+        for j, b in enumerate(theirs, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
+    return row[-1]
+
+
+def word_error_rate(answers, references, words=normalise):
+    """(errors, reference words) per item, after `words`; WER = sum of errors / sum of words."""
+    pairs = [(words(a), words(r)) for a, r in zip(answers, references, strict=True)]
+    return np.array([(edit_distance(a, r), len(r)) for a, r in pairs], dtype=float).reshape(-1, 2)
+
+
+def contains(words, part):
+    """Whether the words of `part` stand in `words` one after the other: 'cat' not in 'catalog'."""
+    return bool(part) and any(words[i:i + len(part)] == part
+                              for i in range(len(words) - len(part) + 1))
+
+
+OPPOSITE = {"yes": "no", "no": "yes"}
+
+
+def word_match(answer, reference, words=plain_words):
+    """The reference's words stand in the answer; the opposite of a yes or no does not."""
+    said, wanted = words(answer), words(reference)
+    opposite = OPPOSITE.get(" ".join(wanted))
+    return contains(said, wanted) and opposite not in said
+
+
+def leave_one_out(hits, n):
+    """TextVQA's and VQA's official accuracy: the mean over leaving one of the n human answers out
+    of min(1, hits among the others / 3); n = 10: 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 hits."""
+    if n == 1:
+        return float(hits)
+    return (hits * min(1, (hits - 1) / 3) + (n - hits) * min(1, hits / 3)) / n
+
+
+LEADING = re.compile(r"^(?:(?:option|answer)(?: is)?:? )?\(?([a-z]|\d+)(?:[).:](?!\d)|$)", re.I)
+
+
+def lenient_choice(answer, options, right):
+    """The right option's text; or it is the only option that the answer contains; or the answer
+    starts with its letter or number (counted from 1) and contains no option."""
+    if plain_words(answer) == plain_words(right):
+        return True
+    said = plain_words(answer)
+    named = [option for option in options if contains(said, plain_words(option))]
+    mark = LEADING.match(" ".join(answer.split()))
+    if not named and mark:
+        letter = mark[1].lower()
+        at = int(letter) - 1 if letter.isdigit() else ord(letter) - ord("a")
+        named = [options[at]] if 0 <= at < len(options) else []
+    return len(named) == 1 and plain_words(named[0]) == plain_words(right)
+
+
+CHAT = re.compile(
+    r"^\s*(?:(?:assistant|answer|transcript(?:ion)?)\s*:"
+    r"|(?:sure|certainly|okay|of course)[,.!]*\s*(?=here\b|the\b)"
+    r"|(?:here is|here's|the)\s(?:the\s)?(?:transcript(?:ion)?|speech|text|speaker|audio)"
+    r"(?:\s[^:]{0,40})?:)\s*", re.I)
+QUOTED = re.compile(r"""^\s*(?:"(.*)"|“(.*)”|'([^']*)')\s*$""", re.S)
+
+
+def without_chat(answer):
+    """'Sure, here is the transcription: "red ball"' -> 'red ball'."""
+    while (shorter := CHAT.sub("", answer)) != answer:
+        answer = shorter
+    quoted = QUOTED.match(answer)
+    return next(part for part in quoted.groups() if part is not None) if quoted else answer
+
+
+# ---------------------------------------------------------------- scores and their intervals
+@dataclass(frozen=True)
+class Score:
+    """In percent (or its unit), with a 95 % interval: Wilson's for a share of right answers, over
+    items otherwise."""
+    value: float
+    low: float
+    high: float
+    n: int
+    missing: int = 0                  # items without an answer, not among the n
+    unit: str = "%"
+    better: str = "higher"
+    note: str = ""                    # how it was made: 'tok=regex'
+    items: dict = field(default_factory=dict, repr=False, compare=False)   # id: its own score
+
+    def __str__(self):
+        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+    @property
+    def arrow(self):
+        return {"higher": "↑", "lower": "↓"}.get(self.better, "")
+
+    def in_full(self):
+        """'14.4 % ↓ [12.7, 16.0], n 500, missing 3; norm=ours'."""
+        words = [f"{self.value:.1f}", self.unit, self.arrow, f"[{self.low:.1f}, {self.high:.1f}],",
+                 f"n {self.n}, missing {self.missing}" + (f"; {self.note}" if self.note else "")]
+        return " ".join(word for word in words if word)
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """A metric that cannot be computed here, and why."""
+    name: str
+    reason: str
+    value = None
+
+    def __str__(self):
+        return f"n/a ({self.reason})"
+
+    in_full = __str__
+
+
+def wilson(right, n):
+    """Score of `right` of n: Wilson's interval."""
+    share, z2 = right / n, 1.96 ** 2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = 1.96 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return Score(100 * share, 100 * max(0, centre - half), 100 * min(1, centre + half), n)
+
+
+@functools.lru_cache(maxsize=1)
+def resamples(n, times=1000, seed=0):
+    """(times, n): how often each of n items is drawn, with replacement; the same every time."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), times).astype(float)
+
+
+def bootstrap(counts, measure, **kind):
+    """Score of measure(sum of counts over the items), interval from 1000 resamplings of the items.
+    counts (n, k); measure (..., k) -> (...), a share."""
+    counts = np.asarray(counts, float)
+    low, high = np.percentile(measure(resamples(len(counts)) @ counts), (2.5, 97.5))
+    return Score(100 * float(measure(counts.sum(0))), 100 * float(low), 100 * float(high),
+                 len(counts), **kind)
+
+
+def mean_score(values, **kind):
+    """Score of the mean of one number an item."""
+    counts = np.stack([np.asarray(values, float), np.ones(len(values))], 1)
+    return bootstrap(counts, lambda sums: sums[..., 0] / sums[..., 1],
+                     items=[round(100 * float(value), 4) for value in values], **kind)
+
+
+def share_score(right):
+    """Score of the share of items that are right."""
+    return dataclasses.replace(wilson(sum(right), len(right)), items=[100 * r for r in right])
+
+
+# ---------------------------------------------------------------- the metrics by name
+METRICS = {}
+
+
+def metric(name, key="answer"):
+    """Registers a function of answered rows; `key` is what a missing row lacks."""
+    def register(function):
+        @functools.wraps(function)
+        def run(rows):
+            there = [row for row in rows if row.get(key) is not None]
+            if not there:
+                return Unavailable(name, "no answers")
+            bare = [row["id"] for row in there if key == "answer" and not row["references"]]
+            if bare:
+                raise ValueError(f"{name}: {bare[0]} has no references; wanted at least one")
+            try:
+                result = function(there)
+            except captions.CannotRun as reason:
+                return Unavailable(name, str(reason))
+            if isinstance(result, Unavailable):
+                return result
+            items = result.items and dict(       # BLEU and METEOR have none: they are of the set
+                zip((row.get("id") for row in there), result.items, strict=True))
+            return dataclasses.replace(result, missing=len(rows) - len(there), items=items)
+        METRICS[name] = run
+        return run
+    return register
+
+
+def default_metrics(task):
+    """Of records that name none: word error rate or exact match (the miniature's answers are
+    normalised words)."""
+    return ("wer_basic",) if task in ERROR_RATES else ("exact",)
+
+
+def measure(rows):
+    """{name: Score or Unavailable}: the metrics that the rows name in meta["metrics"], each over
+    the rows that name it."""
+    named = [(row, row["meta"].get("metrics") or default_metrics(row["task"])) for row in rows]
+    names = dict.fromkeys(name for _, wanted in named for name in wanted)
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise ValueError(f"no metric {unknown[0]}; there are {', '.join(METRICS)}")
+    return {name: METRICS[name]([row for row, wanted in named if name in wanted])
+            for name in names}
+
+
+def by_type(rows):
+    """{type: rows} by meta["type"]; NExT-QA's CW, CH, TN, TC, TP, DL, DB, DC, DO by their first
+    letter: C causal, T temporal, D descriptive."""
+    groups = {}
+    for row in rows:
+        kind = row["meta"].get("type")
+        if kind is not None:
+            kind = kind[0] if re.fullmatch("C[WH]?|T[NCP]?|D[LBCO]?", kind) else kind
+            groups.setdefault(kind, []).append(row)
+    return dict(sorted(groups.items(), key=lambda item: ("CTD".find(item[0]) % 4, item[0])))
+
+
+def _error_rate(rows, words, note):
+    """Corpus word error rate against the first reference."""
+    answers = [without_chat(row["answer"]) for row in rows]
+    stripped = sum(a != row["answer"] for a, row in zip(answers, rows, strict=True))
+    counts = word_error_rate(answers, [row["references"][0] for row in rows], words)
+    kept = counts[counts[:, 1] > 0]
+    if not len(kept):
+        raise captions.CannotRun("no words in the references")
+    notes = [note, f"{stripped} answers without their chat prefix or quotes" if stripped else "",
+             f"{len(rows) - len(kept)} empty references left out" if len(kept) < len(rows) else ""]
+    return bootstrap(kept, lambda sums: sums[..., 0] / sums[..., 1], better="lower",
+                     note=", ".join(filter(None, notes)),
+                     items=[100 * e / n if n else None for e, n in counts])
+
+
+@metric("wer")
+def wer(rows):
+    """Word error rate after Whisper's English normaliser, over all words of the set."""
+    return _error_rate(rows, *whisper_normaliser())
+
+
+@metric("wer_basic")
+def wer_basic(rows):
+    """Word error rate in lower case, letters, digits and apostrophes only."""
+    return _error_rate(rows, normalise, "norm=basic")
+
+
+def _tokens(rows):
+    """-> tokens of the answers, of the references, note."""
+    answers, references, kind = captions.tokenised(
+        [row["answer"] for row in rows], [row["references"] for row in rows])
+    return answers, references, f"tok={kind}"
+
+
+@metric("cider")
+def cider(rows):
+    """CIDEr-D x 100.  Score whole sets: the weights of the words come from the set."""
+    answers, references, note = _tokens(rows)
+    return mean_score(captions.cider_d(answers, references), unit="x100", note=note)
+
+
+def _bleu(rows, order):
+    answers, references, note = _tokens(rows)
+    counts = captions.bleu_counts(answers, references)
+    return bootstrap(counts, lambda sums: captions.bleu(sums)[..., order - 1], unit="x100",
+                     note=note)
+
+
+@metric("bleu1")
+def bleu1(rows):
+    """BLEU-1 x 100 of the whole set, brevity by the closest reference."""
+    return _bleu(rows, 1)
+
+
+@metric("bleu4")
+def bleu4(rows):
+    """BLEU-4 x 100 of the whole set, brevity by the closest reference."""
+    return _bleu(rows, 4)
+
+
+@metric("meteor")
+def meteor(rows):
+    """METEOR 1.5 x 100 of the whole set, by its authors' jar."""
+    answers, references, note = _tokens(rows)
+    value, sampled = captions.meteor(answers, references, resamples(len(rows)))
+    low, high = np.percentile(sampled, (2.5, 97.5))
+    return Score(100 * value, 100 * float(low), 100 * float(high), len(rows), unit="x100",
+                 note=note)
+
+
+@metric("spice")
+def spice(rows):
+    """SPICE x 100, the mean over items, by its authors' jar."""
+    answers, references, note = _tokens(rows)
+    return mean_score(captions.spice(answers, references), unit="x100", note=note)
+
+
+@metric("spider")
+def spider(rows):
+    """SPIDEr x 100: the mean of SPICE (0..1) and CIDEr-D (0..10)."""
+    answers, references, note = _tokens(rows)
+    both = captions.spice(answers, references), captions.cider_d(answers, references)
+    return mean_score(sum(both) / 2, unit="x100", note=note)
+
+
+def _share(name, right):
+    """Registers the share of rows for which right(row) holds."""
+    def function(rows):
+        return share_score([right(row) for row in rows])
+    function.__doc__ = right.__doc__
+    return metric(name)(function)
+
+
+def _any_word_match(row):
+    """A reference stands in the answer as whole words; for yes and no the opposite does not."""
+    return any(word_match(row["answer"], reference) for reference in row["references"])
+
+
+def _exact(row):
+    """The whole answer is a reference, case and punctuation apart."""
+    return any(plain_words(row["answer"]) == plain_words(r) for r in row["references"])
+
+
+def _vqa_equal(row):
+    """Equality after the VQA evaluation's processing: InstructBLIP's accuracy on GQA."""
+    return any(vqa_words(row["answer"]) == vqa_words(r) for r in row["references"])
+
+
+def _choice(row):
+    """The answer is the text of the right option, the first reference."""
+    return plain_words(row["answer"]) == plain_words(row["references"][0])
+
+
+def _choice_lenient(row):
+    """The answer names the right option only, or its letter or number."""
+    return lenient_choice(row["answer"], row["options"], row["references"][0])
+
+
+def _label(row):
+    """The answer has all content words of the sound's class; not comparable with `judged`."""
+    return label_match(row["answer"], row["meta"].get("label") or row["references"][0])
+
+
+word_match_accuracy = _share("word_match", _any_word_match)
+exact = _share("exact", _exact)
+acc_vqa = _share("acc_vqa", _vqa_equal)
+label = _share("label_match", _label)
+choice = _share("choice", _choice)
+choice_lenient = _share("choice_lenient", _choice_lenient)
+
+
+def _hits(row, contained):
+    """How many of the human answers the answer hits, after the VQA evaluation's processing."""
+    if contained:
+        return sum(word_match(row["answer"], r, vqa_words) for r in row["references"])
+    said = vqa_words(row["answer"])
+    return sum(bool(said) and vqa_words(r) == said for r in row["references"])
+
+
+def _soft(row):
+    return min(1, _hits(row, True) / 3)
+
+
+def _official(row):
+    return leave_one_out(_hits(row, False), len(row["references"]))
+
+
+@metric("textvqa_soft")
+def textvqa_soft(rows):
+    """The paper's: a third for each human answer hit, 1 at most; a hit is contained."""
+    return mean_score([_soft(row) for row in rows], note="hit=contained")
+
+
+@metric("textvqa_official")
+def textvqa_official(rows):
+    """TextVQA's own: equality, mean over leaving one human answer out."""
+    return mean_score([_official(row) for row in rows], note="hit=equal, leave-one-out")
+
+
+@metric("textvqa_equal")
+def textvqa_equal(rows):
+    """As textvqa_soft, but a hit is equal."""
+    return mean_score([min(1, _hits(row, False) / 3) for row in rows], note="hit=equal")
+
+
+@metric("isqa")
+def isqa(rows):
+    """The mean over spoken questions of both sources: textvqa_soft of TextVQA's, word_match of
+    GQA's (paper Appendix B: "the same measurement")."""
+    return mean_score([_soft(row) if row["meta"].get("source") == "textvqa"
+                       else float(_any_word_match(row)) for row in rows],
+                      note="textvqa_soft, word_match")
+
+
+@metric("isqa_official")
+def isqa_official(rows):
+    """As isqa, with the sets' own accuracies: textvqa_official and acc_vqa."""
+    return mean_score([_official(row) if row["meta"].get("source") == "textvqa"
+                       else float(_vqa_equal(row)) for row in rows],
+                      note="textvqa_official, acc_vqa")
+
+
+@metric("judged", key="verdict")
+def judged(rows):
+    """Share of answers that the judge called right; rows without a verdict are missing."""
+    judges = sorted({row["judge"] for row in rows if row.get("judge")})
+    result = share_score([row["verdict"] is True for row in rows])
+    return dataclasses.replace(result, note=f"judge {', '.join(judges)}" if judges else "")
+
+
+@metric("answer_length")
+def answer_length(rows):
+    """Words an answer, to read beside word_match: who enumerates candidates is right more often."""
+    result = mean_score([len(row["answer"].split()) / 100 for row in rows])
+    return dataclasses.replace(result, unit="words", better="")

@@ -1,0 +1,175 @@
+"""The paper's two single-modality baselines, from the same parts as FAVOR.  Paper Sec. 4.2, Tables
+2 and 3.  Both work with public weights and no training of ours.
+
+     whisper        sound (S,) --Whisper large-v2 with its decoder--> text          asr, avsr
+     instructblip   an image, or 5 frames of a video (F,3,224,224) --ViT--> (F,P,1408)
+                      --Q-Former + prompt--> (F,V,768) --language_projection--> (F*V,D_llm)
+                      --[vectors | </s> prompt]--> Vicuna --> answer                the silent tasks
+
+Each has those methods of Favor that eval.py and train.py call.  InstructBLIP can be fine-tuned (the
+"fine-tuned" row of Table 2): Q-Former, queries and projection learn, as in its own instruction
+tuning; ViT and LLM stay frozen.
+
+Public: SYSTEMS, WhisperBaseline, InstructBlip."""
+
+import dataclasses
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from baselines.whisper import Whisper
+from favor import Favor, Features, load_tokenizers, local_source, pretrained_part
+from llama import Llama
+from runtime import hub
+from tools import memory as sizes
+from vit_qformer import VisualEncoder, to_pixels
+
+FRAMES = 5                       # of a video, equally spaced: 5 x 32 = 160 vectors (Sec. 4.2)
+
+
+class InstructBlip(Favor):
+    """ViT, instruction-reading Q-Former, language_projection and Vicuna: no sound, no windows."""
+    system = "instructblip"
+    needs_picture = True                   # the image and video data (Sec. 4.2)
+    tasks = ("ic", "ocr", "vqa", "videoqa", "avsd", "avssd")
+
+    def __init__(self, config, visual, projection, llm, tokenizer, qformer_tokenizer):
+        nn.Module.__init__(self)
+        # One "window" a frame, of as many vectors as the Q-Former has queries; no diversity loss.
+        self.config = dataclasses.replace(config, queries=visual.n_queries, diversity=0.0,
+                                          encoder_dropout=0.0, lora_targets=())
+        self.tokenizer, self.qformer_tokenizer = tokenizer, qformer_tokenizer
+        self.visual, self.language_projection, self.llm = visual, projection, llm
+        self.requires_grad_(False)
+        # The text half of the last layer's feed-forward reaches no query: it cannot learn.
+        last = visual.qformer.encoder.layer[-1]
+        unused = {id(p) for part in (last.intermediate, last.output) for p in part.parameters()}
+        for p in self.aligner().parameters():
+            p.requires_grad_(id(p) not in unused)
+        self.aligner().float()                        # trained parts are fp32, as FAVOR's
+        visual.qformer.set_dropout(config.dropout)
+
+    @classmethod
+    def from_config(cls, config, dtype=None, device=None, random_init=False):
+        """All four parts from config.instructblip, the LLM from config.llm."""
+        tokenizer, qformer_tokenizer = load_tokenizers(config, random_init)
+        load = sizes.random_part if random_init else pretrained_part
+        visual = load(VisualEncoder, config.instructblip, dtype=dtype, device=device)
+        llm = load(Llama, config.llm, dtype=dtype, device=device,
+                   vocab_size=None if random_init else tokenizer.vocab_size)
+        with torch.device("meta" if device == "meta" else "cpu"):
+            projection = nn.Linear(visual.width, llm.config.width)
+            if not random_init:
+                root = hub.folder(local_source(config.instructblip), (), ("language_projection.",))
+                hub.load_into(projection, root, prefix="language_projection.")
+            model = cls(config, visual, projection, llm, tokenizer, qformer_tokenizer)
+        return (model.to(device) if device else model).eval()
+
+    def aligner(self):
+        """What is fine-tuned, under the Hub's names."""
+        parts = nn.Module()
+        parts.qformer, parts.query_tokens = self.visual.qformer, self.visual.query_tokens
+        parts.language_projection = self.language_projection
+        return parts
+
+    def train(self, mode=True):
+        """Only the Q-Former has dropout."""
+        nn.Module.train(self, False)
+        self.training = mode
+        self.visual.qformer.train(mode)
+        return self
+
+    @torch.no_grad()
+    def encode_all(self, clips, prompts):
+        """Clips -> a Features each: the ViT's (F,P,D_vit) of an image or of FRAMES frames; the
+        Q-Former, which may learn, comes later.  Sound is not heard."""
+        device, found = self.language_projection.weight.device, {}
+        for clip in clips:
+            if clip is not None and clip.frames is not None and id(clip) not in found:
+                frames = clip.frames
+                if not clip.is_image:
+                    frames = frames[torch.linspace(0, len(frames) - 1, FRAMES).round().long()]
+                found[id(clip)] = to_pixels(frames.to(device), self.visual.image_size)
+        if found:
+            images = self.visual.encode_image(torch.cat([*found.values()])).split(
+                [*map(len, found.values())])                                      # (F,P,D_vit) each
+            found = dict(zip(found, images, strict=True))
+        return [Features(found.get(id(clip)), None, bool(clip and clip.is_image))
+                for clip in clips]
+
+    def features_of(self, sample):
+        return self.with_features(sample).features.visual, None
+
+    def empty_features(self, seconds):
+        """A video's, on the device "meta"."""
+        vit = self.visual.vit.config
+        return torch.empty(FRAMES, vit.n_patches + 1, vit.width, device="meta"), None
+
+    def window_count(self, sample):
+        image, _ = self.features_of(sample)
+        return 0 if image is None else len(image)
+
+    def text_ids(self, sample, has_clip):
+        """[vectors | </s> prompt | answer </s>]: InstructBLIP's first token is </s>, and there is
+        no template.  Earlier turns of a dialogue stand before the question."""
+        turns = [f"{question} {answer}" for question, answer in sample.history]
+        prompt = self.tokenizer.encode(" ".join([*turns, sample.prompt]))
+        answer = [] if sample.target is None else [
+            *self.tokenizer.encode(sample.target), self.tokenizer.eos_id]
+        return [], [self.tokenizer.eos_id, *prompt], answer
+
+    def audio_visual_tokens(self, samples):
+        """Samples -> LLM vectors, one (F*V,D_llm) a sample ((0,D_llm) for text), and the queries.
+        One dummy frame of zeros goes along, so that every rank of a DDP run touches every trained
+        parameter; a masked picture is vectors of zeros."""
+        images = [self.features_of(sample)[0] for sample in samples]
+        counts = [0 if image is None else len(image) for image in images]
+        patches, width = self.visual.vit.config.n_patches + 1, self.visual.vit.config.width
+        like = self.language_projection.weight
+        frames = torch.cat([*(image.to(like) for image in images if image is not None),
+                            like.new_zeros(1, patches, width)])                  # (F,P,D_vit)
+        ids, keep = self.qformer_tokenizer([sample.prompt for sample in samples])
+        owner = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)] + [0])
+        queries = self.visual.query(frames, ids[owner].to(like.device),
+                                    keep[owner].to(like.device))                 # (F,V,D)
+        tokens = self.language_projection(queries)                               # (F,V,D_llm)
+        touched = 0 * tokens[-1].sum()
+        pieces = [rearrange(piece, "f v d -> (f v) d") * float(s.mask not in ("visual", "both"))
+                  + touched for s, piece in zip(samples, tokens[:-1].split(counts), strict=True)]
+        return pieces, queries[:-1]
+
+
+class WhisperBaseline(nn.Module):
+    """Whisper with its own decoder: hears the sound of a clip, whatever the question."""
+    system = "whisper"
+    tasks = ("asr", "avsr")
+
+    def __init__(self, config, whisper):
+        super().__init__()
+        self.config, self.whisper = config, whisper
+
+    @classmethod
+    def from_config(cls, config, dtype=None, device=None):
+        return cls(config, pretrained_part(Whisper, config.whisper, dtype=dtype, device=device))
+
+    def reading(self):
+        return {"sound_only": True}
+
+    def with_features(self, sample):
+        return dataclasses.replace(sample, features=Features(
+            audio=sample.clip.audio if sample.clip else sample.features.audio), clip=None)
+
+    def encoded(self, samples):
+        return [*map(self.with_features, samples)]
+
+    def generate(self, samples, num_beams=1):
+        """A transcript of each Sample; "" where there is no sound or it is masked."""
+        heard = [None if s.mask in ("audio", "both") else self.with_features(s).features.audio
+                 for s in samples]
+        said = iter(self.whisper.transcribe(
+            [audio for audio in heard if audio is not None], beams=num_beams))
+        return ["" if audio is None else next(said) for audio in heard]
+
+
+SYSTEMS = {"favor": Favor, "instructblip": InstructBlip, "whisper": WhisperBaseline}

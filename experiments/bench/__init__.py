@@ -1,0 +1,1 @@
+"""Speed and memory beside the baselines' and the machine's own limits."""

@@ -1,0 +1,1 @@
+"""AVEB in miniature: a generated benchmark, the pretraining of its tiny parts, their weights."""

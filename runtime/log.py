@@ -1,0 +1,491 @@
+"""What a training run tells: its log, how fast it is and how fast it could be, where it ran.
+
+     a step's row --RunLog--> log.jsonl, a line every few steps, TensorBoard, Weights & Biases
+     events (validation, checkpoint, ...) --RunLog.note--> events.jsonl and the same back ends
+     operations of a step (flops.py) / seconds / the GPU's peak--> MFU
+     the machine, the code, the command --write_run_facts--> config, environment, commands
+No logging ends a run: a back end that fails is switched off, a full disk costs rows, each with one
+printed line.
+
+Public: RunLog, Clock, write_run_facts, environment, git_facts, check_wandb, read_rows, draw_curve,
+show_answers, duration."""
+
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import time
+import uuid
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from runtime import cli, hub
+from runtime import distributed as processes
+from tools import memory as sizes
+
+PACKAGES = ("torchaudio", "av", "numpy", "safetensors", "tokenizers")
+VARIABLES = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT",
+             "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE",
+             "CUDA_VISIBLE_DEVICES")
+
+
+# ---------------------------------------------------------------- where and what is run
+def git_facts(folder=Path(__file__).parent.parent):
+    """{"commit", "dirty"} of a folder; without git, or outside a checkout, both say so."""
+    def git(*words):
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True,
+                              timeout=30, check=True)
+        return done.stdout.strip()
+    try:
+        # An installed copy may lie in another project's checkout (.venv), which does not track it.
+        git("ls-files", "--error-unmatch", ".")
+        return {"commit": git("rev-parse", "HEAD"),
+                "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": "not a git checkout", "dirty": None}
+
+
+def environment():
+    """What may change a number or a speed: machine, versions, processes, code.  JSON as it is."""
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "hostname": socket.gethostname(), "platform": platform.platform(),
+        "python": platform.python_version(), "cpu": cpu_name(), "cores": cli.cores(),
+        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / sizes.GIB, 1),
+        "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / sizes.GIB, 1)}
+                 for gpu in gpus],
+        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if gpus else None,
+        "packages": {name: version(name) for name in PACKAGES} | {"torch": torch.__version__},
+        "world": processes.world(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        **git_facts()}
+
+
+def version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name():
+    with suppress(OSError):                                     # Linux only
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def write_run_facts(out, facts, argv, first_step=0):
+    """config.json (`facts`: "train", "method", "mixture", ...; with the commit and the command) and
+    environment.json of the start of a run; commands.log gets a line at every start, with what is
+    another than in environment.json.  Of a run that goes on, first_step > 0, the two files stay.
+    Returns the facts that each checkpoint should carry, too."""
+    out, now, command = Path(out), environment(), shlex.join(["train.py", *argv])
+    out.mkdir(parents=True, exist_ok=True)
+    facts = {**facts, "commit": now["commit"], "dirty": now["dirty"], "command": command}
+    for name, value in (("config.json", facts), ("environment.json", now)):
+        if not first_step or not (out / name).exists():
+            hub.write_json(out / name, value)
+    then = hub.read_json(out / "environment.json")
+    changed = {key: value for key, value in now.items() if value != then.get(key)}
+    with open(out / "commands.log", "a") as file:
+        file.write(f"{timestamp()} from step {first_step}: {command}"
+                   + (f"  # now {json.dumps(changed)}" if changed else "") + "\n")
+    return facts
+
+
+def timestamp():
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+# ---------------------------------------------------------------- times and words
+class Clock:
+    """Seconds of each step, and how many of them it waited for its batch:
+     with clock.waiting(): batch = next(loader)
+     ...; seconds, waited = clock.lap();   with clock.aside(): validate()        # in no step"""
+
+    def __init__(self, now=time.perf_counter):
+        self.now, self.begun, self.waited = now, now(), 0.0
+
+    @contextmanager
+    def waiting(self):
+        began = self.now()
+        try:
+            yield
+        finally:
+            self.waited += self.now() - began
+
+    @contextmanager
+    def aside(self):
+        began = self.now()
+        try:
+            yield
+        finally:
+            self.begun += self.now() - began
+
+    def lap(self):
+        """(seconds, seconds waited) since the last lap."""
+        end = self.now()
+        lap = end - self.begun, self.waited
+        self.begun, self.waited = end, 0.0
+        return lap
+
+
+def duration(seconds):
+    """45 s, 12 min 5 s, 3 h 12 min, 2 d 3 h."""
+    if not math.isfinite(seconds):
+        return "?"
+    seconds = max(0, round(seconds))
+    for unit, name, smaller, its_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"),
+                                          (60, "min", 1, "s")):
+        if seconds >= unit:
+            return f"{seconds // unit} {name} {seconds % unit // smaller} {its_name}"
+    return f"{seconds} s"
+
+
+def short(number):
+    """0.35, 102, 9.1k, 1.2M."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}" if number >= 9.95 else f"{number:.2g}"
+
+
+def one_line(text, width=60):
+    text = " ".join(str(text).split())
+    return text if len(text) <= width else text[:width - 1] + "…"
+
+
+def show_answers(rows, say=print):
+    """A line for each (task, prompt, answer, reference); several references may be a list."""
+    for task, prompt, answer, reference in rows:
+        if isinstance(reference, (list, tuple)):
+            reference = " / ".join(map(str, reference))
+        say(f"  {task}: {one_line(prompt)} -> {one_line(answer) or '(nothing)'} "
+            f"| wanted: {one_line(reference)}")
+
+
+def draw_curve(rows, height=10, width=72):
+    """Text picture of the training loss over the steps, log scale; rows without one do not count.
+    """
+    points = [(row["step"], row["ce"]) for row in rows
+              if row.get("ce") is not None and math.isfinite(row["ce"])]
+    if not points:
+        return "no steps"
+    losses = np.array([ce for _, ce in points])
+    cells = np.array([np.log(max(part.mean(), 1e-9))
+                      for part in np.array_split(losses, min(width, len(losses)))])
+    low, high = cells.min(), max(cells.max(), cells.min() + 1e-9)
+    levels = np.round((cells - low) / (high - low) * (height - 1)).astype(int)
+    lines = []
+    for level in range(height - 1, -1, -1):
+        label = (f"{math.exp(low + (high - low) * level / (height - 1)):7.3f}" if level % 3 == 0
+                 else " " * 7)
+        lines.append(f"{label} |" + "".join("*" if at == level else " " for at in levels))
+    lines.append(" " * 8 + f"+{'-' * len(levels)}  cross-entropy, "
+                 f"steps {points[0][0]}-{points[-1][0]}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- log.jsonl, events.jsonl
+def read_rows(path, last_step=None):
+    """Rows of a file of ours up to a step, one by one; lines that a kill or a full disk tore are
+    left out."""
+    if not Path(path).exists():
+        return
+    with open(path, errors="replace") as file:
+        for line in file:
+            with suppress(ValueError, TypeError, KeyError):
+                row = json.loads(line)
+                if last_step is None or row["step"] <= last_step:
+                    yield row
+
+
+class JsonLines:
+    """Rows appended to a file and flushed one by one.  OSErrors (a full disk) are said once and
+    cost rows; the file is tried again where write() is told to.  Opening it rewrites it atomically:
+    without torn lines and, where last_step is no None, without what comes after that step."""
+
+    def __init__(self, path, say, last_step=None):
+        self.path, self.say, self.last_step = path, say, last_step
+        self.file, self.failed = None, False
+        self._unless_full(self._open)
+
+    def _open(self):
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        try:
+            with open(temporary, "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in read_rows(
+                    self.path, self.last_step))
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.file = open(self.path, "a")
+
+    def write(self, row, try_again=True):
+        def append():
+            if self.file is None:
+                self._open()
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            if self.last_step is not None:
+                self.last_step = row["step"]
+        if self.file is not None or try_again:
+            self._unless_full(append)
+
+    def _unless_full(self, action):
+        try:
+            action()
+        except OSError as error:
+            self.close()
+            if not self.failed:
+                self.say(f"{self.path} cannot be written ({error.strerror or error}); rows are "
+                         "lost until it can, the run goes on")
+            self.failed = True
+
+    def close(self):
+        if self.file is not None:
+            with suppress(OSError):                      # what could not be flushed still cannot
+                self.file.close()
+            self.file = None
+
+
+def plain(value):
+    """Any row as JSON: tensors and numpy's numbers as Python's, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def scalars(row, prefix=""):
+    """{name: number} of a plain row; of {"task_ce": {"asr": 1}} task/asr."""
+    found = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found |= scalars(value, f"{prefix}{name.removesuffix('_ce')}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            found[prefix + name] = float(value)
+    return found
+
+
+# ---------------------------------------------------------------- back ends
+def installed(package):
+    """Whether it can be imported; a folder of that name in sys.path (wandb/) is none."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
+
+
+def check_wandb(project):
+    """Raises ValueError when a project is named but nothing there to send to it."""
+    if project and not installed("wandb"):
+        raise ValueError(f"--wandb {project}: not installed; pip install wandb, or leave the flag")
+
+
+class TensorBoard:
+    """Beside log.jsonl: tensorboard --logdir runs"""
+
+    def __init__(self, out, first_step):
+        from torch.utils.tensorboard import SummaryWriter
+        # Steps from purge_step on, of a run that was killed after its last checkpoint, are hidden.
+        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1,
+                                    flush_secs=30)
+
+    def write(self, numbers, step):
+        for name, number in numbers.items():
+            self.writer.add_scalar(name, number, step)
+
+    def close(self):
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """One run there for one run folder, however often it is stopped: its id is kept in wandb-id."""
+
+    def __init__(self, out, project, first_step, config):
+        import wandb
+        kept = out / "wandb-id"
+        if not first_step or not kept.exists():
+            kept.write_text(uuid.uuid4().hex[:8])
+        self.run = wandb.init(project=project, id=kept.read_text(), resume="allow", name=out.name,
+                              dir=str(out), config=config)
+        # wandb's own step may not go back, as ours does when a run goes on from its checkpoint.
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+
+    def write(self, numbers, step):
+        self.run.log({"step": step, **numbers})
+
+    def close(self):
+        self.run.finish()
+
+
+# ---------------------------------------------------------------- the log of a run
+# what a line shows of a row, in this order, where it is there
+LINE = (("loss", "loss {:.4f}".format), ("ce", "ce {:.4f}".format),
+        ("diversity", "diversity {:.4f}".format), ("cosine", "query cosine {:+.3f}".format),
+        ("lr", "lr {:.1e}".format), ("grad_norm", "grad {:.2f}".format),
+        ("clips_per_s", lambda n: f"{short(n)} clips/s"),
+        ("tokens_per_s", lambda n: f"{short(n)} tokens/s"),
+        ("mfu", lambda share: f"MFU {short(100 * share)} %"),
+        ("tflops", lambda n: f"{short(n)} TFLOP/s"), ("memory_gib", "{:.1f} GiB".format),
+        ("wait_share", lambda share: f"waiting {100 * share:.0f} %"),
+        ("eta_s", lambda s: f"ETA {duration(s)}"), ("val_ce", "held-out ce {:.4f}".format))
+TASKS_SHOWN = 6
+
+
+class RunLog:
+    """A row a step in out/log.jsonl, events in out/events.jsonl, every log_every steps a line, and
+    TensorBoard and wandb.  Only the chief writes and speaks; for the others all methods do nothing.
+
+    first_step: how many steps are done; later rows of an earlier start are cut off.  wandb: a
+    project; config: what wandb shows as the run's.  peak: operations a second of all devices
+    together (peak_flops * world), None: operations a second instead of MFU.  now: the clock.
+    last: the newest row, also of an earlier start, or None.
+    Raises ValueError, on every process, when wandb is named and not installed."""
+
+    def __init__(self, out, total_steps, first_step=0, chief=True, log_every=20, tensorboard=True,
+                 wandb="", peak=None, say=print, config=None, now=time.monotonic):
+        check_wandb(wandb)
+        self.out, self.total_steps, self.chief, self.log_every = (
+            Path(out), total_steps, chief, log_every)
+        self.first_step = self.at = first_step
+        self.peak, self.now, self.last = peak, now, None
+        self.back_ends, self.begun, self.in_steps = {}, None, 0.0
+        self._new_window()
+
+        def safely(text):
+            with suppress(OSError):            # stdout may be a file on the same full disk
+                say(text)
+        self.say = safely
+        if not chief:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        for row in read_rows(self.out / "log.jsonl", first_step):
+            self.last = row
+        self.log = JsonLines(self.out / "log.jsonl", self.say, first_step)
+        self.events = JsonLines(self.out / "events.jsonl", self.say)
+        if tensorboard and not installed("tensorboard"):
+            self.say("TensorBoard is not installed: pip install tensorboard")
+        elif tensorboard:
+            self._start("TensorBoard", TensorBoard, self.out, first_step)
+        if wandb:
+            self._start("wandb", WeightsAndBiases, self.out, wandb, first_step, config)
+
+    @property
+    def rows(self):
+        """[{"step", "ce"}] of all steps so far, from the file: all that draw_curve wants."""
+        return [{"step": row["step"], "ce": row.get("ce")} for row in read_rows(
+            self.out / "log.jsonl", self.at)] if self.chief else []
+
+    # ---- a step
+    def step(self, row, clips=0, tokens=0, flops=0, waited_s=0.0, seconds=0.0):
+        """row: {"step": how many are done, "loss", "ce", ..., "task_ce": {task: ce}, "skipped"}.
+        clips, tokens (LLM positions) and flops: of all processes together in this step, which took
+        so many seconds, waited_s of them for its batch.  Returns the row with rates over the steps
+        since the last printed line."""
+        if not self.chief:
+            return row
+        self.at = row["step"]
+        if self.begun is None:
+            self.begun = self.now() - seconds
+        self.in_steps += seconds
+        sums = self.window
+        for name, value in (("steps", 1), ("clips", clips), ("tokens", tokens), ("flops", flops),
+                            ("waited", waited_s), ("seconds", seconds),
+                            ("skipped", row.get("skipped") or 0)):
+            sums[name] += value
+        for task, ce in (row.get("task_ce") or {}).items():
+            self.window_tasks.setdefault(task, []).append(float(ce))
+        row = {**row, **self._rates()}
+        due = self.at % self.log_every == 0 or self.at == self.total_steps
+        self.last = written = plain(row)
+        self.log.write(written, try_again=due)
+        self._send(scalars(written))
+        if due:
+            self.say(self._line(row))
+            self._new_window()
+        return row
+
+    def _new_window(self):
+        self.window = dict.fromkeys(
+            ("steps", "clips", "tokens", "flops", "waited", "seconds", "skipped"), 0)
+        self.window_tasks = {}
+
+    def _rates(self):
+        sums = self.window
+        seconds = max(sums["seconds"], 1e-9)
+        rates = {"clips_per_s": sums["clips"] / seconds, "tokens_per_s": sums["tokens"] / seconds}
+        if sums["flops"] and self.peak:
+            rates["mfu"] = sums["flops"] / seconds / self.peak
+        elif sums["flops"]:
+            rates["tflops"] = sums["flops"] / seconds / 1e12
+        device = "cuda" if torch.cuda.is_initialized() else "cpu"
+        rates["memory_gib"] = sizes.peak_memory(torch.device(device)) / sizes.GIB
+        rates["wait_share"] = sums["waited"] / seconds
+        # Of the steps to come: their time as now, and what validations took between those so far.
+        between = max(0.0, self.now() - self.begun - self.in_steps)
+        rates["eta_s"] = (self.total_steps - self.at) * (
+            sums["seconds"] / sums["steps"] + between / max(1, self.at - self.first_step))
+        return {name: float(f"{rate:.4g}") for name, rate in rates.items()}
+
+    def _line(self, row):
+        parts = [form(row[name]) for name, form in LINE if row.get(name) is not None]
+        if self.window["skipped"]:
+            parts.append(f"{self.window['skipped']:.0f} skipped")
+        tasks = sorted(((sum(ces) / len(ces), task) for task, ces in self.window_tasks.items()),
+                       reverse=True)                            # the worst first
+        shown = " ".join(f"{task} {ce:.2f}" for ce, task in tasks[:TASKS_SHOWN])
+        more = f" and {len(tasks) - TASKS_SHOWN} better" if len(tasks) > TASKS_SHOWN else ""
+        return (f"step {self.at}/{self.total_steps}: {', '.join(parts)}"
+                + (f" | {shown}{more}" if shown else ""))
+
+    # ---- events, back ends
+    def note(self, kind, **facts):
+        """An event (validation, checkpoint, skipped step, resumed) with its time and step; numbers
+        among its facts go to the back ends as kind/name.  step=: of a step that step() has not
+        been told yet."""
+        if self.chief:
+            facts = plain(facts)
+            self.events.write({"time": timestamp(), "step": self.at, "event": kind, **facts})
+            self._send(scalars(facts, f"{kind}/"))
+
+    def close(self):
+        if self.chief:
+            for name, back_end in [*self.back_ends.items()]:
+                self._unless_broken(name, back_end.close)
+            self.back_ends = {}
+            self.log.close()
+            self.events.close()
+
+    def _start(self, name, back_end, *settings):
+        def start():
+            self.back_ends[name] = back_end(*settings)
+        self._unless_broken(name, start)
+
+    def _send(self, numbers):
+        for name, back_end in [*self.back_ends.items()] if numbers else ():
+            self._unless_broken(name, back_end.write, numbers, self.at)
+
+    def _unless_broken(self, name, action, *settings):
+        try:
+            action(*settings)
+        except Exception as error:             # whatever it is, it is no reason to lose a run
+            self.back_ends.pop(name, None)     # not closed, which could wait for ever
+            self.say(f"{name} failed ({type(error).__name__}: {one_line(error, 120)}); "
+                     "it is switched off, the run goes on")

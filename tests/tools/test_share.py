@@ -1,0 +1,652 @@
+"""Model cards, pushing (the Hub is a recorder, or a cache in its layout) and the merged LLM, which
+transformers reads: its logits are the oracle."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import filter_repo_objects
+from parity import check
+
+import eval as evaluation
+import lora
+from aveb import tables
+from baselines.instructblip import InstructBlip
+from favor import Favor, preset, prompt_ids
+from llama import Llama, LlamaConfig, Tokenizer
+from runtime import hub
+from tools import share
+
+ROOT = Path(share.__file__).parent.parent
+FACTS = {"train": {"model": "tiny", "lr": 1e-3, "start_from": "", "seed": 0}, "commit": "abc123",
+         "dirty": True,
+         "command": "train.py --lr 1e-3", "step": 7, "val_ce": 0.5,
+         "mixture": {"librispeech": {"asr": 5}, "gqa": {"vqa": 7, "isqa": 2}, "own": {"avm": 1}}}
+HOSTILE = ["a|b", "line\nbreak\n---\nlicense: mit", "<script>x</script>", "back\\", '"quoted": [',
+           "# head", "🎈", "`tick`", "\x00\x85\u2028", "../up"]
+
+
+def sources(parts, **others):
+    return {"whisper": str(parts / "whisper"), "instructblip": str(parts / "instructblip"),
+            "llm": str(parts / "llama"), **others}
+
+
+def build(parts, kind=Favor, **others):
+    """A tiny model whose LoRA counts."""
+    model = kind.from_config(preset("tiny", **sources(parts, **others), lora_alpha=24.0,
+                                    max_new_tokens=5))
+    for layer in lora.layers(model.llm).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def saved(small_parts, tmp_path_factory):
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("run")
+    build(small_parts).save_pretrained(folder, **FACTS)
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    """A run's folder as train.py leaves it, which tests may change."""
+    shutil.copytree(saved, tmp_path / "run" / "best")
+    (tmp_path / "run" / "best" / "state.pt").write_text("optimiser")
+    (tmp_path / "run" / "best" / "model.safetensors.tmp").write_text("half")
+    return tmp_path / "run"
+
+
+def change(folder, **facts):
+    """favor.json with other facts; None takes one out."""
+    old = hub.read_json(folder / "favor.json")
+    hub.write_json(folder / "favor.json", {
+        k: v for k, v in (old | facts).items() if v is not None})
+
+
+def head_of(card):
+    assert card.startswith("---\n")
+    return yaml.safe_load(card[4:card.index("\n---\n")])
+
+
+def rows_of(text):
+    """The cells of every table line, as a reader of Markdown finds them."""
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.replace(r"\\", "\0"))[1:-1]]
+            for line in text.splitlines() if line.startswith("|")]
+
+
+# ---- the card -----------------------------------------------------------------------------------
+
+def test_card_says_what_the_checkpoint_says(run):
+    change(run / "best", config=hub.read_json(run / "best" / "favor.json")["config"] | {
+        "whisper": "openai/whisper-large-v2", "instructblip": "Salesforce/instructblip-vicuna-7b",
+        "llm": "Salesforce/instructblip-vicuna-7b", "variant": "official", "windows": 10})
+    card = share.model_card(run, "me/ears")
+    assert head_of(card) == {
+        "license": "other", "license_name": "terms-of-the-base-models",
+        "license_link": "https://huggingface.co/Salesforce/instructblip-vicuna-7b",
+        "library_name": "favor", "pipeline_tag": "video-text-to-text",
+        "base_model": ["openai/whisper-large-v2", "Salesforce/instructblip-vicuna-7b"],
+        "datasets": ["librispeech", "gqa"],
+        "tags": ["favor", "video", "audio-visual", "speech", "lora"]}
+    rows = rows_of(card)
+    for row in (["Whisper", "openai/whisper-large-v2"], ["variant", "official"], ["windows", "10"],
+                ["librispeech", "asr", "5"], ["gqa", "vqa", "7"], ["gqa", "isqa", "2"],
+                ["own", "avm", "1"], ["commit", "abc123"], ["command", "train.py --lr 1e-3"],
+                ["seed", "0"], ["dirty", "True"], ["step", "7"], ["val_ce", "0.5"]):
+        assert row in rows
+    assert not any(row[0] == "start_from" for row in rows)
+    assert 'favor.Favor.from_pretrained("me/ears")' in card and "# ears\n" in card
+    assert "hf download me/ears --local-dir checkpoint" in card
+    assert "--checkpoint checkpoint\n" in card and "FOLDER" not in card
+    assert "Not scored." in card and "inherit the terms" in card and share.MARK in card
+    assert "code is under the MIT licence" in card
+
+
+def test_card_says_what_is_missing(run):
+    change(run / "best", mixture=None, train=None, commit=None, dirty=None, command=None, step=None,
+           val_ce=None, system=None)
+    card = share.model_card(run / "best")
+    for text in ("Training data unknown", "How it was trained is not written down", "Not scored."):
+        assert text in card
+    assert "datasets" not in head_of(card) and "base_model" not in head_of(card)   # local folders
+    rows = rows_of(card)
+    assert ["LLM", "a local folder, llama"] in rows
+    assert str(run.parent.parent) not in card                        # no paths of this machine
+    assert 'from_pretrained("user/name", whisper="FOLDER", instructblip="FOLDER", llm="FOLDER")' \
+        in card and "--whisper FOLDER --instructblip FOLDER --llm FOLDER" in card
+    change(run / "best", config={"variant": "paper"})
+    assert ["windows", "not written down"] in rows_of(share.model_card(run))
+
+
+def test_the_committed_checkpoint_is_ours():
+    card = share.model_card(ROOT / "miniature" / "weights" / "favor")
+    assert head_of(card)["license"] == "mit" and "base_model" not in head_of(card)
+    assert ["LLM", "miniature/weights/llama"] in rows_of(card) and "inherit" not in card
+
+
+def test_hostile_text_breaks_neither_table_nor_yaml(run):
+    config = hub.read_json(run / "best" / "favor.json")["config"]
+    change(run / "best", mixture={name: {name: 1} for name in HOSTILE}, commit=HOSTILE[1],
+           command=HOSTILE[0], train={"data": HOSTILE[3]},
+           config=config | {"variant": HOSTILE[1], "llm": "x/y\nlicense: mit",
+                            "lora_targets": HOSTILE[:2]})
+    card = share.model_card(run)
+    head = head_of(card)
+    assert head["license"] == "other" and "datasets" not in head and "base_model" not in head
+    assert not re.search(r"^license: mit", card, re.M) and card.count("\n---\n") == 1
+    assert not re.search(r"(?<!\\)<(?!!--)", card) and "\x00" not in card and "\u2028" not in card
+    rows = rows_of(card)
+    assert [r"a\|b"] * 2 + ["1"] in rows and ["data", "back\0"] in rows
+    first = rows.index(["data set (own: not named)", "task", "samples"])
+    assert all(len(row) == 3 for row in rows[first:first + 2 + len(HOSTILE)])
+    # what is put there would come out of it
+    told = share.front_matter(a=HOSTILE[4], b=[HOSTILE[6], HOSTILE[3]], c="", d=[])
+    assert yaml.safe_load(told.strip("-")) == {"a": HOSTILE[4], "b": [HOSTILE[6], HOSTILE[3]]}
+
+
+# ---- scores -------------------------------------------------------------------------------------
+
+def write_report(path, **settings):
+    rows = [{"id": str(i), "task": task, "prompt": "?", "references": ["red"], "both": said,
+             "meta": {"dataset": "x", "metrics": metrics}}
+            for i, (task, said, metrics) in enumerate([
+                ("vqa", "red", ["word_match"]), ("vqa", "blue", ["word_match"]),
+                ("asr", "red", ["wer"]), ("avsd", "red", ["judged"])])]
+    tables.write_report(path.with_suffix(".jsonl"), rows, ("both",), {"vqa": 3},
+                        {"mixture": FACTS["mixture"], **settings})
+
+
+def test_scores_of_these_weights(run):
+    best = run / "best"
+    write_report(best / "predictions.json", weights=evaluation.weights_hash(best), beams=5,
+                 manifest="m|n.jsonl", questions=4, ids="12ab", history="gold", dtype="float32")
+    card = share.model_card(run)
+    rows = rows_of(card)
+    assert ["vqa", "both", "word_match % ↑", r"50.0 \[9.5, 90.5\]", "2", "3", "trained on it"
+            ] in rows                                                     # gqa is in the mixture
+    assert any(row[:2] == ["asr", "both"] and row[2].startswith("wer % ↓ ")      # and its note
+               and row[6] == "trained on it" for row in rows)
+    assert ["avsd", "both", "judged", "n/a (no answers)", "-", "-", "zero-shot"] in rows
+    assert (r"beams 5, history gold, dtype float32, questions 4, manifest m\|n.jsonl, ids 12ab."
+            in card)
+    assert "Not scored" not in card
+    shutil.move(best / "predictions.json", run / "predictions.json")      # beside it counts too
+    assert share.model_card(run) == card
+    with open(best / "lora" / "adapter_model.safetensors", "ab") as file:
+        file.write(b" ")
+    assert "Not scored: there is a predictions.json, but of other weights" in share.model_card(run)
+
+
+def test_scores_that_train_py_wrote(run):
+    """Of best/, in the folder above, without a hash of the weights."""
+    os.utime(run / "best" / hub.SINGLE, (1, 1))
+    write_report(run / "predictions.json", checkpoint="runs/x/best")
+    assert "| vqa | both |" in share.model_card(run)
+    assert "Decoding and questions: not written down." in share.model_card(run)
+    shutil.copytree(run / "best", run / "last")
+    assert "Not scored: there is" in share.model_card(run / "last")
+    os.utime(run / "best" / hub.SINGLE)                        # trained on since
+    os.utime(run / "predictions.json", (2, 2))
+    assert "Not scored: there is" in share.model_card(run)
+
+
+def test_a_predictions_file_that_is_no_report(run):
+    (run / "predictions.json").write_text("[]")
+    assert "Not scored: there is" in share.model_card(run)
+    (run / "predictions.json").write_text("{")
+    with pytest.raises(ValueError, match="predictions.json: not valid JSON"):
+        share.model_card(run)
+
+
+# ---- to the Hub ---------------------------------------------------------------------------------
+
+class Recorder:
+    """An HfApi; what is uploaded appears in the Hub's cache, in its own layout."""
+    public = False
+
+    def __init__(self, cache=None, fails=None):
+        self.cache, self.fails, self.calls, self.files = cache, fails, [], []
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        self.calls.append(("create_repo", repo_id, private, exist_ok))
+        if self.fails:
+            raise self.fails
+
+    def model_info(self, repo_id):
+        return SimpleNamespace(private=not self.public)
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, allow_patterns):
+        self.calls.append(("upload_folder", repo_id))
+        found = sorted(path.relative_to(folder_path).as_posix()
+                       for path in Path(folder_path).rglob("*") if path.is_file())
+        self.files = list(filter_repo_objects(found, allow_patterns=allow_patterns))
+        if self.cache:
+            root, commit = self.cache / f"models--{repo_id.replace('/', '--')}", "0" * 40
+            for name in self.files:
+                copy = root / "snapshots" / commit / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(Path(folder_path) / name, copy)
+            (root / "refs").mkdir(exist_ok=True)
+            (root / "refs" / "main").write_text(commit)
+        return "done"
+
+
+UPLOADED = ["README.md", "favor.json", "lora/adapter_config.json",
+            "lora/adapter_model.safetensors", "model.safetensors"]
+
+
+@pytest.fixture
+def api(tmp_path, monkeypatch):
+    """The Recorder that share.push and push_to_hub find, and its cache as the Hub's."""
+    recorder = Recorder(tmp_path / "cache")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_mine")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token: recorder)
+    return recorder
+
+
+def test_push_uploads_the_trained_parts_and_the_card(run, api):
+    (run / "best" / "predictions.jsonl").write_text("{}")
+    assert share.push(run, "me/ears", api=api) == "done"
+    assert api.calls == [("create_repo", "me/ears", None, True), ("upload_folder", "me/ears")]
+    assert api.files == UPLOADED
+    card = run / "best" / "README.md"
+    assert card.read_text() == share.model_card(run, "me/ears")
+    change(run / "best", commit="later")
+    share.push(run, "me/ears", private=True, api=api)
+    assert api.calls[2] == ("create_repo", "me/ears", True, True) and "later" in card.read_text()
+    card.write_text(own := card.read_text().replace(share.MARK, "") + "by hand")
+    change(run / "best", commit="latest")
+    share.push(run, "me/ears", api=api)
+    assert card.read_text() == own and "README.md" in api.files
+
+
+def answer(status):
+    return SimpleNamespace(status_code=status, headers={}, request=None)
+
+
+@pytest.mark.parametrize("failure, kind, message", [
+    (errors.HfHubHTTPError("no", response=answer(403)), PermissionError,
+     r"me/ears: the Hub refuses \(403\).*hf auth login"),
+    (errors.HfHubHTTPError("bad\ncard", response=answer(400)), OSError,
+     "me/ears: the Hub answers 400: .*bad card"),
+    (ConnectionError("reset"), ConnectionError,
+     "me/ears: the Hub cannot be reached .*where there is a network. The card is written: .*READ"),
+    (RuntimeError("a bug"), RuntimeError, "^a bug$")])
+def test_what_went_wrong_is_told_apart(run, failure, kind, message):
+    with pytest.raises(kind, match=message) as error:
+        share.push(run, "me/ears", api=Recorder(fails=failure))
+    assert type(error.value) is kind
+
+
+def test_what_is_not_uploaded(run, monkeypatch, tmp_path):
+    api = Recorder()
+    for name in ("ears", "me/ea rs", "a/b/c", "/me", "me/"):
+        with pytest.raises(ValueError, match="wanted the name of a repo on the Hub, user/name"):
+            share.push(run, name, api=api)
+    with pytest.raises(FileNotFoundError, match="no favor.json, there or in best/; wanted a check"):
+        share.push(tmp_path, "me/ears", api=api)
+    api.public = True
+    with pytest.raises(ValueError, match="is there and public, so nothing was uploaded"):
+        share.push(run, "me/ears", private=True, api=api)
+    assert [call[0] for call in api.calls] == ["create_repo"]
+    weights = run / "best" / hub.SINGLE
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="model.safetensors: truncated or damaged"):
+        share.push(run, "me/ears", api=api)
+    (run / "best" / "lora" / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no lora/adapter_model.safetensors; save"):
+        share.push(run, "me/ears", api=api)
+    for text, message in (("[]", "no config in it"), ('{"config": 3}', "no config in it"),
+                          ('{"config": {}, "system": "x"}', "system 'x'; wanted favor or instr")):
+        (run / "best" / "favor.json").write_text(text)
+        with pytest.raises(ValueError, match=f"favor.json: {message}"):
+            share.push(run, "me/ears", api=api)
+    assert len(api.calls) == 1
+
+
+def test_the_real_library_without_token_and_network(run, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(SystemExit, match="^share.py: no token for the Hub; `hf auth login`"):
+        share.main(["push", str(run), "me/ears"])
+    assert not (run / "best" / "README.md").exists()
+    with pytest.raises(ConnectionError, match=r"cannot be reached \(HF_HUB_OFFLINE is set\)"):
+        share.push(run, "me/ears", token="hf_x")
+
+
+@torch.no_grad()
+def test_from_pretrained_opens_what_was_pushed(run, api, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    share.push(run, "me/ears")
+    ours, again = Favor.from_pretrained(run / "best"), Favor.from_pretrained("me/ears")
+    assert again.config == ours.config and not again.training
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+    # a folder of that name counts for more
+    for parameter in ours.trained_parameters():
+        parameter.fill_(0.25)
+    ours.save_pretrained("me/ears")
+    assert (Favor.from_pretrained("me/ears").llm_proj.weight == 0.25).all()
+    for absent, message in [("me/eyes", "me/eyes: not in the cache .*favor.json"),
+                            ("runs/none/best", r"no such folder; wanted .*\(favor.json \+ model"),
+                            ("me", "no favor.json; wanted a checkpoint of train.py")]:
+        with pytest.raises(FileNotFoundError, match=message):
+            Favor.from_pretrained(absent)
+
+
+def test_a_repo_that_is_no_checkpoint_is_told_before_its_weights_come(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(repo, allow_patterns, local_files_only):
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    def hf_hub_download(repo, name, local_files_only):
+        raise errors.RemoteEntryNotFoundError("404", response=answer(404))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    with pytest.raises(FileNotFoundError, match="has no favor.json, it is no checkpoint of ours"):
+        Favor.from_pretrained("openai/whisper-large-v2")
+    assert "favor.json" in asked and "lora/*" in asked and hub.SINGLE not in asked
+
+
+def test_push_to_hub_of_a_model(saved, api, tmp_path):
+    model = Favor.from_pretrained(saved)
+    folder = tmp_path / "kept"
+    assert model.push_to_hub("me/ears", folder, token="hf_secret", private=True,
+                             mixture={"gqa": {"vqa": 3}}, commit="c0ffee") == "done"
+    assert api.files == UPLOADED and api.calls[0] == ("create_repo", "me/ears", True, True)
+    told = hub.read_json(folder / "favor.json")
+    assert told["commit"] == "c0ffee" and told["system"] == "favor"
+    assert not any("hf_secret" in path.read_text() for path in (
+        folder / "favor.json", folder / "README.md"))
+    assert ["gqa", "vqa", "3"] in rows_of((folder / "README.md").read_text())
+    assert torch.equal(Favor.from_pretrained("me/ears").llm_proj.weight, model.llm_proj.weight)
+    with pytest.raises(FileExistsError, match="name a new folder"):
+        model.push_to_hub("me/ears", saved)                 # would lose the run's facts
+    model.push_to_hub("me/plain")
+    assert api.calls[-1] == ("upload_folder", "me/plain") and api.files == UPLOADED
+
+
+def test_the_instructblip_baseline(small_parts, api, tmp_path):
+    model = build(small_parts, InstructBlip)
+    model.save_pretrained(tmp_path / "run", **FACTS)
+    card = share.model_card(tmp_path / "run", "me/blip")
+    assert head_of(card)["pipeline_tag"] == "image-text-to-text"
+    assert head_of(card)["tags"] == ["favor", "video"]
+    assert "Whisper" not in card and "InstructBLIP, fine-tuned as a baseline" in card
+    assert 'baselines.InstructBlip.from_pretrained("me/blip", ' in card
+    assert "eval.py --system instructblip" in card and "demo.py" not in card
+    with pytest.raises(ValueError, match="--system instructblip has no LoRA, so there is nothing"):
+        share.merge(tmp_path / "run", tmp_path / "out")
+    model.push_to_hub("me/blip")
+    assert api.files == ["README.md", "favor.json", "model.safetensors"]
+    again = InstructBlip.from_pretrained("me/blip")
+    assert torch.equal(again.language_projection.weight, model.language_projection.weight)
+    with pytest.raises(ValueError, match="a checkpoint of --system instructblip; pass that"):
+        Favor.from_pretrained("me/blip")
+
+
+# ---- the merged LLM -----------------------------------------------------------------------------
+
+def inside_instructblip(parts, folder):
+    """The same LLM in an InstructBLIP's file, its vocabulary padded, and tokenizer files as
+    published: they call </s> the first token and add one behind the LLM's."""
+    llm = Llama.from_pretrained(parts / "llama")
+    hub.save_folder(folder, {
+        f"language_model.{n}": torch.cat([t, torch.ones(3, 32)]) if len(t) == 400 else t
+        for n, t in llm.state_dict().items()} | {"qformer.x": torch.ones(2)}, {
+        "text_config": llm.config.to_dict() | {"vocab_size": 403, "bos_token_id": 0}})
+    shutil.copy(parts / "llama" / "tokenizer.model", folder)
+    (folder / "tokenizer.json").write_text("{}")
+    hub.write_json(folder / "tokenizer_config.json", {"bos_token": "</s>", "pad_token": "[PAD]"})
+    hub.write_json(folder / "added_tokens.json", {"[PAD]": 400})
+
+
+def like_llama3(folder):
+    """Grouped-query attention, llama3's rope, tied embeddings, two end tokens, tokenizer.json."""
+    from tokenizers import Tokenizer as Pieces
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+    pieces = Pieces(models.BPE())
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = decoders.ByteLevel()
+    pieces.train_from_iterator(["what colour is the ball"] * 3, trainers.BpeTrainer(
+        vocab_size=290, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    pieces.add_special_tokens(["<|begin|>", "<|end|>", "<|turn|>"])
+    bos = pieces.token_to_id("<|begin|>")
+    pieces.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", bos)])
+    folder.mkdir()
+    Llama(LlamaConfig(
+        vocab_size=bos + 3, width=32, layers=2, heads=4, kv_heads=2, ffn=48, rope_theta=5e5,
+        rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                      "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+        eps=1e-5, max_positions=64, tie_embeddings=True, bos_id=bos, eos_id=bos + 1,
+    )).save_pretrained(folder)
+    pieces.save(str(folder / "tokenizer.json"))
+    hub.write_json(folder / "generation_config.json", {"eos_token_id": [bos + 1, bos + 2]})
+    hub.write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>",
+        "eos_token": "<|turn|>"})
+
+
+def checkpoint_of(case, parts, tmp_path):
+    """A checkpoint over one kind of LLM -> its folder."""
+    llm = tmp_path / "llm"
+    if case.startswith("instructblip"):
+        llm.mkdir()
+        inside_instructblip(parts, llm)
+        if case.endswith("tokenizer.json"):
+            share.write_tokenizer_json(llm / "tokenizer.json", Tokenizer.from_pretrained(llm))
+            (llm / "tokenizer.model").unlink()
+    elif case.startswith("llama 3"):
+        like_llama3(llm)
+    else:
+        shutil.copytree(parts / "llama", llm)
+    targets = ("q_proj", "down_proj", *(["lm_head"] if case == "llama 3, LoRA on its head" else []))
+    build(parts, llm=str(llm), lora_targets=targets).save_pretrained(tmp_path / "run", commit="c1")
+    return tmp_path / "run"
+
+
+CASES = ["llama", "instructblip", "instructblip, tokenizer.json", "llama 3",
+         "llama 3, LoRA on its head"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_merged_is_ours_in_transformers(case, small_parts, tmp_path):
+    from transformers import AutoTokenizer, LlamaForCausalLM
+    run = checkpoint_of(case, small_parts, tmp_path)
+    out = share.merge(run, tmp_path / "out", "float32", shard_gb=2e-5 if "3" in case else 5)
+    ours, oracle = Favor.from_pretrained(run), LlamaForCausalLM.from_pretrained(out).eval()
+    assert oracle.dtype == torch.float32 and (out / hub.INDEX).exists() == ("3" in case)
+    vocab = ours.tokenizer.vocab_size
+    ids = torch.randint(3, vocab, (2, 30), generator=torch.Generator().manual_seed(0))
+    logits = ours.llm(ids)
+    check(f"merged, {case}", oracle(ids).logits, logits, 1e-5, 2e-6)
+    base = Llama.from_pretrained(tmp_path / "llm", vocab_size=vocab)
+    assert (base(ids) - logits).abs().max() > 0.05                    # LoRA counts
+    again = Llama.from_pretrained(out)                                # we read it too
+    check(f"merged, read by us, {case}", again(ids), logits, 1e-5, 2e-6)
+    assert oracle.config.tie_word_embeddings == (case == "llama 3")
+
+    # text -> the same ids, alone and as a dialogue
+    theirs = AutoTokenizer.from_pretrained(out)
+    for text in ("what colour is the ball?", "a  b\nc", " 🎈 naïve", ""):
+        assert theirs(text).input_ids == [ours.tokenizer.bos_id, *ours.tokenizer.encode(text)]
+        assert theirs.decode(ours.tokenizer.encode(text)) == ours.tokenizer.decode(
+            ours.tokenizer.encode(text))
+    assert len(theirs) <= vocab and theirs.eos_token_id == ours.tokenizer.eos_id
+    turns = [("what is red", "the ball"), ("who", "a dog")]
+    messages = [{"role": role, "content": text} for turn in turns
+                for role, text in zip(("user", "assistant"), turn, strict=True)]
+    got = theirs.apply_chat_template([*messages, {"role": "user", "content": "where is it?"}],
+                                     return_dict=False)
+    before, after, _ = prompt_ids(ours.tokenizer, "where is it?", turns, has_clip=False)
+    assert got == before + after
+    with pytest.raises(Exception, match="wanted user and assistant only"):
+        theirs.apply_chat_template([{"role": "system", "content": "be kind"}])
+
+    # and the same answer, which ends where ours does
+    prompt = torch.tensor([got])
+    said = oracle.generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1]:].tolist()
+    ends = oracle.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    assert set(ends) == {*(ours.llm.config.eos_id if "3" in case else [2])}
+    mine = ours.llm.generate(prompt, max_new_tokens=8)[0]
+    assert [i for i in said if i not in ends] == mine
+
+
+def test_what_is_in_the_folder(run, small_parts, tmp_path):
+    out = share.merge(run, tmp_path / "out", "bfloat16", shard_gb=3e-5)
+    config = hub.read_json(out / "config.json")
+    assert {key: config[key] for key in (
+        "architectures", "model_type", "num_key_value_heads", "rope_theta", "rms_norm_eps",
+        "vocab_size", "bos_token_id", "eos_token_id", "torch_dtype", "tie_word_embeddings")} == {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_key_value_heads": 2,
+        "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16", "bos_token_id": 1,
+        "vocab_size": Tokenizer.from_pretrained(small_parts / "llama").vocab_size,
+        "eos_token_id": 2, "tie_word_embeddings": False}
+    tensors, index = hub.open_tensors(out), hub.read_json(out / hub.INDEX)
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert index["metadata"]["total_size"] == sum(t.size for t in tensors.values())
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+    for shard in shards:                       # no larger than asked for, but a tensor at least
+        sizes = [t.size for t in tensors.values() if t.path == shard]
+        assert sum(sizes) <= 3e4 or len(sizes) == 1
+    card = (out / "README.md").read_text()
+    assert head_of(card)["pipeline_tag"] == "text-generation" and "abc123" in card
+    assert "the audio-visual parts are not in here" in card and "inherit the terms" in card
+
+
+def test_bfloat16_is_rounded_once(run, small_parts, tmp_path):
+    share.merge(run, tmp_path / "whole", "float32")
+    share.merge(run, tmp_path / "half", "bfloat16")
+    whole, half = hub.open_tensors(tmp_path / "whole"), hub.open_tensors(tmp_path / "half")
+    assert all(torch.equal(tensor().bfloat16(), half[name]()) for name, tensor in whole.items())
+
+
+def test_one_tensor_at_a_time(run, tmp_path, monkeypatch):
+    made, most, inner = [], [], share.merged_tensors
+
+    def watched(*args):
+        *rest, read = inner(*args)
+
+        def counting(name):
+            most.append(sum(ref() is not None for ref in made))
+            tensor = read(name)
+            made.append(weakref.ref(tensor))
+            return tensor
+        return *rest, counting
+    monkeypatch.setattr(share, "merged_tensors", watched)
+    share.merge(run, tmp_path / "out", "float32")
+    assert len(made) == 21 and max(most) <= 1       # the one before, until it has a successor
+
+
+def test_merge_refuses(run, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match="out: there is something in it; name another"):
+        share.merge(run, out)
+    with pytest.raises(FileExistsError, match="something in it"):
+        share.merge(run, out / "mine.txt")
+    (out / "mine.txt").unlink()
+    assert share.merge(run, out) == out and (out / "config.json").exists()      # empty is no harm
+    for wrong in ({"dtype": "int8"}, {"shard_gb": 0}):
+        with pytest.raises(ValueError, match="wanted one of bfloat16, float16, float32"):
+            share.merge(run, tmp_path / "no", **wrong)
+    with pytest.raises(FileNotFoundError, match="no/where"):
+        share.merge(run, tmp_path / "no", llm=tmp_path / "no/where")
+    other = tmp_path / "other"
+    Llama(LlamaConfig(vocab_size=400, width=16, layers=2, heads=2, kv_heads=2, ffn=48)
+          ).save_pretrained(other)
+    shutil.copy(Path(hub.read_json(run / "best" / "favor.json")["config"]["llm"])
+                / "tokenizer.model", other)
+    with pytest.raises(ValueError, match="adapters do not fit Llama; wrong shape"):
+        share.merge(run, tmp_path / "no", llm=other)
+    tensors = {name: t() for name, t in hub.open_tensors(other).items()}
+    hub.save_folder(other, {n: t for n, t in tensors.items() if n != "model.norm.weight"} | {
+        "model.wing": torch.ones(1)}, hub.read_json(other / "config.json"))
+    with pytest.raises(ValueError, match="wrong shape: model.norm.weight, model.wing"):
+        share.merge(run, tmp_path / "no", llm=other)
+    assert not (tmp_path / "no").exists() and not (tmp_path / "no.tmp").exists()
+
+
+def test_an_error_leaves_nothing_behind(run, tmp_path):
+    """float16 ends at 65504."""
+    path = run / "best" / "lora" / "adapter_model.safetensors"
+    adapters = hub._header(path)
+    tensors = {name: tensor() for name, tensor in adapters.items()}
+    last = [name for name in tensors if "layers.1.mlp.down_proj.lora_B" in name]
+    tensors[last[0]] = tensors[last[0]] * 1e7
+    os.replace(hub._write(path, tensors), path)
+    with pytest.raises(ValueError, match=r"down_proj.weight: infinite .* torch.float16; take bf"):
+        share.merge(run, tmp_path / "out", "float16", shard_gb=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    share.merge(run, tmp_path / "out", "bfloat16")
+
+
+def test_a_kill_leaves_no_half_folder(run, tmp_path):
+    """Killed when the weights are there and the tokenizer is not; then the same again."""
+    code = ("import os, signal, sys\nfrom tools import share\n"
+            "share.write_tokenizer = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "share.main(['merge', *sys.argv[1:]])")
+    done = subprocess.run([sys.executable, "-c", code, run, tmp_path / "out"], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    assert (tmp_path / "out.tmp" / hub.SINGLE).exists()
+    (tmp_path / "out.tmp" / "rest").touch()
+    share.merge(run, tmp_path / "out")
+    assert not (tmp_path / "out.tmp").exists() and not (tmp_path / "out" / "rest").exists()
+    assert Llama.from_pretrained(tmp_path / "out")
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+def test_commands(run, api, tmp_path, capsys):
+    share.main(["card", str(run)])
+    assert capsys.readouterr().out == share.model_card(run)
+    share.main(["card", str(run / "best"), "me/ears"])
+    assert capsys.readouterr().out == share.model_card(run, "me/ears")
+    share.main(["push", str(run), "me/ears", "--private"])
+    assert api.calls[0] == ("create_repo", "me/ears", True, True)
+    assert "https://huggingface.co/me/ears" in capsys.readouterr().out
+    llm = hub.read_json(run / "best" / "favor.json")["config"]["llm"]
+    change(run / "best", config=hub.read_json(run / "best" / "favor.json")["config"] | {
+        "llm": str(tmp_path / "moved")})
+    share.main(["merge", str(run), str(tmp_path / "out"), "--dtype", "float16", "--llm", llm])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float16"
+    assert str(tmp_path / "out") in capsys.readouterr().out
+    for command, message in [
+            (["card", str(tmp_path)], "no favor.json"), (["push", str(run), "ears"], "user/name"),
+            (["merge", str(run), str(tmp_path / "out"), "--llm", llm], "something in it"),
+            (["merge", str(run), str(tmp_path / "new")], "moved: no such folder")]:
+        with pytest.raises(SystemExit, match=f"^share.py: .*{message}") as error:
+            share.main(command)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command, parts", [
+    ([], ("python -m tools.share merge", "model card", "push", "card")),
+    (["card"], ("RUN", "> README.tmp")), (["push"], ("user/name", "--private", "hf auth login")),
+    (["merge"], ("OUT", "--dtype", "--shard-gb", "--llm", "without the audio-visual parts"))])
+def test_help_teaches(command, parts, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        share.main([*command, "--help"])
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in parts)

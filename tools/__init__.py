@@ -1,0 +1,1 @@
+"""Commands around a checkpoint: share, the authors' file, sizes and memory."""

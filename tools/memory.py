@@ -1,0 +1,204 @@
+"""Full-size models without their weights: for benchmarks, and to see whether a machine fits a job.
+
+     random_part    the published sizes (or those of a local config.json), random weights
+     table          parameters, trained parameters, bytes and dtype of each part
+     memory_plan    GiB of a training step and of answering, by clip length and batch
+On the device "meta" a model has shapes only: `python train.py --model 13b --dry-run` takes seconds.
+
+Public: PUBLISHED, random_part, table, memory_plan, empty_sample, peak_memory."""
+
+import resource
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+import lora
+from llama import Llama, LlamaConfig
+from vit_qformer import FRAMES_AT_ONCE, QFormerConfig, VisualEncoder, ViTConfig, read_config
+from whisper_enc import WhisperConfig, WhisperEncoder
+
+VICUNA_13B = LlamaConfig(width=5120, layers=40, heads=40, kv_heads=40, ffn=13824)
+INSTRUCTBLIP = (ViTConfig(), QFormerConfig(), 32)
+# (class, repo) -> what its constructor takes
+PUBLISHED = {
+    (WhisperEncoder, "openai/whisper-large-v2"): (WhisperConfig(),),
+    (VisualEncoder, "Salesforce/instructblip-vicuna-7b"): INSTRUCTBLIP,
+    (VisualEncoder, "Salesforce/instructblip-vicuna-13b"): INSTRUCTBLIP,
+    (Llama, "Salesforce/instructblip-vicuna-7b"): (LlamaConfig(),),
+    (Llama, "Salesforce/instructblip-vicuna-13b"): (VICUNA_13B,),
+}
+FROM_FOLDER = {
+    WhisperEncoder: lambda root: (WhisperConfig.from_folder(root),),
+    VisualEncoder: read_config,
+    Llama: lambda root: (LlamaConfig.from_folder(root),),
+}
+GIB = 2 ** 30
+
+
+# ---------------------------------------------------------------- random weights
+def random_part(cls, source, dtype=None, device=None, vocab_size=None):
+    """A frozen `cls` of the size of `source`, in eval mode: matrices N(0, 0.02), norms 1, biases 0.
+    Raises ValueError for a repo whose size is not written down here."""
+    root = Path(source).expanduser()
+    if not root.is_dir():
+        root = Path(__file__).parent.parent / source            # miniature/...
+    if root.is_dir():
+        settings = FROM_FOLDER[cls](root)
+    elif (cls, str(source)) in PUBLISHED:
+        settings = PUBLISHED[cls, str(source)]
+    else:
+        known = sorted(repo for kind, repo in PUBLISHED if kind is cls)
+        raise ValueError(f"{source}: its sizes are not known here; for --random-init pass a local "
+                         f"folder with its config.json, or one of {', '.join(known)}")
+    with torch.device("meta"):                        # one copy, at once in the right dtype
+        part = cls(*settings)
+    part = part.to(dtype or torch.float32).to_empty(device=device or "cpu")
+    if part.__class__ is Llama:
+        part._tie()
+    return fill(part).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fill(module):
+    """Through one small buffer: in bf16 the generator is three times slower, and a copy of the
+    largest matrix in fp32 would be half a GiB."""
+    noise = torch.empty(2 ** 22)
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            continue
+        if "norm" in name.lower() and name.endswith("weight"):
+            parameter.fill_(1)
+        elif parameter.ndim < 2:
+            parameter.zero_()
+        else:
+            for part in parameter.view(-1).split(len(noise)):
+                part.copy_(noise.normal_(std=0.02)[:len(part)])
+    return module
+
+
+# ---------------------------------------------------------------- what there is
+def size(parameters):
+    """Bytes of some parameters."""
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def table(model):
+    """Markdown: parameters, trained parameters, bytes and dtype of each part."""
+    lines = ["| part | parameters | trained | bytes | dtype |", "|---|---|---|---|---|"]
+    total = []
+    for name, parameters in parts_of(model).items():
+        total += parameters
+        lines.append(row(name, parameters))
+    return "\n".join([*lines, row("**all**", total)])
+
+
+def row(name, parameters):
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+    return (f"| {name} | {sum(p.numel() for p in parameters):,} | {trained:,} | "
+            f"{in_words(size(parameters))} | {', '.join(dtypes)} |")
+
+
+def peak_memory(device):
+    """Most bytes that this process has had at once: on its GPU, else of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def in_words(n_bytes):
+    return f"{n_bytes / GIB:.2f} GiB" if n_bytes > GIB / 10 else f"{n_bytes / 2 ** 20:.2f} MiB"
+
+
+def parts_of(model):
+    """{what it is: its parameters}, each parameter once."""
+    parts = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            part = "LoRA"
+        elif name.startswith("visual."):
+            part = "ViT" if name.startswith("visual.vit.") else "visual Q-Former"
+        else:
+            first = name.split(".")[0]
+            part = {"whisper": "Whisper encoder", "audio_proj": "audio projection",
+                    "qformer": "causal Q-Former", "llm_proj": "LLM projection", "llm": "LLM",
+                    "language_projection": "language projection"}[first]
+        parts.setdefault(part, []).append(parameter)
+    return parts
+
+
+# ---------------------------------------------------------------- what it takes
+def empty_sample(model, seconds, question="What happens after the beep?"):
+    """A Sample about a clip of so many seconds, encoded, on the device "meta"."""
+    from favor import Features, Sample
+    return Sample(question, features=Features(*model.empty_features(seconds)))
+
+
+def memory_plan(model, sample, batch, answer=40, recompute=False, shards=1):
+    """Markdown, in GiB on one device: a training step and an answer, for `batch` times `sample`,
+    whose features may be on "meta" as the model may.  What autograd keeps is measured: of the
+    aligner at its own size, of the LLM on a small one (`llm_bytes`) and scaled.  recompute: blocks
+    of the LLM keep their input, one at a time the rest; shards: over so many devices
+    (sharding.py).  Allocator, kernels and the exchange of gradients come on top."""
+    llm, vit = model.llm.config, model.visual.vit.config
+    length = model.length(sample) + answer
+    wide = next(model.llm.parameters()).element_size()
+    trained = sum(p.numel() for p in model.trained_parameters())
+    inputs = batch * length * llm.layers * llm.width * wide if recompute else 0
+    llm_kept = inputs + batch * length * (1 if recompute else llm.layers) * llm_bytes(
+        model.config, wide) * (8 * llm.width + 3 * llm.ffn)
+    aligner_kept = batch * kept_by_autograd(
+        model, lambda: model.train().audio_visual_tokens([sample]))
+    logits = batch * answer * llm.vocab_size * (wide + 8)            # and twice in fp32: softmax
+    cache = 2 * batch * max(1, model.config.beams) * llm.layers * llm.kv_heads * llm.head_dim * (
+        length + model.config.max_new_tokens) * wide
+    pictures = FRAMES_AT_ONCE * (vit.n_patches + 1) * (4 * vit.width + vit.ffn) * wide
+    weights = size(model.parameters())
+    spread = {p for p in model.parameters() if p.requires_grad} | {*model.llm.parameters()}
+    blocks = size(model.llm.model.layers.parameters())               # two are whole at a time
+    whole = size(spread) - blocks + 2 * blocks // llm.layers if shards > 1 else 0
+    weights -= size(spread) * (shards - 1) // shards
+    rows = [("weights" if shards == 1 else f"weights, 1 of {shards} shards", weights, weights),
+            *[("of the other shards, what is whole at a time", whole, whole)] * (shards > 1),
+            ("gradients and Adam's two moments, fp32", 12 * trained // shards, 0),
+            (f"LLM, {length} tokens", llm_kept, cache),
+            ("aligner", aligner_kept, 0), ("logits of the answer", logits, 0),
+            (f"ViT, {FRAMES_AT_ONCE} frames at a time", pictures, pictures)]
+    lines = ["| GiB | training step | answering |", "|---|---|---|"]
+    rows.append(("**all**", *(sum(row[i] for row in rows) for i in (1, 2))))
+    lines += [f"| {name} | {a / GIB:.3g} | {b / GIB:.3g} |" for name, a, b in rows]
+    return "\n".join(lines)
+
+
+def llm_bytes(config, wide, width=256, ffn=688, tokens=64):
+    """Bytes that autograd keeps a token and layer, over (8 width + 3 ffn): the second layer of a
+    small LLaMA with the same kind of LoRA, in 2-byte (autocast) or 4-byte floats."""
+    totals = []
+    for layers in (1, 2):
+        llm = Llama(LlamaConfig(8, width, layers, heads=4, kv_heads=4, ffn=ffn))
+        llm = llm.to(torch.bfloat16 if wide == 2 else torch.float32).requires_grad_(False).train()
+        if config.lora_targets:
+            lora.inject(llm, lora.LoraConfig(1, 1, config.lora_dropout, config.lora_targets))
+        x = torch.randn(1, tokens, width, dtype=next(llm.parameters()).dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16) if wide == 2 else nullcontext():
+            totals.append(kept_by_autograd(llm, lambda x=x, m=llm: m.hidden(embeds=x)))
+    return (totals[1] - totals[0]) / tokens / (8 * width + 3 * ffn)
+
+
+def kept_by_autograd(module, forward):
+    """Bytes of all tensors, parameters of `module` aside, that `forward` keeps for its backward."""
+    weights, storages = {p.untyped_storage()._cdata for p in module.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()               # views share one; held, or ids come again
+        if storage._cdata not in weights:
+            storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(storage.nbytes() for storage in storages.values())

@@ -1,0 +1,491 @@
+"""Shares what was trained: a model card, a push to the Hub, the LLM with LoRA merged into it.
+
+     checkpoint (favor.json, model.safetensors, lora/), predictions.json --model_card--> README.md
+       --push--> the Hub's user/name, which favor.Favor.from_pretrained("user/name") opens
+     checkpoint's LLM: W + alpha/r B A, tensor by tensor --merge--> a LLaMA folder for any engine
+
+     python -m tools.share card  runs/7b/best                        prints the card
+     python -m tools.share push  runs/7b/best user/name --private
+     python -m tools.share merge runs/7b/best vicuna-favor           then e.g.: vllm serve vicuna-favor
+
+The card says what is written down in the checkpoint, and in the report of eval.py that lies in its
+folder or the one above if that is of these very weights.  What is not written down it calls so.
+
+Public: model_card, push, merge."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import lora
+from aveb import metrics
+from aveb.tables import write_text
+from eval import weights_hash
+from favor import local_source
+from llama import LLM_TENSORS, JsonTokenizer, Llama, LlamaConfig, Tokenizer, as_tuple
+from runtime import hub
+
+MARK = ("<!-- Written by share.py, which writes it anew at every push. Remove this line to keep "
+        "your own edits. -->")
+PARTS = {"whisper": "Whisper", "instructblip": "InstructBLIP", "llm": "LLM"}
+REPO = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
+ADAPTERS = ("lora/adapter_config.json", "lora/adapter_model.safetensors")
+DTYPES = ("bfloat16", "float16", "float32")
+# What favor.prompt_ids makes of a text without a clip (test_share.py)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ ('USER:GAP' if loop.first else 'USER: ') + m['content'] + '\\nASSISTANT:' }}"
+    "{% elif m['role'] == 'assistant' %}{{ 'GAP' + m['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('wanted user and assistant only, it has met no other role') }}"
+    "{% endif %}{% endfor %}")
+
+
+def read_checkpoint(folder):
+    """A checkpoint's folder, or a run's, of which best/ counts -> its path, what favor.json says,
+    the files it consists of."""
+    root = Path(folder).expanduser()
+    root = root if (root / "favor.json").exists() else root / "best"
+    if not (root / "favor.json").exists():
+        raise FileNotFoundError(f"{folder}: no favor.json, there or in best/; wanted a checkpoint "
+                                "of train.py or save_pretrained, such as runs/7b/best")
+    saved = hub.read_json(root / "favor.json")
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise ValueError(f"{root}/favor.json: no config in it; save the checkpoint again")
+    if saved.setdefault("system", "favor") not in ("favor", "instructblip"):
+        raise ValueError(f"{root}/favor.json: system {saved['system']!r}; wanted favor or "
+                         "instructblip, or the version of the code that wrote it")
+    files = ["favor.json", hub.SINGLE, *(ADAPTERS if saved["config"].get("lora_targets") else ())]
+    if lacking := [name for name in files if not (root / name).exists()]:
+        raise FileNotFoundError(f"{root}: no {', '.join(lacking)}; save the checkpoint again")
+    return root, saved, files
+
+
+# ---------------------------------------------------------------- text that cannot break out
+def plain(text):
+    """One line of printable characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def cell(text):
+    """The same for Markdown, also inside a table: every character stands for itself."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", plain(text))
+
+
+def markdown_table(head, rows):
+    lines = [head, ["---"] * len(head), *([cell(x) for x in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def front_matter(**fields):
+    """YAML between lines of ---; what is empty is left out."""
+    lines = []
+    for key, value in fields.items():
+        # A string as JSON writes it is YAML too.
+        texts = [json.dumps(plain(v), ensure_ascii=False) for v in (
+            value if isinstance(value, list) else [value]) if v]
+        if texts:
+            lines.append(f"{key}: " + (f"[{', '.join(texts)}]" if isinstance(value, list)
+                                       else texts[0]))
+    return "\n".join(["---", *lines, "---"])
+
+
+# ---------------------------------------------------------------- the card
+def is_ours(source):
+    """A part of the miniature, which lies in the code's repository."""
+    return source.startswith(("miniature/", "tiny/")) and local_source(source) != source
+
+
+def is_repo(source):
+    """Of the Hub, which refuses a card that names anything else as a base model."""
+    return bool(REPO.fullmatch(source)) and not Path(local_source(source)).is_dir()
+
+
+def licence(sources):
+    """Where the frozen parts came from -> front matter's fields, and the same in words."""
+    if all(map(is_ours, sources)):
+        return {"license": "mit"}, "The frozen parts come with the code, all under the MIT licence."
+    repos = [f"https://huggingface.co/{source}" for source in sources if is_repo(source)]
+    return {"license": "other", "license_name": "terms-of-the-base-models",
+            "license_link": repos[-1] if repos else ""}, (
+        "The trained parts inherit the terms of the base models they were trained with: LLaMA's, "
+        "Vicuna's and InstructBLIP's, where those are the base. Read them before use: "
+        + (", ".join(repos) or "they lie in local folders, ask who made this")
+        + ". The code is under the MIT licence.")
+
+
+def find_report(root):
+    """-> eval.py's report of these weights, ""; or None, why there is none."""
+    why = "Not scored."
+    for path in (root / "predictions.json", root.parent / "predictions.json"):
+        if not path.exists():
+            continue
+        report = hub.read_json(path)
+        settings = report.get("settings", {}) if isinstance(report, dict) else {}
+        same = settings.get("weights") == weights_hash(root)
+        if "checkpoint" in settings and "weights" not in settings:      # train.py's, of its best/
+            same = (path.parent != root and Path(str(settings["checkpoint"])).name == root.name
+                    and path.stat().st_mtime >= (root / hub.SINGLE).stat().st_mtime)
+        if same:
+            return report, ""
+        why = "Not scored: there is a predictions.json, but of other weights."
+    return None, why
+
+
+def scores_text(report):
+    """A line a task, view and metric: score, interval, n; and what they were made with."""
+    rows, settings = [], report["settings"]
+    known = {True: "zero-shot", False: "trained on it", None: "unknown"}
+    for task, views in report["scores"].items():
+        lost, seen = report["missing"].get(task, 0), known[report.get("zero-shot", {}).get(task)]
+        for view, found in views.items():
+            for name, told in found.items():
+                if isinstance(told, str):                               # n/a, and why
+                    rows.append((task, view, name, told, "-", "-", seen))
+                    continue
+                score = metrics.Score(**told)
+                name = " ".join(filter(None, (name, score.unit, score.arrow, score.note)))
+                rows.append((task, view, name, score, score.n, score.missing + lost, seen))
+    said = [f"{name} {settings[name]}" for name in (
+        "beams", "repetition penalty", "max new tokens", "history", "dtype", "questions",
+        "manifest", "ids") if name in settings]
+    return (markdown_table(("task", "sees", "metric", "score [95 %]", "n", "missing", "data set"),
+                           rows) + "\n\nIn brackets the 95 % interval; missing: clips that could "
+            "not be read and answers without a score.\n\nDecoding and questions: "
+            + cell(", ".join(said) or "not written down") + ".")
+
+
+def training_text(saved):
+    """The data and how it was trained, as far as that is written down."""
+    mixture, train = saved.get("mixture"), saved.get("train") or {}
+    text = "Training data unknown: the checkpoint does not say which data sets it was trained on."
+    if mixture:
+        text = markdown_table(("data set (own: not named)", "task", "samples"), [
+            (name, task, n) for name, tasks in mixture.items() for task, n in tasks.items()])
+    run = {name: train.get(name) for name in (
+        "model", "data", "start_from", "batch", "lr", "mask", "seed")} | {
+        name: saved.get(name) for name in ("step", "val_ce", "commit", "dirty", "command")}
+    rows = [(name, value) for name, value in run.items() if value not in (None, "")]
+    return text + "\n\n" + (markdown_table(("run", "value"), rows) if rows else
+                            "How it was trained is not written down.")
+
+
+def loading_text(saved, sources, repo_id):
+    """How to open it, in Python and on the command line."""
+    module, kind, command = {
+        "favor": ("favor", "Favor", 'demo.py clip.mp4 "What happens after the beep?"'),
+        "instructblip": ("baselines", "InstructBlip",
+                         "eval.py --system instructblip --data test.jsonl")}[saved["system"]]
+    local = [p for p, source in sources.items() if not is_repo(source) and not is_ours(source)]
+    flags = "".join(f" --{part} FOLDER" for part in local)
+    arguments = ", ".join([f'"{repo_id}"', *(f'{part}="FOLDER"' for part in local)])
+    return f"""With the code of FAVOR:
+
+```python
+import {module}
+model = {module}.{kind}.from_pretrained({arguments})
+print(model.answer("clip.mp4", "What happens after the beep?"))
+```
+```sh
+hf download {repo_id} --local-dir checkpoint
+python {command} --checkpoint checkpoint{flags}
+```""" + "".join(f"\n\nThe {PARTS[part]} was in a local folder: pass where you have it." for part
+                 in local)
+
+
+def model_card(folder, repo_id="user/name"):
+    """README.md of a checkpoint, with the Hub's front matter."""
+    root, saved, _ = read_checkpoint(folder)
+    config, favor = saved["config"], saved["system"] == "favor"
+    sources = {part: str(config.get(part, "unknown")) for part in PARTS
+               if favor or part != "whisper"}                # InstructBLIP does not hear
+    places = list(dict.fromkeys(sources.values()))
+    (report, unscored), (terms, terms_text) = find_report(root), licence(places)
+    head = front_matter(
+        **terms, library_name="favor",
+        pipeline_tag="video-text-to-text" if favor else "image-text-to-text",
+        base_model=[place for place in places if is_repo(place)],
+        datasets=[name for name in saved.get("mixture") or {}      # others the Hub would refuse
+                  if name != "own" and REPO.fullmatch(name if "/" in name else f"x/{name}")],
+        tags=["favor", "video", *(["audio-visual", "speech", "lora"] if favor else [])])
+    what = ("[FAVOR](https://arxiv.org/abs/2310.05863), an audio-visual LLM: the trained parts "
+            "(audio projection, causal Q-Former, LLM projection, LoRA)" if favor else
+            "InstructBLIP, fine-tuned as a baseline of [FAVOR](https://arxiv.org/abs/2310.05863): "
+            "the trained parts (Q-Former, queries, projection)")
+    parts = [(PARTS[part], source if is_repo(source) or is_ours(source) else
+              f"a local folder, {Path(source).name}") for part, source in sources.items()]
+    names = ("sync", "windows", "causal", "queries", "fps", "diversity", "lora_r", "lora_alpha",
+             "lora_targets") if favor else ("queries",)
+    switches = [(name, ", ".join(value) if isinstance(value, list) else value)
+                for name in ("variant", *names)
+                for value in [config.get(name, "not written down")]]
+    return "\n\n".join([
+        f"{head}\n{MARK}", f"# {cell(repo_id.split('/')[-1])}",
+        f"{what}, variant {cell(config.get('variant', 'unknown'))}. The frozen parts are not in "
+        "here, they are loaded from where they came.", loading_text(saved, sources, repo_id),
+        "## Parts\n\n" + markdown_table(("frozen part", "base model"), parts),
+        markdown_table(("switch", "value"), switches), f"## Training\n\n{training_text(saved)}",
+        f"## Scores\n\n{scores_text(report) if report else unscored}",
+        f"## Licence\n\n{terms_text}"]) + "\n"
+
+
+# ---------------------------------------------------------------- to the Hub
+def push(folder, repo_id, private=False, token=None, api=None):
+    """Uploads the trained parts, favor.json and the card, nothing else -> what the Hub says.  A
+    README.md without our mark goes as it is.  api: a huggingface_hub.HfApi."""
+    if not REPO.fullmatch(repo_id):
+        raise ValueError(f"{repo_id}: wanted the name of a repo on the Hub, user/name")
+    root, _, files = read_checkpoint(folder)
+    hub.open_tensors(root)                               # half a file is said here
+    if api is None:
+        import huggingface_hub  # only now, as in hub.py
+        if not (token or huggingface_hub.get_token()):
+            raise PermissionError("no token for the Hub; `hf auth login`, or set HF_TOKEN, to one "
+                                  "that may write: https://huggingface.co/settings/tokens")
+        api = huggingface_hub.HfApi(token=token)
+    card = root / "README.md"
+    if not card.exists() or MARK in card.read_text():
+        write_text(card, model_card(root, repo_id))
+    try:
+        # None is the default of the account; --private changes nothing where the repo is there.
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(f"{repo_id}: is there and public, so nothing was uploaded; name "
+                             "another, or make it private in its settings")
+        return api.upload_folder(repo_id=repo_id, folder_path=root, commit_message="share.py push",
+                                 allow_patterns=[*files, "README.md"])
+    except Exception as error:
+        known = _known_failure(error, repo_id, card)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _known_failure(error, repo_id, card):
+    """What usually goes wrong, in a line that says what to do; None: it is something else."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return PermissionError(f"{repo_id}: the Hub refuses ({status}), this token may not write "
+                               "there; `hf auth login` with one that may, or name your own user")
+    if status:
+        return OSError(f"{repo_id}: the Hub answers {status}: {plain(error)}")
+    if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split(".")[0] \
+            in ("httpx", "httpx2", "httpcore", "requests", "urllib3"):
+        why = "HF_HUB_OFFLINE is set" if hub.is_offline() else type(error).__name__
+        return ConnectionError(f"{repo_id}: the Hub cannot be reached ({why}); run it again where "
+                               f"there is a network. The card is written: {card}")
+    return None
+
+
+# ---------------------------------------------------------------- the LLM alone
+def merge(folder, out, dtype="bfloat16", shard_gb=5, llm=None):
+    """The LLM with LoRA merged into it -> `out`, a LLaMA folder in the Hub's layout with tokenizer
+    and chat template, which answers text as the checkpoint does; the audio-visual parts are not in
+    it.  llm: where the LLM is, if not where favor.json says.  One tensor at a time is in memory,
+    and `out` appears when it is whole."""
+    out, (root, saved, files) = Path(out), read_checkpoint(folder)
+    if dtype not in DTYPES or not shard_gb > 0:
+        raise ValueError(f"dtype {dtype}, shards of {shard_gb} GB; wanted one of "
+                         f"{', '.join(DTYPES)}, and more than 0")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out}: there is something in it; name another folder")
+    if ADAPTERS[1] not in files:
+        raise ValueError(f"{root}: --system {saved['system']} has no LoRA, so there is nothing "
+                         f"to merge: its LLM is {saved['config']['llm']} as published")
+    place = llm or saved["config"]["llm"]
+    source = hub.folder(local_source(place), hub.SMALL_FILES, LLM_TENSORS)
+    tokenizer, config, shapes, read = merged_tensors(root, source, getattr(torch, dtype))
+    ends = list(dict.fromkeys((tokenizer.eos_id, *as_tuple(config.eos_id))))
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    terms, terms_text = licence([place])
+    new = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)                   # of one that was killed
+    new.mkdir(parents=True)
+    try:
+        write_shards(new, shapes, read, shard_gb * 1e9)
+        hub.write_json(new / "config.json", config.to_dict() | ids | {"torch_dtype": dtype})
+        hub.write_json(new / "generation_config.json", ids)
+        write_tokenizer(new, source, tokenizer)
+        (new / "README.md").write_text(front_matter(
+            **terms, library_name="transformers", pipeline_tag="text-generation",
+            base_model=[place] if is_repo(place) else [], tags=["favor"]) + f"""
+
+# {cell(out.name)}
+
+The LLM of a FAVOR checkpoint (code of commit {cell(saved.get('commit', 'unknown'))}), LoRA merged
+into it, {dtype}. **It takes text alone: the audio-visual parts are not in here** (Whisper, ViT,
+Q-Formers, projections); they are used by `favor.Favor` with the checkpoint itself. The prompt is
+the chat template's: `USER: question`, new line, `ASSISTANT:`.
+
+{terms_text}
+""")
+        os.replace(new, out)
+    except BaseException:                                    # a full disk should get its room back
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    return out
+
+
+def merged_tensors(root, source, dtype):
+    """-> tokenizer, LlamaConfig, {name: tensor on the device "meta"} in the model's order, and
+    read(name), which gives its numbers: W + alpha/r B A in fp32, rounded once."""
+    tokenizer, config = Tokenizer.from_pretrained(source), LlamaConfig.from_folder(source)
+    stored = {name.removeprefix("language_model."): tensor for name, tensor in hub.open_tensors(
+        source, lambda name: name.startswith(LLM_TENSORS)
+        and not name.endswith(hub.NOT_WEIGHTS)).items()}
+    adapters = load_file(root / ADAPTERS[1])
+    if config.tie_embeddings and f"{lora.PREFIX}lm_head.lora_A.weight" in adapters:
+        stored.setdefault("lm_head.weight", stored["model.embed_tokens.weight"])
+    # As in Llama.from_pretrained: a file with an lm_head is not tied, the vocabulary may be padded.
+    config = replace(config, vocab_size=min(config.vocab_size, tokenizer.vocab_size),
+                     tie_embeddings=config.tie_embeddings and "lm_head.weight" not in stored)
+    with torch.device("meta"):
+        model = Llama(config).to(dtype)
+    shapes = dict(model.named_parameters())
+    padded = ("embed_tokens.weight", "lm_head.weight")
+    found = {name: (min(t.shape[0], config.vocab_size), *t.shape[1:]) if name.endswith(padded)
+             else t.shape for name, t in stored.items()}
+    if odd := found.items() ^ {name: tuple(t.shape) for name, t in shapes.items()}.items():
+        raise ValueError(f"{source}: missing, unknown or of a wrong shape: "
+                         + ", ".join(sorted({name for name, _ in odd})[:20]))
+    layers = lora.layers(lora.load(model, root / "lora"))    # strict; no numbers on "meta"
+
+    def read(name):
+        weight, module = stored[name]()[:len(shapes[name])].float(), name.removesuffix(".weight")
+        if module in layers:
+            a, b = (adapters[f"{lora.PREFIX}{module}.{part}.weight"].float()
+                    for part in ("lora_A", "lora_B"))                            # (r,in), (out,r)
+            weight.addmm_(b, a, alpha=layers[module].config.scale)               # (out,in)
+        weight = weight.to(dtype)
+        if not weight.isfinite().all():
+            raise ValueError(f"{name}: infinite or not a number in {dtype}; take bfloat16 or "
+                             "float32, or look at the checkpoint")
+        return weight
+    return tokenizer, config, shapes, read
+
+
+def write_shards(root, shapes, read, limit):
+    """model.safetensors; or shards of at most `limit` bytes, a tensor at least, and their index."""
+    shards, room = [], 0
+    for name, tensor in shapes.items():
+        if not shards or tensor.nbytes > room:
+            shards.append({})
+            room = limit
+        shards[-1][name], room = tensor, room - tensor.nbytes
+    places = {}
+    for i, tensors in enumerate(shards, 1):
+        shard = hub._shard_name(i, len(shards))
+        os.replace(hub._write(root / shard, tensors, read=read), root / shard)
+        places |= dict.fromkeys(tensors, shard)
+    if len(shards) > 1:
+        hub.write_json(root / hub.INDEX, {"weight_map": places, "metadata": {
+            "total_size": sum(tensor.nbytes for tensor in shapes.values())}})
+
+
+def write_tokenizer(root, source, tokenizer):
+    """The source's files and our prompt as chat template.  InstructBLIP's call </s> the beginning
+    of a text, so that of an InstructBLIP only the pieces are taken; what engines want beside a
+    tokenizer.model is made of it."""
+    names, is_json = ["tokenizer.model", "tokenizer.json"], isinstance(tokenizer, JsonTokenizer)
+    inside = "text_config" in hub.read_json(source / "config.json")
+    if not is_json and (inside or not (source / "tokenizer.json").exists()):
+        names.remove("tokenizer.json")
+        write_tokenizer_json(root / "tokenizer.json", tokenizer)
+    elif not inside:
+        names += ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+    for name in names:
+        if (source / name).exists():
+            shutil.copy(source / name, root / name)
+    if not (root / "tokenizer_config.json").exists():
+        piece = tokenizer.pieces.id_to_token if is_json else tokenizer.pieces.id_to_piece
+        hub.write_json(root / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            "bos_token": piece(tokenizer.bos_id), "eos_token": piece(tokenizer.eos_id),
+            "add_bos_token": True, "add_eos_token": False})
+    # Whether each segment of a prompt starts with a word boundary of its own: sentencepiece's do.
+    two = tokenizer.decode(tokenizer.encode("a") + tokenizer.encode("b"))
+    gap = " " if " " in two.strip() else ""
+    (root / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("GAP", gap))
+
+
+def write_tokenizer_json(path, tokenizer):
+    """tokenizer.json of a sentencepiece BPE: the pieces' order is the merges'."""
+    from tokenizers import AddedToken, decoders, models, normalizers, processors
+    from tokenizers import Tokenizer as Pieces
+    vocab = {tokenizer.pieces.id_to_piece(i): i for i in range(tokenizer.vocab_size)}
+    merges = [(piece[:k], piece[k:]) for piece in vocab for k in range(1, len(piece))
+              if piece[:k] in vocab and piece[k:] in vocab]
+    unk, bos, eos = (tokenizer.pieces.id_to_piece(i) for i in (
+        tokenizer.pieces.unk_id(), tokenizer.bos_id, tokenizer.eos_id))
+    pieces = Pieces(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    pieces.normalizer = normalizers.Sequence([
+        normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    pieces.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                        decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    pieces.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)])
+    pieces.add_special_tokens([AddedToken(t, special=True, normalized=False)
+                               for t in (unk, bos, eos)])
+    pieces.save(str(path))
+
+
+# ---------------------------------------------------------------- the command line
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, short, text):
+        new = commands.add_parser(name, help=short, description=text,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        new.add_argument("run", metavar="RUN", help="a checkpoint with favor.json, such as "
+                         "runs/7b/best; of a run's folder its best/ is taken")
+        return new
+    command("card", "print the model card", """\
+Prints the card that push would upload.  To change it by hand (and take out the line that says so):
+
+  python -m tools.share card runs/7b/best > README.tmp && mv README.tmp runs/7b/best/README.md"""
+            ).add_argument("repo", metavar="user/name", nargs="?", default="user/name")
+    new = command("push", "upload to the Hub", """\
+Uploads favor.json, model.safetensors, lora/ and README.md, the card; neither the optimiser's state
+nor predictions.  favor.json holds the command line and the paths of this machine: look at it first.
+
+  hf auth login
+  python -m tools.share push runs/7b/best user/name --private
+  python -c 'import favor; favor.Favor.from_pretrained("user/name")'""")
+    new.add_argument("repo", metavar="user/name", help="made if it is not there")
+    new.add_argument("--private", action="store_true", help="nobody else sees it")
+    new = command("merge", "the LLM with LoRA merged in, as a LLaMA folder", """\
+Writes the LLM with LoRA merged into it as a LLaMA in the Hub's layout, with tokenizer and our
+prompt as chat template: for text alone, without the audio-visual parts.  On the CPU, one tensor at
+a time.
+
+  python -m tools.share merge runs/7b/best vicuna-favor && vllm serve vicuna-favor""")
+    new.add_argument("out", metavar="OUT", help="a new or empty folder")
+    new.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="default: %(default)s")
+    new.add_argument("--shard-gb", type=float, default=5, help="largest file (default: 5)")
+    new.add_argument("--llm", help="where the LLM is, if not where the checkpoint says")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "card":
+            print(model_card(args.run, args.repo), end="")
+        elif args.command == "push":
+            push(args.run, args.repo, args.private)
+            print(f"https://huggingface.co/{args.repo}")
+        else:
+            out = merge(args.run, args.out, args.dtype, args.shard_gb, args.llm)
+            size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+            print(f"{out}: {size / 1e9:.2f} GB, for LlamaForCausalLM.from_pretrained and engines")
+    except (OSError, ValueError) as error:
+        sys.exit(f"share.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
