@@ -1,7 +1,7 @@
 """Media files and manifests -> what the model takes.  Paper Sec. 4.1: 2 frames/s, 16 kHz.
      manifest.jsonl --read_manifest--> Record --load_clip--> Clip(frames (F,3,224,224), audio (S,))
    Time 0 of a file is its first picture or sound, whichever comes first, so both stay synchronous.
-   Public: Record, read_manifest, write_manifest, parse_line, to_record; Clip, load_clip,
+   Public: Record, read_manifest, write_manifest, parse_line, to_record; Clip, Features, Sample, load_clip,
    clip_from_path, load_or_skip, report_skipped; probe, read_frames, read_image, read_audio,
    MediaError; write_video, write_wav, write_png."""
 
@@ -562,6 +562,26 @@ class Clip:
         """The longer of picture and sound; an image has no length of its own."""
         picture = 0 if self.frames is None or self.is_image else len(self.frames) / self.fps
         return max(picture, 0 if self.audio is None else len(self.audio) / AUDIO_RATE)
+
+
+@dataclass
+class Features:
+    """What the frozen encoders make of one clip and one question; either part may be None."""
+    visual: torch.Tensor | None = None       # (F,V,D_v)
+    audio: torch.Tensor | None = None        # (S,D_a)
+    is_image: bool = False
+
+
+@dataclass
+class Sample:
+    """One row of a batch: a question about a clip (or about its kept features), and the answer.
+    mask: "audio", "visual" or "both" fills that modality with zeros (Tables 2 and 3)."""
+    prompt: str
+    target: str | None = None
+    clip: Clip | None = None
+    features: Features | None = None
+    history: tuple = ()
+    mask: str | None = None
 
 
 def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None, antialias=True,

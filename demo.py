@@ -14,9 +14,8 @@ import time
 import torch
 
 from data import clip_from_path
-from eval import EvalConfig, load_model, settled
-from runtime import distributed as processes
-from runtime import hub
+from eval import EvalConfig, load_model, resolve_config
+from runtime import distributed, hub
 from tools import memory as sizes
 
 
@@ -50,17 +49,17 @@ def main(argv=None):
     parser.add_argument("--max-new-tokens", type=int, default=0, help="end the answer after these")
     args = parser.parse_args(argv)
     try:
-        config = settled(EvalConfig(**{name: getattr(args, name) for name in (
+        config = resolve_config(EvalConfig(**{name: getattr(args, name) for name in (
             "model", "checkpoint", "whisper", "instructblip", "llm", "dtype", "merge",
             "compile", "random_init", "offline")}))
     except ValueError as error:
         parser.error(str(error))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hub.offline(args.offline)
-    dtype = processes.precision(args.dtype, config.model, device)[0]
+    dtype = distributed.precision(args.dtype, config.model, device)[0]
     try:
         model, checkpoint = load_model(config, dtype, device)
-        clip = clip_from_path(args.clip, args.audio, args.start, args.end, **model.reading())
+        clip = clip_from_path(args.clip, args.audio, args.start, args.end, **model.clip_options())
     except (FileNotFoundError, ValueError) as error:        # a MediaError is a ValueError
         sys.exit(str(error))
     frames = 0 if clip.frames is None else len(clip.frames)

@@ -29,8 +29,7 @@ from aveb.tables import TASKS, report_text, write_report
 from baselines.instructblip import SYSTEMS
 from favor import HERE, preset
 from miniature import world as miniature
-from runtime import cli, hub
-from runtime import distributed as processes
+from runtime import cli, distributed, hub
 from runtime.feature_cache import keep_features
 
 
@@ -123,7 +122,7 @@ def find_checkpoint(path, model="tiny"):
                      + (f" --model {model}" if model != "tiny" else ""))
 
 
-def settled(config):
+def resolve_config(config):
     """The same with the preset that its checkpoint was trained with.  SystemExit where there is no
     checkpoint."""
     if config.checkpoint or config.system == "favor" and not config.random_init:
@@ -240,9 +239,9 @@ def trained_on(model, checkpoint):
 
 
 def main(config, argv):
-    config = settled(config)
-    rank, world, device = processes.join()
-    with processes.chief_first():                          # who makes the miniature if it must be
+    config = resolve_config(config)
+    rank, world, device = distributed.init_distributed()
+    with distributed.main_process_first():                          # who makes the miniature if it must be
         manifests = find_manifests(config.data, config.tasks)
     manifest = ", ".join(map(str, manifests))
     every = config.task == "all" and not SYSTEMS[config.system].tasks
@@ -260,7 +259,7 @@ def main(config, argv):
     if world > 1:
         torch.set_num_threads(max(1, cli.cores() // world))
     say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
-    dtype, _, why = processes.precision(config.dtype, config.model, device)
+    dtype, _, why = distributed.precision(config.dtype, config.model, device)
     hub.offline(config.offline)
     captions.use(java=config.java, spice_jar=config.spice_jar, spice_java=config.spice_java)
     try:
@@ -271,7 +270,7 @@ def main(config, argv):
         f"weights {why}")
     views, store = views_of(config.system, config.mask, config.views), None
     if config.keep_features and config.model == "tiny" and config.system != "whisper":
-        with processes.chief_first():
+        with distributed.main_process_first():
             store = keep_features(model, records, manifests[0].parent / "features", log=say)
     own = checkpoint and checkpoint.resolve() != (HERE / "miniature" / "weights" / "favor").resolve()
     folder = checkpoint if own else Path("runs") / (
@@ -300,7 +299,7 @@ def main(config, argv):
         print(report_text(predictions, views, missing, settings))
         print(f"predictions: {out}, report: {out.with_suffix('.json')}")
     journal.remove()
-    processes.leave()
+    distributed.shutdown()
 
 
 def weights_hash(checkpoint):
@@ -314,9 +313,9 @@ def sources_of(model):
 
 
 if __name__ == "__main__":
-    settings = settled(cli.parse(EvalConfig, __doc__)[0])
+    settings = resolve_config(cli.parse(EvalConfig, __doc__)[0])
     if Path(settings.data) != Path(EvalConfig.data):      # what is missing is said once, before the
         read_manifests(find_manifests(settings.data, settings.tasks))              # processes start
-    processes.one_a_core(settings.processes,              # each has its own copy of the weights
+    distributed.launch_local(settings.processes,              # each has its own copy of the weights
                          most=4 if settings.model == "tiny" else 1)
     main(settings, sys.argv[1:])

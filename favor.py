@@ -3,7 +3,7 @@
      frames (F,3,224,224) --ViT, Q-Former + instruction--> (F,V,768)                  frozen
      audio  (S,) 16 kHz   --Whisper encoder--> (50 Hz,1280) --Linear--> (50 Hz,768)   Linear trained
      both   --synchronise, every 0.5 s--> (F,N,1536)                                  Eq. (1)
-            --windows of K frames--> (W,K*N,1536) --causal Q-Former--> (W,Q,768)      Eq. (2)
+            --window-frames of K frames--> (W,K*N,1536) --causal Q-Former--> (W,Q,768)      Eq. (2)
             --Linear--> (W*Q,D_llm) --[<s> USER: <Img> . </Img> question ASSISTANT:]--> LLM + LoRA
      loss = cross-entropy on the answer + lambda * diversity of the queries           Eq. (3)-(5)
 
@@ -23,7 +23,6 @@ block_causal_mask, CausalQFormer, diversity_loss, prompt_ids, from_official."""
 import dataclasses
 import math
 import os
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora
-from data import Clip, clip_from_path
+from data import Features, Sample, clip_from_path
 from llama import Llama, Tokenizer
 from runtime import hub
 from tools import memory as sizes
@@ -46,7 +45,7 @@ from whisper_enc import WhisperEncoder
 
 HERE = Path(__file__).parent
 MASKS = (None, "audio", "visual", "both")
-UNSEEN = 3e4                    # M of flash_block_causal: large, and a number of fp16 and bf16
+MASK_BIAS = 3e4                    # M of flash_block_causal: large, and a number of fp16 and bf16
 LARGEST_FLASH_HEAD = 256        # columns of q and k that the flash kernel takes
 
 
@@ -61,7 +60,7 @@ class FavorConfig:
     variant: str = "paper"                  # "official": what the authors' released code does
     # what the paper ablates (Tables 5, 9, 10; Figs 3, 4)
     sync: bool = True                       # off: each modality through the Q-Former on its own
-    windows: int = 10                       # K, frames a window; 0 = one window for the whole clip
+    window_frames: int = 10                 # K, frames a window; 0 = one window for the whole clip
     causal: str = "past"                    # "past", "future" (as released), "none"
     diversity: float = 0.01                 # lambda of Eq. (5)
     diversity_reduction: str = "mean"       # over pairs and windows; "sum" is Eq. (4) to the letter
@@ -107,8 +106,8 @@ class FavorConfig:
                      "image_frames"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; wanted more than 0")
-        if self.windows < 0:
-            raise ValueError(f"windows={self.windows}; wanted frames a window, or 0 for one window")
+        if self.window_frames < 0:
+            raise ValueError(f"window_frames={self.window_frames}; wanted frames a window, or 0 for one window")
 
 
 OFFICIAL = {"variant": "official", "causal": "future", "mask_padding": False,
@@ -116,12 +115,13 @@ OFFICIAL = {"variant": "official", "causal": "future", "mask_padding": False,
             "max_seconds": 60.0, "antialias": False,
             "encoder_dropout": 0.1, "beams": 5, "repetition_penalty": 1.5,
             "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
+RENAMED = {"windows": "window_frames"}        # fields of older favor.json: their names now
 VICUNA_13B = "Salesforce/instructblip-vicuna-13b"
 PRESETS = {
     "tiny": FavorConfig(
         whisper="miniature/weights/whisper", instructblip="miniature/weights/instructblip",
         llm="miniature/weights/llama",
-        windows=5, queries=10, width=128, heads=4, causal_heads=4, ffn=512, dropout=0.0,
+        window_frames=5, queries=10, width=128, heads=4, causal_heads=4, ffn=512, dropout=0.0,
         max_positions=1024, lora_r=16, lora_alpha=16, lora_dropout=0.0, max_new_tokens=24),
     "7b": FavorConfig(),
     "13b": FavorConfig(instructblip=VICUNA_13B, llm=VICUNA_13B),
@@ -230,7 +230,7 @@ def flash_block_causal(q, k, v, keep=None, dropout=0.0, *, per_frame, causal="pa
         return torch.cat([x, columns], dim=-1)
 
     out = F.scaled_dot_product_attention(
-        widened(q, -UNSEEN * unseen), widened(k, own), F.pad(v, (0, frames + 1 + width)),
+        widened(q, -MASK_BIAS * unseen), widened(k, own), F.pad(v, (0, frames + 1 + width)),
         dropout_p=dropout, scale=d ** -0.5)
     return out[..., :d]
 
@@ -316,7 +316,7 @@ class CausalQFormer(nn.Module):
             raise ValueError(
                 f"a window of {length // per_frame} frames x {per_frame} vectors = {length}, but "
                 f"there are {self.config.max_positions} positions; use shorter windows "
-                "(windows=10) or a shorter clip")
+                "(window_frames=10) or a shorter clip")
         position = torch.arange(length, device=windows.device)
         x = self.joint_norm(windows) + self.positions(position)                   # (W,K*N,D_joint)
         # A window without a real vector (the dummy) sees its zeros: no softmax over nothing.
@@ -326,7 +326,7 @@ class CausalQFormer(nn.Module):
             attend = partial(block_causal_attention, per_frame=per_frame, causal=self.config.causal)
         # DIFF official: the zero frames that fill the last window are keys of the causal attention.
         # (With one window a clip there are none, only the padding of the batch, which never is.)
-        causal_keep = keep if self.config.mask_padding or not self.config.windows else None
+        causal_keep = keep if self.config.mask_padding or not self.config.window_frames else None
         dropout = self.config.dropout
         queries = F.dropout(self.query_norm(self.queries), dropout, self.training)
         queries = queries.expand(len(windows), -1, -1)                            # (W,Q,D)
@@ -370,26 +370,6 @@ def prompt_ids(tokenizer, prompt, history=(), target=None, has_clip=True):
             after += [*tokenizer.encode(answer), tokenizer.eos_id]
     answer = [] if target is None else [*tokenizer.encode(target), tokenizer.eos_id]
     return before, after, answer
-
-
-@dataclass
-class Features:
-    """What the frozen encoders make of one clip and one question; either part may be None."""
-    visual: torch.Tensor | None = None       # (F,V,D_v)
-    audio: torch.Tensor | None = None        # (S,D_a)
-    is_image: bool = False
-
-
-@dataclass
-class Sample:
-    """One row of a batch: a question about a clip (or about its kept features), and the answer.
-    mask: "audio", "visual" or "both" fills that modality with zeros (Tables 2 and 3)."""
-    prompt: str
-    target: str | None = None
-    clip: Clip | None = None
-    features: Features | None = None
-    history: tuple = ()
-    mask: str | None = None
 
 
 # ---------------------------------------------------------------- the model
@@ -447,6 +427,7 @@ class Favor(nn.Module):
         saved = hub.read_json(root / "favor.json")
         if saved.get("system", "favor") != cls.system:
             raise ValueError(f"{root}: a checkpoint of --system {saved['system']}; pass that")
+        saved["config"] = {RENAMED.get(name, name): value for name, value in saved["config"].items()}
         known = {field.name for field in dataclasses.fields(FavorConfig)}
         if unknown := sorted(set(saved["config"]) - known):
             raise ValueError(f"{root}: favor.json has settings that are not known here: {unknown}; "
@@ -490,7 +471,7 @@ class Favor(nn.Module):
         return self
 
     # ---- frozen encoders
-    def reading(self):
+    def clip_options(self):
         """How clips are to be read: options of data.load_clip."""
         config = self.config
         return {"fps": config.fps, "size": self.visual.image_size, "antialias": config.antialias,
@@ -534,7 +515,7 @@ class Favor(nn.Module):
         return [Features(visual[i].clone() if i in visual else None, audio.get(id(clip)),
                          bool(clip and clip.is_image)) for i, clip in enumerate(clips)]
 
-    def encoded(self, samples):
+    def encode_batch(self, samples):
         """The same samples, their clips encoded: about FRAMES_AT_ONCE frames at a time, so that
         stills and short clips fill a GPU and long ones do not overflow it."""
         groups, frames = [], math.inf
@@ -555,16 +536,16 @@ class Favor(nn.Module):
                 samples[i] = dataclasses.replace(samples[i], features=features, clip=None)
         return samples
 
-    def with_features(self, sample):
+    def encode_sample(self, sample):
         """The same sample, its clip encoded."""
-        return self.encoded([sample])[0]
+        return self.encode_batch([sample])[0]
 
     def features_of(self, sample):
         """-> visual (F,V,D_v), an image repeated to the length of its sound, and audio (S,D_a);
         None where there is none."""
         if sample.mask not in MASKS:
             raise ValueError(f"mask={sample.mask!r}; wanted one of {MASKS}")
-        features = self.with_features(sample).features
+        features = self.encode_sample(sample).features
         visual, audio = features.visual, features.audio
         if features.is_image and visual is not None:       # an image lasts as long as its sound
             n = (self.config.image_frames if audio is None
@@ -579,7 +560,7 @@ class Favor(nn.Module):
                 torch.empty(frames * self.audio_steps, self.whisper.config.width, device="meta"))
 
     # ---- Eq. (1) and (2)
-    def joint_windows(self, sample):
+    def windowed_inputs(self, sample):
         """Sample -> list of (windows (W,K*N,D), keep (W,K*N)): one entry, or with sync off one a
         modality; empty for text alone."""
         visual, audio = self.features_of(sample)
@@ -596,7 +577,7 @@ class Favor(nn.Module):
         if not self.config.sync:                           # ablation: nothing is joined
             streams = [pair for pair in ((visual, audio[:0]), (visual[:0], audio))
                        if len(pair[0]) or len(pair[1])]
-        return [split_windows(*synchronise(*pair, A, self.config.mask_padding), self.config.windows)
+        return [split_windows(*synchronise(*pair, A, self.config.mask_padding), self.config.window_frames)
                 for pair in streams]
 
     def audio_visual_tokens(self, samples):
@@ -606,13 +587,13 @@ class Favor(nn.Module):
         The windows of the whole batch go through the Q-Former side by side, so that a sample never
         meets another one's padding.  One dummy window of zeros goes along: every rank of a DDP run
         touches every trained parameter at every step, whatever its batch holds (test_ddp.py)."""
-        parts = [self.joint_windows(sample) for sample in self.encoded(samples)]
+        parts = [self.windowed_inputs(sample) for sample in self.encode_batch(samples)]
         N = max(self.visual.n_queries, self.audio_steps)
         like = self.audio_proj(self.audio_proj.weight.new_zeros(1, self.audio_proj.in_features)) * 0
-        dummy = torch.cat([like, like], dim=-1).expand(1, (self.config.windows or 1) * N, -1)
+        dummy = torch.cat([like, like], dim=-1).expand(1, (self.config.window_frames or 1) * N, -1)
         dummy = (dummy, dummy.new_zeros(dummy.shape[:2], dtype=torch.bool))
         windows = [pair for part in parts for pair in part] + [dummy]
-        longest = max(w.shape[1] for w, _ in windows)      # differs only with windows=0
+        longest = max(w.shape[1] for w, _ in windows)      # differs only with window_frames=0
         frames = torch.cat([F.pad(w, (0, 0, 0, longest - w.shape[1])) for w, _ in windows])
         keep = torch.cat([F.pad(k, (0, longest - k.shape[1])) for _, k in windows])
         queries = self.qformer(frames, keep, per_frame=N)                         # (W,Q,D)
@@ -646,7 +627,7 @@ class Favor(nn.Module):
         frames = [0 if visual is None else len(visual),
                   0 if audio is None else math.ceil(len(audio) / self.audio_steps)]
         streams = [max(frames)] if self.config.sync else frames
-        return sum(math.ceil(n / (self.config.windows or n)) for n in streams if n)
+        return sum(math.ceil(n / (self.config.window_frames or n)) for n in streams if n)
 
     # ---- Eq. (3) to (5)
     def llm_inputs(self, samples):
@@ -727,7 +708,7 @@ class Favor(nn.Module):
         """The answer to one question.  clip: a Clip, the path of any video, audio or image file, or
         None (text alone)."""
         if isinstance(clip, (str, Path)):
-            clip = clip_from_path(clip, **self.reading())
+            clip = clip_from_path(clip, **self.clip_options())
         sample = Sample(question, clip=clip, history=tuple(history), mask=mask)
         return self.generate([sample], stream=stream, **settings)[0]
 
@@ -768,21 +749,15 @@ def from_official(path, model=None, dtype=None, device=None, **changes):
     return favor.eval()
 
 
-def local_source(source):
-    """The miniature's sources are relative to this file, so that it works from any folder."""
-    source = re.sub(r"^tiny/", "miniature/weights/", str(source))      # their place before
-    return HERE / source if (HERE / source).is_dir() else source
-
-
 def pretrained_part(cls, source, **settings):
-    return cls.from_pretrained(local_source(source), **settings)
+    return cls.from_pretrained(hub.local_source(source), **settings)
 
 
 def load_tokenizers(config, random_init=False):
     """The LLM's and the Q-Former's.  With random weights the miniature's stand in where a source is
     no local folder with a tokenizer: their ids fit into any vocabulary."""
     def source(name, stand_in):
-        there, weights = Path(local_source(name)), HERE / "miniature" / "weights"
+        there, weights = Path(hub.local_source(name)), HERE / "miniature" / "weights"
         files = "qformer_tokenizer" if stand_in == "instructblip" else "tokenizer.*"
         return there if not random_init or any(there.glob(files)) else weights / stand_in
     return (Tokenizer.from_pretrained(source(config.llm, "llama")),

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import lora
 from runtime import hub
 
-SAME_STEPS = 128                  # compiled decoding: caches are multiples of so many positions
+CACHE_MULTIPLE = 128                  # compiled decoding: caches are multiples of so many positions
 LLM_TENSORS = ("language_model.", "model.", "lm_head.")     # in an InstructBLIP's or a LLaMA's file
 # How longer texts than the trained ones are fitted in -> what config.json has to say about it
 ROPE_TYPES = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
@@ -494,7 +494,7 @@ class Llama(nn.Module):
         B, T = prompt.shape[:2]
         longest, fixed = T + max_new_tokens, self.compiled and num_beams == 1
         # compiled once for each size, of which there should be few
-        cache = KVCache(B, longest + -longest % SAME_STEPS if fixed else longest)
+        cache = KVCache(B, longest + -longest % CACHE_MULTIPLE if fixed else longest)
         logits = self(ids, embeds=embeds, mask=mask, cache=cache, last_only=True)[:, -1]
         seen = torch.zeros_like(logits, dtype=torch.bool)                      # (B,vocab)
         if ids is not None:

@@ -37,8 +37,7 @@ from baselines.instructblip import SYSTEMS
 from favor import Sample, preset
 from miniature import world as miniature
 from runtime import checkpoint as checkpoints
-from runtime import cli, flops, hub, loader, sharding
-from runtime import distributed as processes
+from runtime import cli, distributed, flops, hub, loader
 from runtime import log as runlog
 from runtime.feature_cache import FeatureCache
 from runtime.manifests import IMAGE, VIDEO, Corpus, Index, Order, split_weight
@@ -66,7 +65,7 @@ class TrainConfig:
     lr: float = 1.5e-3  # peak learning rate (7b, 13b: try 1e-4)
     warmup: int = 100  # steps of linear warm-up, then a cosine down to 2 %
     weight_decay: float = 0.01  # on matrices
-    clip: float = 1.0  # largest gradient norm
+    grad_clip: float = 1.0  # largest gradient norm
     mask: str = ""  # audio or visual: train and test without it (the single-modality rows)
     mask_share: float = 0.06  # of samples have the sound, the picture or both masked (a third each)
     pair_share: float = 0.0  # of pictures without sound get a random one (Sec. 4.3)
@@ -102,7 +101,7 @@ class TrainConfig:
     llm: str | None = None  # a LLaMA, or an InstructBLIP that holds one
     # switches of the method, see FavorConfig (default: what preset and variant say)
     sync: bool | None = None  # join the modalities every 0.5 s, Eq. (1)
-    windows: int | None = None  # frames a window, 0 = one window a clip
+    window_frames: int | None = None  # frames a window, 0 = one window a clip
     causal: str | None = None  # past, future or none
     diversity: float | None = None  # lambda of Eq. (5)
     queries: int | None = None  # output queries a window
@@ -139,7 +138,7 @@ class TrainConfig:
 
     def method(self):
         """The FavorConfig that this command line means."""
-        names = ("whisper", "instructblip", "llm", "sync", "windows", "causal", "diversity",
+        names = ("whisper", "instructblip", "llm", "sync", "window_frames", "causal", "diversity",
                  "queries", "fps", "max_seconds")
         changes = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
         return preset(self.model, self.variant, **changes)
@@ -182,27 +181,27 @@ NOTHING = (None, Sample("?", "."), 0, 0)        # keeps a process in step that h
 
 def train_step(model, drawn, config, device, autocast):
     """Forward and backward over this process's share of a batch, the same as if one process had
-    seen the whole batch at once.  drawn: loader.Drawn, some without a sample.
+    seen the whole batch at once.  drawn: loader.TrainItem, some without a sample.
     -> {loss, ce, diversity, grad_norm: of the whole batch; task_ce {task: (sum, n)}, work: of this
     process}; only loss None when no process has a sample.  Gradients are there, clipped."""
-    bare, world = getattr(model, "module", model), processes.world()
+    bare, world = getattr(model, "module", model), distributed.world()
     there = [d for d in drawn if d.sample is not None]
-    samples = bare.encoded([d.sample for d in there])
+    samples = bare.encode_batch([d.sample for d in there])
     seen = [sample.features.visual for sample in samples]
     items = [(d.task, sample, bare.length(sample), 0 if frames is None else len(frames))
              for d, sample, frames in zip(there, samples, seen, strict=True)]
-    tokens, pieces = processes.summed([sum(map(bare.answer_tokens, samples)),
+    tokens, pieces = distributed.all_reduce_sum([sum(map(bare.answer_tokens, samples)),
                                        sum(map(bare.diversity_parts, samples))], device)
     if not tokens:
         return {"loss": None}
     parts = loader.micro_batches(items, lambda item: item[2], lambda item: item[3],
                                  config.micro_batch, config.tokens_at_a_time, config.micro_frames)
     # Sharded processes take part in each other's forwards, DDP's in the last backward.
-    most = max(processes.gathered(len(parts))) if config.shard else max(len(parts), 1)
+    most = max(distributed.all_gather_object(len(parts))) if config.shard else max(len(parts), 1)
     parts += [[NOTHING]] * (most - len(parts))
     ce, diversity, task_ce = 0.0, 0.0, {}
     for i, part in enumerate(parts):
-        with sharding.accumulating(model, waits=i + 1 < len(parts)):
+        with distributed.accumulating(model, waits=i + 1 < len(parts)):
             with autocast:
                 losses = model([sample for _, sample, _, _ in part])
             counts = float(part[0] is not NOTHING)
@@ -216,9 +215,9 @@ def train_step(model, drawn, config, device, autocast):
             if counts:
                 total, n = task_ce.get(task, (0.0, 0))
                 task_ce[task] = (total + own, n + 1)
-    ce, diversity = processes.summed([ce, diversity], device)
+    ce, diversity = distributed.all_reduce_sum([ce, diversity], device)
     return {"loss": ce + bare.config.diversity * diversity, "ce": ce, "diversity": diversity,
-            "grad_norm": sharding.grad_norm_and_clip(model, config.clip), "task_ce": task_ce,
+            "grad_norm": distributed.grad_norm_and_clip(model, config.grad_clip), "task_ce": task_ce,
             "work": flops.work_of(bare, samples)}
 
 
@@ -226,8 +225,8 @@ def train_step(model, drawn, config, device, autocast):
 def validate(model, records, store, batch, device, autocast, mask=None):
     """Mean cross-entropy a token on the held-out questions, of which each process has its share."""
     model.eval()
-    mine, total, count = records[processes.rank()::processes.world()], 0.0, 0
-    for start in range(0, math.ceil(len(records) / processes.world()), batch):   # all equally often
+    mine, total, count = records[distributed.rank()::distributed.world()], 0.0, 0
+    for start in range(0, math.ceil(len(records) / distributed.world()), batch):   # all equally often
         samples = readable_samples(model, mine[start:start + batch], store, mask)[1]
         with autocast:
             losses = model(samples or [NOTHING[1]])
@@ -235,11 +234,11 @@ def validate(model, records, store, batch, device, autocast, mask=None):
             total += losses["ce"].item() * losses["tokens"]
             count += losses["tokens"]
     model.train()
-    total, count = processes.summed([total, count], device)
+    total, count = distributed.all_reduce_sum([total, count], device)
     return total / max(count, 1)
 
 
-def answers_shown(model, records, store, mask, say):
+def log_samples(model, records, store, mask, say):
     """A few held-out questions, the model's answers and the right ones."""
     model.eval()
     read, samples = readable_samples(model, records, store, mask)
@@ -253,7 +252,7 @@ def answers_shown(model, records, store, mask, say):
 # ---------------------------------------------------------------- the plan
 def dry_run(config):
     """Prints what each part takes, and the memory of a step and of an answer, without weights."""
-    dtype, _, why = processes.precision(config.dtype, config.model, torch.device("cpu"))
+    dtype, _, why = distributed.precision(config.dtype, config.model, torch.device("cpu"))
     model = SYSTEMS[config.system].from_config(config.method(), dtype, "meta", random_init=True)
     sample = sizes.empty_sample(model, config.clip_seconds)
     batch = config.micro_batch or config.batch
@@ -267,7 +266,7 @@ def dry_run(config):
 
 
 # ---------------------------------------------------------------- the run
-FREE = ("out", "processes", "threads", "test", "log_every", "show", "keep", "save_every",
+RESUMABLE = ("out", "processes", "threads", "test", "log_every", "show", "keep", "save_every",
         "max_skips", "workers", "tensorboard", "wandb", "micro_batch", "micro_tokens",
         "micro_frames", "shard", "recompute", "compile", "keep_features", "features", "offline")
 
@@ -275,12 +274,12 @@ FREE = ("out", "processes", "threads", "test", "log_every", "show", "keep", "sav
 def read_data(config, kind, say):
     """The manifests as a Corpus."""
     if [Path(path) for path, _ in config.manifests] == [Path(TrainConfig.data[0])]:
-        with processes.chief_first():
+        with distributed.main_process_first():
             miniature.make(config.manifests[0][0], log=say)
     manifests = [(evaluation.find_manifest(path, "train"), weight)
                  for path, weight in config.manifests]
     usable = (lambda media: (media & (IMAGE | VIDEO)) > 0) if kind.needs_picture else None
-    with processes.chief_first():
+    with distributed.main_process_first():
         corpus = Corpus(manifests, config.val_share, config.proportional, usable, say)
     if (config.pair_share or config.match_share) and not len(corpus.sound_only):
         raise ValueError("--pair-share and --match-share take the sound of records that are sound "
@@ -298,11 +297,11 @@ def build(config, kind, dtype, device, found):
     if found:
         model.load_trained(found[0])
     if config.recompute:
-        sharding.checkpoint_activations(model)
+        distributed.checkpoint_activations(model)
     if config.compile:
         for block in model.llm.model.layers:           # alike, so that one compilation serves all
             block.compile(dynamic=True)                # batches differ in length
-    return sharding.shard(model, device) if config.shard else model
+    return distributed.shard(model, device) if config.shard else model
 
 
 @dataclass
@@ -331,10 +330,10 @@ def prepare(config, argv, device, dtype, why, say):
     """Data, model, kept features, optimiser and log, as they were where a stopped run goes on."""
     out, kind = Path(config.out or f"runs/{config.model}"), SYSTEMS[config.system]
     out.mkdir(parents=True, exist_ok=True)
-    found = checkpoints.resume(out, dataclasses.asdict(config), FREE)
+    found = checkpoints.resume(out, dataclasses.asdict(config), RESUMABLE)
     try:
         corpus = read_data(config, kind, say)
-        with sharding.in_turn() if config.shard else nullcontext():
+        with distributed.one_rank_at_a_time() if config.shard else nullcontext():
             model = build(config, kind, dtype, device, found)
     except (FileNotFoundError, ValueError) as error:         # what is missing or does not fit
         raise SystemExit(str(error)) from error
@@ -346,40 +345,40 @@ def prepare(config, argv, device, dtype, why, say):
     store = features_of(config, model, rows, say) if keep else None
 
     say(sizes.table(model))
-    world, chief = processes.world(), processes.rank() == 0
+    world, main_process = distributed.world(), distributed.rank() == 0
     say(f"{len(corpus.train)} training questions, {len(corpus.held_out)} held out; {config.steps} "
         f"steps of {config.batch} on {world} x {device.type}; frozen weights {why}, trained ones "
         "float32")
     optimiser, at = make_optimiser(model, config), {"step": 0, "best": math.inf, "nonfinite": 0}
     if found:
         at = found[1]
-        sharding.load_optimiser_state(optimiser, at["optimiser"])
+        distributed.load_optimiser_state(optimiser, at["optimiser"])
         say(f"going on from {found[0]}, step {at['step']}")
     before = hub.read_json(Path(config.start_from) / "favor.json") if config.start_from else {}
     known = not before or "mixture" in before
     facts = {"train": dataclasses.asdict(config),
              "mixture": corpus.mixture(before.get("mixture")) if known else None}
-    if chief:
+    if main_process:
         runlog.write_run_facts(out, {**facts, "method": dataclasses.asdict(model.config)}, argv,
                                at["step"])
     facts |= {**runlog.git_facts(), "command": shlex.join(["train.py", *argv])}
     peak = None if dtype == torch.float32 else flops.peak_flops(device)
-    log = runlog.RunLog(out, config.steps, at["step"], chief, config.log_every, config.tensorboard,
+    log = runlog.RunLog(out, config.steps, at["step"], main_process, config.log_every, config.tensorboard,
                         config.wandb, peak and peak * world, say, facts)
     if found:
         log.note("resumed", folder=str(found[0]))
     return Run(out, say, corpus, corpus.records(corpus.held_out[chosen]), model,
                model if world == 1 or config.shard else DistributedDataParallel(model), store,
-               optimiser, log, loader.Skipped(out / "skipped.jsonl", at["step"], chief, say), facts,
+               optimiser, log, loader.Skipped(out / "skipped.jsonl", at["step"], main_process, say), facts,
                at["step"], at["best"], nonfinite=at["nonfinite"])
 
 
 def features_of(config, model, records, say):
     """Kept features of the records, made by the first process, read by all."""
     beside = evaluation.find_manifest(config.manifests[0][0], "train").parent / "features"
-    with processes.chief_first():
+    with distributed.main_process_first():
         store = FeatureCache(config.features or beside, model, log=say)
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             # each worker would load the LLM, too, which sharding was to avoid
             store.fill(records, workers=1 if config.shard else None, log=say)
     return store
@@ -387,26 +386,26 @@ def features_of(config, model, records, say):
 
 def main(config, argv):
     # Before they meet: one still joining when the first ends would fail with a reset connection.
-    if config.batch < (world := processes.places()[1]):
+    if config.batch < (world := distributed.environment_ranks()[1]):
         raise SystemExit(
             f"--batch {config.batch} for {world} processes; wanted a sample for each at least")
-    rank, world, device = processes.join()
+    rank, world, device = distributed.init_distributed()
     say, started = partial(print, flush=True) if rank == 0 else (lambda *_: None), time.time()
     torch.set_num_threads(
         config.threads or (1 if config.model == "tiny" else max(1, cli.cores() // world)))
     torch.manual_seed(config.seed)
-    dtype, autocast, why = processes.precision(config.dtype, config.model, device)
+    dtype, autocast, why = distributed.precision(config.dtype, config.model, device)
     hub.offline(config.offline)
     run = prepare(config, argv, device, dtype, why, say)
     corpus, model, log = run.corpus, run.model, run.log
-    steps = loader.Steps(
+    steps = loader.TrainSet(
         corpus, corpus.train, Order(corpus.weights[corpus.train], config.seed), config.mixing,
-        model.reading(), config.batch, rank, world, run.store)
+        model.clip_options(), config.batch, rank, world, run.store)
     ahead = loader.load_ahead(steps, run.first, config.steps, config.workers if config.workers >= 0
-                              else loader.default_workers(run.store, processes.local_world()))
+                              else loader.default_workers(run.store, distributed.local_world()))
     run.ddp.train()
     clock = runlog.Clock()
-    with checkpoints.StopSignal() as stop, loader.deaths_told():
+    with checkpoints.StopSignal() as stop, loader.worker_errors():
         for step in range(run.first, config.steps):
             done = step + 1
             with clock.waiting():
@@ -416,7 +415,7 @@ def main(config, argv):
             for group in run.optimiser.param_groups:
                 group["lr"] = learning_rate(config, step)
             row = train_step(run.ddp, drawn, config, device, autocast)
-            everyone = processes.gathered({
+            everyone = distributed.all_gather_object({
                 "ids": [d.id for d in drawn], "task_ce": row.pop("task_ce", {}), "stop": stop.name,
                 "work": row.pop("work", None), "notes": loader.notes_of(drawn, done)})
             update(run, config, row, everyone, done)
@@ -432,14 +431,14 @@ def main(config, argv):
             tell(run, config, row, everyone, done, clock)
             with clock.aside():
                 if due and not stopped and config.show and (rank == 0 or config.shard):
-                    answers_shown(model, run.held_out[:config.show], run.store,
+                    log_samples(model, run.held_out[:config.show], run.store,
                                   config.mask or None, say)
                 save(run, config, done, "val_ce" in row, due or stopped)
             if stopped:
                 log.close()
                 say(f"{stopped}: saved step {done} in {run.out}/last; the same command goes on "
                     "there")
-                processes.leave(run.ddp)
+                distributed.shutdown(run.ddp)
                 sys.exit(128 + signal.Signals[stopped])
 
     # end: the curve and the table
@@ -452,12 +451,12 @@ def main(config, argv):
     if config.test:
         test(run, config)
     if run.unsaved:
-        processes.leave(run.ddp)
+        distributed.shutdown(run.ddp)
         raise SystemExit(f"{run.out}/{run.unsaved} could not be saved, the disk was full; make "
                          "room and run the same command again")
     say(f"{run.out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {run.out}/best   "
         f"({runlog.duration(time.time() - started)} in all)")
-    processes.leave(run.ddp)
+    distributed.shutdown(run.ddp)
 
 
 def update(run, config, row, everyone, done):
@@ -495,7 +494,7 @@ def tell(run, config, row, everyone, done, clock):
     row = {"step": done, **row, "cosine": cosine,
            "lr": learning_rate(config, done - 1), "task_ce": mean_by_task(everyone),
            "skipped": sum("reason" in note for part in everyone for note in part["notes"])}
-    operations = run.log.chief and flops.step_flops(
+    operations = run.log.main_process and flops.step_flops(
         run.model, **work, encoded=run.store is not None)
     run.log.step({name: value for name, value in row.items() if value is not None}, clips,
                  sum(work["llm_tokens"]), operations, waited, seconds)
@@ -517,9 +516,9 @@ def save(run, config, done, validated, last):
         return
     state = {"step": done, "best": run.best, "nonfinite": run.nonfinite,
              "config": dataclasses.asdict(config),
-             "optimiser": sharding.full_optimiser_state(run.optimiser) if last else None}
-    with sharding.whole(run.model):
-        for folder in folders if processes.rank() == 0 else ():
+             "optimiser": distributed.full_optimiser_state(run.optimiser) if last else None}
+    with distributed.full_parameters(run.model):
+        for folder in folders if distributed.rank() == 0 else ():
             facts = {**run.facts, "step": done, "val_ce": run.val_ce}
             if checkpoints.save_or_say(run.out / folder, run.model, facts,
                                        state if folder == "last" else None, run.say):
@@ -529,7 +528,7 @@ def save(run, config, done, validated, last):
             run.unsaved = folder
             if folder == "best":                       # a later one may be worse, but is there
                 run.best = state["best"] = best_before
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             checkpoints.prune(run.out, config.keep)
 
 
@@ -563,7 +562,7 @@ def test(run, config):
     if config.shard:
         run.say(f"for the table: python eval.py --checkpoint {run.out}/best --data {manifest}")
         return
-    processes.gathered(None)                                 # best/ is written, or not
+    distributed.all_gather_object(None)                                 # best/ is written, or not
     if not (run.out / "best" / "favor.json").exists():
         return run.say(f"no table: {run.out}/best could not be saved")
     model = run.model
@@ -573,8 +572,8 @@ def test(run, config):
     store = features_of(config, model, tested, run.say) if run.store is not None else None
     views = evaluation.views_of(config.system, config.mask)
     predictions, missing = evaluation.evaluate(
-        model, tested, store, views, 4 * val_batch(config, processes.world()), log=run.say)
-    if processes.rank() == 0:
+        model, tested, store, views, 4 * val_batch(config, distributed.world()), log=run.say)
+    if distributed.rank() == 0:
         facts = {"checkpoint": str(run.out / "best"), "mixture": run.facts["mixture"],
                  "weights": evaluation.weights_hash(run.out / "best")}
         if write_or_note(run, tables.write_report, "predictions.jsonl", predictions, views,
@@ -607,6 +606,6 @@ if __name__ == "__main__":
         runlog.check_wandb(settings.wandb)
     except ValueError as error:
         sys.exit(str(error))
-    processes.one_a_core(settings.processes,          # each has its own copy of the weights
+    distributed.launch_local(settings.processes,          # each has its own copy of the weights
                          most=min(4, settings.batch) if settings.model == "tiny" else 1)
     main(settings, sys.argv[1:])

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 import data
-from favor import Sample
-from runtime import distributed as processes
+from data import Sample
+from runtime import distributed
 
 # view: what is masked
 VIEWS = {"both": None, "audio only": "visual", "visual only": "audio", "blind": "both"}
@@ -38,9 +38,9 @@ class Journal:
             return
         for path in sorted(self.folder.glob("*.jsonl")):
             self._read(path, settings)
-        processes.gathered(None)                       # all have read before anyone writes
+        distributed.all_gather_object(None)                       # all have read before anyone writes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.folder / f"{time.time_ns()}-{processes.rank()}.jsonl", "w")
+        self.file = open(self.folder / f"{time.time_ns()}-{distributed.rank()}.jsonl", "w")
         self._write([{"settings": settings}])
 
     def _read(self, path, settings):
@@ -70,8 +70,8 @@ class Journal:
         """When what it held has its final place."""
         if self.file:
             self.file.close()
-            processes.gathered(None)
-            if processes.rank() == 0:
+            distributed.all_gather_object(None)
+            if distributed.rank() == 0:
                 shutil.rmtree(self.folder)
 
 
@@ -88,7 +88,7 @@ def readable_samples(model, records, store, mask=None, skipped=None):
     """Records and their kept features (where there are none: their decoded clips) -> the records
     whose clip can be read, their Samples; (id, reason) of the others joins the list `skipped`."""
     skipped, read, samples = [] if skipped is None else skipped, [], []
-    reading = model.reading() if store is None else store.reading
+    reading = model.clip_options() if store is None else store.reading
     for r in records:
         features, clip = store.get(r) if store is not None else None, None
         if features is None and store is not None and (why := store.reason(r)):
@@ -154,11 +154,11 @@ def answer_all(model, records, store, views=tuple(VIEWS), batch=128, beams=0, hi
                journal=None, log=print):
     """-> {id: {view: answer}} of all records whose clips can be read, and [(id, reason)] of the
     others, on every process."""
-    was_training, world, started = model.training, processes.world(), time.time()
+    was_training, world, started = model.training, distributed.world(), time.time()
     model.eval()
     journal = journal or Journal(None)
     settings = {"num_beams": beams} if beams else {}
-    parts = batches_of(records, batch, history)[processes.rank()::world]
+    parts = batches_of(records, batch, history)[distributed.rank()::world]
     due = [part for part in parts if not journal.holds(part)]
     log(f"answering {len(records)} questions, each {len(views)} times: {', '.join(views)}"
         + (f"; {sum(map(len, parts)) - sum(map(len, due))} are there" if due != parts else ""))
@@ -170,7 +170,7 @@ def answer_all(model, records, store, views=tuple(VIEWS), batch=128, beams=0, hi
                 f"{seconds:.0f} s, ETA {seconds / done * (len(due) - done):.0f} s")
     model.train(was_training)
     wanted = {r.id for r in records}
-    lines = {key: line for held in processes.gathered(journal.lines)
+    lines = {key: line for held in distributed.all_gather_object(journal.lines)
              for key, line in held.items() if key in wanted}
     answers = {key: line["answers"] for key, line in lines.items() if "answers" in line}
     return answers, [(k, line["skipped"]) for k, line in sorted(lines.items()) if "skipped" in line]
@@ -183,7 +183,7 @@ def answer_batch(model, part, store, views, history, settings):
     read, samples = readable_samples(
         model, part, None if history == "model" else store, skipped=skipped)
     if history != "model":
-        samples = model.encoded(samples)                                 # once for all views
+        samples = model.encode_batch(samples)                                 # once for all views
     answers = {r.id: {} for r in read}
     for view in views:
         same = [same_view(sample, view, views) for sample in samples]

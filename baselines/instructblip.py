@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import nn
 
 from baselines.whisper import Whisper
-from favor import Favor, Features, load_tokenizers, local_source, pretrained_part
+from favor import Favor, Features, load_tokenizers, pretrained_part
 from llama import Llama
 from runtime import hub
 from tools import memory as sizes
@@ -61,7 +61,7 @@ class InstructBlip(Favor):
         with torch.device("meta" if device == "meta" else "cpu"):
             projection = nn.Linear(visual.width, llm.config.width)
             if not random_init:
-                root = hub.folder(local_source(config.instructblip), (), ("language_projection.",))
+                root = hub.folder(hub.local_source(config.instructblip), (), ("language_projection.",))
                 hub.load_into(projection, root, prefix="language_projection.")
             model = cls(config, visual, projection, llm, tokenizer, qformer_tokenizer)
         return (model.to(device) if device else model).eval()
@@ -99,7 +99,7 @@ class InstructBlip(Favor):
                 for clip in clips]
 
     def features_of(self, sample):
-        return self.with_features(sample).features.visual, None
+        return self.encode_sample(sample).features.visual, None
 
     def empty_features(self, seconds):
         """A video's, on the device "meta"."""
@@ -153,19 +153,19 @@ class WhisperBaseline(nn.Module):
     def from_config(cls, config, dtype=None, device=None):
         return cls(config, pretrained_part(Whisper, config.whisper, dtype=dtype, device=device))
 
-    def reading(self):
+    def clip_options(self):
         return {"sound_only": True}
 
-    def with_features(self, sample):
+    def encode_sample(self, sample):
         return dataclasses.replace(sample, features=Features(
             audio=sample.clip.audio if sample.clip else sample.features.audio), clip=None)
 
-    def encoded(self, samples):
-        return [*map(self.with_features, samples)]
+    def encode_batch(self, samples):
+        return [*map(self.encode_sample, samples)]
 
     def generate(self, samples, num_beams=1):
         """A transcript of each Sample; "" where there is no sound or it is masked."""
-        heard = [None if s.mask in ("audio", "both") else self.with_features(s).features.audio
+        heard = [None if s.mask in ("audio", "both") else self.encode_sample(s).features.audio
                  for s in samples]
         said = iter(self.whisper.transcribe(
             [audio for audio in heard if audio is not None], beams=num_beams))

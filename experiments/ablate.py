@@ -19,7 +19,7 @@ steps, too; every later round doubles the steps that a run has had: from its wei
 optimiser, warm-up and cosine and other draws of the data.  Its table says what that changed: where
 nothing, the systems have converged.
 
-Public: AblateConfig, settled, Job, plan, run_jobs, prepare, score, collect."""
+Public: AblateConfig, resolve_config, Job, plan, run_jobs, prepare, score, collect."""
 
 
 import dataclasses
@@ -54,8 +54,7 @@ from experiments.tables import (
 )
 from favor import Favor
 from miniature import world as miniature
-from runtime import cli, hub
-from runtime import distributed as processes
+from runtime import cli, distributed, hub
 from runtime.feature_cache import keep_features
 from runtime.log import duration
 
@@ -93,7 +92,7 @@ class AblateConfig:
                              "(half of them are scored, too)")
 
 
-def settled(config, given):
+def resolve_config(config, given):
     """The config with QUICK's values where the command line says nothing."""
     small = {k: v for k, v in QUICK.items() if k not in given} if config.quick else {}
     return dataclasses.replace(config, **small)
@@ -166,7 +165,7 @@ def job_of(config, system, seed, round):
 
 def environment(slot):
     """Of the job in this place: a core or a GPU of its own; it ends when this process does,
-    however it ends (processes.one_a_core)."""
+    however it ends (distributed.launch_local)."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
         map(str, range(torch.cuda.device_count())))
     own = {"CUDA_VISIBLE_DEVICES": gpus.split(",")[slot % len(gpus.split(","))]} if gpus else {
@@ -305,7 +304,7 @@ def train_config(config, system, seed, round):
 def load(trained, checkpoint=None):
     """The model of a TrainConfig, untrained or of a checkpoint, as train.py and eval.py have it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = processes.precision("", trained.model, device)[0]
+    dtype = distributed.precision("", trained.model, device)[0]
     if checkpoint is None:
         return Favor.from_config(trained.method(), dtype, device).eval()
     return Favor.from_pretrained(checkpoint, dtype, device)
@@ -324,7 +323,7 @@ def limited(records, limit):
 def vectors_a_clip(method, seconds=5):
     """LLM vectors of a clip with picture and sound."""
     frames = math.ceil(seconds * method.fps)
-    windows = math.ceil(frames / (method.windows or frames))
+    windows = math.ceil(frames / (method.window_frames or frames))
     return windows * method.queries * (1 if method.sync else 2)
 
 
@@ -441,9 +440,9 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings = settled(*cli.parse(AblateConfig, __doc__))
+    settings = resolve_config(*cli.parse(AblateConfig, __doc__))
     if settings.score:
-        processes.one_a_core(1)                        # ends when the program that started it does
+        distributed.launch_local(1)                        # ends when the program that started it does
         system, *numbers = settings.score
         sys.exit(score(settings, system, *map(int, numbers)))
     sys.exit(main(settings))

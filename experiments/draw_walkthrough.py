@@ -56,7 +56,7 @@ def draw_masks(page):
     joint, sound, width = page["joint"].detach(), page["sound"].detach(), page["visual"].shape[-1]
     F, N, _ = joint.shape
     step = torch.cdist(joint[..., width:].flatten(0, 1), sound).argmin(dim=1).reshape(F, N).numpy()
-    K = page["model"].config.windows
+    K = page["model"].config.window_frames
     mask = page["block_causal_mask"](K, N, page["model"].config.causal).numpy()
     figure, (left, right) = figures.pyplot().subplots(
         1, 2, figsize=(figures.WIDTH, 4.3), layout="constrained")

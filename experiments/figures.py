@@ -102,7 +102,7 @@ def look_inside(model, records, store, mask, matrices, path):
     if clips:
         record = next((r for r in clips if r.meta.get("type") == "at"), clips[0])
         sample = readable_samples(model, [record], store, mask or None)[1][0]
-        streams = model.joint_windows(sample)
+        streams = model.windowed_inputs(sample)
         with cross_attention(model.qformer) as looks:
             model.audio_visual_tokens([sample])
         clip = data.load_clip(record, fps=model.config.fps)

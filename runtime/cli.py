@@ -50,7 +50,7 @@ def parse(cls, doc, argv=None):
     name: field}, where there are any."""
     parser = argparse.ArgumentParser(description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)         # --window must not mean --windows
+                                     allow_abbrev=False)         # --step must not mean --steps
     comments, kinds = _comments(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         options = [k for k in typing.get_args(kinds[field.name]) if k is not type(None)]

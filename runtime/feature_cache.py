@@ -27,10 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import MediaError, load_or_skip, probe, report_skipped
-from favor import Features, local_source
-from runtime import cli
-from runtime import distributed as processes
+from data import Features, MediaError, load_or_skip, probe, report_skipped
+from runtime import cli, distributed, hub
 
 
 def fingerprint(model, reading):
@@ -38,7 +36,7 @@ def fingerprint(model, reading):
     files by size and time, and some of their weights' values (random ones, another dtype)."""
     parts = [model.system, sorted(reading.items()), model.config.audio_seconds]
     for source in (model.config.whisper, model.config.instructblip):
-        root = Path(local_source(source))
+        root = Path(hub.local_source(source))
         files = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns]
                  for f in sorted(root.rglob("*")) if f.is_file()]
         parts.append(files or source)                          # from the Hub: its name
@@ -61,7 +59,7 @@ class FeatureCache:
 
     def __init__(self, folder, model, reading=None, log=print):
         self.model, self.log, self.full = model, log, False
-        self.reading = {**model.reading(), **(reading or {})}   # options of data.load_clip
+        self.reading = {**model.clip_options(), **(reading or {})}   # options of data.load_clip
         self.by_prompt = model.system == "favor"      # InstructBLIP keeps what its ViT has seen
         # where: (pack, offset, *shape), in memory the numbers themselves
         self.clips = {}      # key -> (where its sound is or None, is_image, has a picture); or why
@@ -178,7 +176,7 @@ class FeatureCache:
     def _append(self, line, numbers):
         if self.writing is None or self.writing[0] != os.getpid():         # a fork has its own pack
             self.home.mkdir(parents=True, exist_ok=True)
-            path = self.home / f"{time.time_ns()}-{processes.rank()}.bin"
+            path = self.home / f"{time.time_ns()}-{distributed.rank()}.bin"
             self.writing = (os.getpid(), len(self.packs), open(path, "xb"),
                             open(path.with_suffix(".jsonl"), "xb"))
             self.packs.append(path)

@@ -36,7 +36,7 @@ def weights(*modules, named=""):
 
 
 def work_of(model, samples):
-    """What step_flops wants to know about Samples that are encoded (model.with_features)."""
+    """What step_flops wants to know about Samples that are encoded (model.encode_sample)."""
     features = [sample.features for sample in samples]
     return {"llm_tokens": [model.length(sample) for sample in samples],
             "windows": sum(model.window_count(sample) for sample in samples),
@@ -73,7 +73,7 @@ def flops_by_part(model, llm_tokens, windows, frames, audio_seconds, encoded):
         parts["visual Q-Former"] = frames * visual_qformer_flops(model.visual)
         parts["Whisper"] = sum(whisper_flops(model.whisper, seconds) for seconds in audio_seconds)
     steps = sum(audio_seconds) * model.whisper.config.positions_hz
-    K = model.config.windows                            # frames a window; 0: all of a clip
+    K = model.config.window_frames                            # frames a window; 0: all of a clip
     if not K and windows:
         K = max(frames, steps / model.audio_steps) / windows
     parts["audio projection"] = 6 * weights(model.audio_proj) * steps

@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import time
@@ -42,6 +43,9 @@ PUBLISHED = {
         4_950_754_976, 4_980_963_584, 4_957_878_440, 937_994_232),
     "Salesforce/instructblip-vicuna-13b": (
         4_934_087_952, 4_933_723_144, 4_970_423_232, 4_970_423_232, 4_933_702_464, 3_641_975_144)}
+
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 # ---- from the Hub -------------------------------------------------------------------------------
@@ -84,6 +88,13 @@ def folder(source, files=SMALL_FILES, tensors=("",), config="config.json"):
         if not (root / name).exists():
             root = _fetch(repo, [name], alone=True).parent
     return root
+
+
+def local_source(source):
+    """The miniature's parts are named relative to this repository, so that they are found from any
+    folder; tiny/ is their old place.  Everything else stays as it is."""
+    name = re.sub(r"^tiny/", "miniature/weights/", str(source))
+    return REPOSITORY / name if (REPOSITORY / name).is_dir() else source
 
 
 def _fetch(repo, wanted, alone=False):

@@ -1,11 +1,11 @@
 """From a step's number to this process's share of its batch, decoded ahead by worker processes.
 
-     step --Order--> rows --Corpus--> records --decode, or kept features--> mix --> list of Drawn
+     step --Order--> rows --Corpus--> records --decode, or kept features--> mix --> list of TrainItem
      samples --micro_batches--> parts of like length, each of bounded memory
 Sample g of the run belongs to process g mod world.  A clip that cannot be read leaves its place
-empty and its reason in Drawn: no other sample moves, so none is lost or seen twice.
+empty and its reason in TrainItem: no other sample moves, so none is lost or seen twice.
 
-Public: Drawn, Steps, load_ahead, deaths_told, default_workers, micro_batches, notes_of, Skipped."""
+Public: TrainItem, TrainSet, load_ahead, worker_errors, default_workers, micro_batches, notes_of, Skipped."""
 
 import dataclasses
 import signal
@@ -17,14 +17,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import data
-from favor import Sample
+from data import Sample
 from runtime import cli
 from runtime import log as runlog
 from runtime import mixing as mixes
 
 
 @dataclass
-class Drawn:
+class TrainItem:
     """Sample number g of the run, or why there is none; cut: what --max-seconds left out."""
     g: int
     id: str
@@ -34,8 +34,8 @@ class Drawn:
     cut: str = ""
 
 
-class Steps(Dataset):
-    """steps[k]: this process's share of the batch of step k, a list of Drawn.
+class TrainSet(Dataset):
+    """steps[k]: this process's share of the batch of step k, a list of TrainItem.
 
     rows: those to learn; reading: options of data.load_clip; store: a FeatureCache or None."""
 
@@ -51,7 +51,7 @@ class Steps(Dataset):
 
     def draw(self, g):
         record = self.corpus.record(int(self.rows[self.order(g)]))
-        drawn = Drawn(g, record.id, record.task)
+        drawn = TrainItem(g, record.id, record.task)
         if self.store is not None and self.store.reason(record):
             drawn.reason = self.store.reason(record)
             return drawn
@@ -134,7 +134,7 @@ def load_ahead(steps, first, last, workers=0):
 
 
 @contextmanager
-def deaths_told():
+def worker_errors():
     """SystemExit where a worker dies.  PyTorch's handler of SIGCHLD raises wherever the program is,
     so this belongs around the whole loop."""
     try:
@@ -157,9 +157,9 @@ class Skipped:
     """skipped.jsonl: a line for each sample that could not be read, {"step", "id", "reason"}, or
     that --max-seconds cut, {"step", "id", "cut"}; lines of steps after `first` are done again."""
 
-    def __init__(self, path, first, chief, say=print):
+    def __init__(self, path, first, main_process, say=print):
         self.path, self.lines = Path(path), list(runlog.read_rows(path, first))
-        self.file = runlog.JsonLines(self.path, say, first) if chief else None
+        self.file = runlog.JsonLines(self.path, say, first) if main_process else None
 
     def add(self, rows):
         self.lines += rows

@@ -28,8 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import cli, hub
-from runtime import distributed as processes
+from runtime import cli, distributed, hub
 from tools import memory as sizes
 
 PACKAGES = ("torchaudio", "av", "numpy", "safetensors", "tokenizers")
@@ -65,7 +64,7 @@ def environment():
                  for gpu in gpus],
         "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if gpus else None,
         "packages": {name: version(name) for name in PACKAGES} | {"torch": torch.__version__},
-        "world": processes.world(),
+        "world": distributed.world(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         **git_facts()}
 
@@ -351,7 +350,7 @@ TASKS_SHOWN = 6
 
 class RunLog:
     """A row a step in out/log.jsonl, events in out/events.jsonl, every log_every steps a line, and
-    TensorBoard and wandb.  Only the chief writes and speaks; for the others all methods do nothing.
+    TensorBoard and wandb.  Only the main_process writes and speaks; for the others all methods do nothing.
 
     first_step: how many steps are done; later rows of an earlier start are cut off.  wandb: a
     project; config: what wandb shows as the run's.  peak: operations a second of all devices
@@ -359,11 +358,11 @@ class RunLog:
     last: the newest row, also of an earlier start, or None.
     Raises ValueError, on every process, when wandb is named and not installed."""
 
-    def __init__(self, out, total_steps, first_step=0, chief=True, log_every=20, tensorboard=True,
+    def __init__(self, out, total_steps, first_step=0, main_process=True, log_every=20, tensorboard=True,
                  wandb="", peak=None, say=print, config=None, now=time.monotonic):
         check_wandb(wandb)
-        self.out, self.total_steps, self.chief, self.log_every = (
-            Path(out), total_steps, chief, log_every)
+        self.out, self.total_steps, self.main_process, self.log_every = (
+            Path(out), total_steps, main_process, log_every)
         self.first_step = self.at = first_step
         self.peak, self.now, self.last = peak, now, None
         self.back_ends, self.begun, self.in_steps = {}, None, 0.0
@@ -373,7 +372,7 @@ class RunLog:
             with suppress(OSError):            # stdout may be a file on the same full disk
                 say(text)
         self.say = safely
-        if not chief:
+        if not main_process:
             return
         self.out.mkdir(parents=True, exist_ok=True)
         for row in read_rows(self.out / "log.jsonl", first_step):
@@ -391,7 +390,7 @@ class RunLog:
     def rows(self):
         """[{"step", "ce"}] of all steps so far, from the file: all that draw_curve wants."""
         return [{"step": row["step"], "ce": row.get("ce")} for row in read_rows(
-            self.out / "log.jsonl", self.at)] if self.chief else []
+            self.out / "log.jsonl", self.at)] if self.main_process else []
 
     # ---- a step
     def step(self, row, clips=0, tokens=0, flops=0, waited_s=0.0, seconds=0.0):
@@ -399,7 +398,7 @@ class RunLog:
         clips, tokens (LLM positions) and flops: of all processes together in this step, which took
         so many seconds, waited_s of them for its batch.  Returns the row with rates over the steps
         since the last printed line."""
-        if not self.chief:
+        if not self.main_process:
             return row
         self.at = row["step"]
         if self.begun is None:
@@ -460,13 +459,13 @@ class RunLog:
         """An event (validation, checkpoint, skipped step, resumed) with its time and step; numbers
         among its facts go to the back ends as kind/name.  step=: of a step that step() has not
         been told yet."""
-        if self.chief:
+        if self.main_process:
             facts = plain(facts)
             self.events.write({"time": timestamp(), "step": self.at, "event": kind, **facts})
             self._send(scalars(facts, f"{kind}/"))
 
     def close(self):
-        if self.chief:
+        if self.main_process:
             for name, back_end in [*self.back_ends.items()]:
                 self._unless_broken(name, back_end.close)
             self.back_ends = {}

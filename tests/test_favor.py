@@ -54,13 +54,13 @@ WHISPER = WhisperConfig(n_mels=80, width=20, layers=1, heads=2, ffn=32, max_sour
                         n_fft=512, hop=400)      # 16000 / (2 * 400) = 20 a second; chunks of 2.5 s
 VIT = ViTConfig(width=16, layers=1, heads=2, ffn=24, image_size=28, patch_size=14)
 CONFIG = FavorConfig(
-    windows=K, queries=Q, width=20, layers=2, heads=2, causal_heads=4, ffn=28, max_positions=8 * N,
+    window_frames=K, queries=Q, width=20, layers=2, heads=2, causal_heads=4, ffn=28, max_positions=8 * N,
     lora_r=4, lora_alpha=4, max_new_tokens=8)
 SHORT_OFFICIAL = OFFICIAL | {"audio_seconds": 3.0, "image_frames": 6}    # 3 s instead of 30 s
 VARIANTS = {
-    "paper": {}, "no sync": {"sync": False}, "one window": {"windows": 0},
+    "paper": {}, "no sync": {"sync": False}, "one window": {"window_frames": 0},
     "causal none": {"causal": "none"}, "causal future": {"causal": "future"},
-    "official": SHORT_OFFICIAL, "official, one window": SHORT_OFFICIAL | {"windows": 0},
+    "official": SHORT_OFFICIAL, "official, one window": SHORT_OFFICIAL | {"window_frames": 0},
     "official, no sync": SHORT_OFFICIAL | {"sync": False}}
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
@@ -269,7 +269,7 @@ def test_on_the_flash_path_there_is_no_mask(monkeypatch):
     check("bf16", flash.double(), wanted, 2e-2, 2e-2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"causal": "future"}, {"windows": 0}, SHORT_OFFICIAL],
+@pytest.mark.parametrize("changes", [{}, {"causal": "future"}, {"window_frames": 0}, SHORT_OFFICIAL],
                          ids=["paper", "future", "one window", "official"])
 def test_losses_are_the_same_on_either_path(changes, build, monkeypatch):
     model, results = build(**changes), []
@@ -290,7 +290,7 @@ def test_clips_encoded_side_by_side_are_the_same(changes, build):
     """All clips of a batch go through ViT and Whisper together: features and losses of one by one.
     What comes out can learn, though the encoders run in inference mode."""
     model, samples = build(**changes), mixed()
-    together, alone = model.encoded(samples), [model.encoded([s])[0] for s in samples]
+    together, alone = model.encode_batch(samples), [model.encode_batch([s])[0] for s in samples]
     for a, b in zip(together, alone, strict=True):
         assert a.clip is None and a.features.is_image == b.features.is_image
         for name in ("visual", "audio"):
@@ -316,12 +316,12 @@ def test_each_clip_is_encoded_once(build, monkeypatch):
         return real(pixels)
     monkeypatch.setattr(model.visual, "encode_image", counted)
     spoken = clip(1, 3.0, image=True)
-    model.encoded([Sample("what is said here", "a", spoken), Sample("is it so", "b", spoken),
+    model.encode_batch([Sample("what is said here", "a", spoken), Sample("is it so", "b", spoken),
                    Sample("what is seen", "c", clip(5))])
     assert seen == [1 + 5]
     seen.clear()
     monkeypatch.setattr(favor, "FRAMES_AT_ONCE", 8)
-    model.encoded([Sample("is it so", "a", clip(n, seed=n)) for n in (3, 4, 2, 9, 1)])
+    model.encode_batch([Sample("is it so", "a", clip(n, seed=n)) for n in (3, 4, 2, 9, 1)])
     assert seen == [3 + 4, 2, 9, 1]
 
 
@@ -504,7 +504,7 @@ def test_a_window_cannot_see_another(build, causal):
 def test_batch_mates_and_padding_change_nothing(build, changes):
     """Loss and gradient of every kind of sample are the same alone and in a mixed batch."""
     model = build(diversity=0.0, **changes)
-    samples = [model.with_features(sample) for sample in mixed()]
+    samples = [model.encode_sample(sample) for sample in mixed()]
     alone = torch.cat([losses(model, [sample]) for sample in samples])
     together, backwards = losses(model, samples), losses(model, samples[::-1]).flip(0)
     print(f"largest difference {(alone - together).abs().max():.1e}")
@@ -593,12 +593,12 @@ def test_without_synchronisation_each_modality_goes_alone(build):
 
 def joint_of(model, sample):
     """All windows behind each other: (F,N,D), (F,N), the last one's filling included."""
-    (windows, keep), = model.joint_windows(sample)
+    (windows, keep), = model.windowed_inputs(sample)
     return windows.reshape(-1, N, windows.shape[-1]), keep.reshape(-1, N)
 
 
 def test_an_image_lasts_as_long_as_its_sound(build):
-    model, image, sound = build(windows=0), features(1, is_image=True), features(steps=34)
+    model, image, sound = build(window_frames=0), features(1, is_image=True), features(steps=34)
     alone, _ = joint_of(model, Sample("", features=image))
     assert alone.shape == (1, N, 48)
     joint, _ = joint_of(model, Sample("", features=Features(image.visual, sound.audio, True)))
@@ -781,7 +781,7 @@ def test_no_prompt_token_can_become_a_label(build):
 def test_counts_before_the_forward_are_those_of_the_forward(build):
     for changes in (*VARIANTS.values(), {"diversity_reduction": "sum"}):
         model = build(**changes)
-        samples = [model.with_features(sample) for sample in mixed()]
+        samples = [model.encode_sample(sample) for sample in mixed()]
         out, rows = model(samples), model.llm_inputs(samples)[0]
         assert out["tokens"] == sum(map(model.answer_tokens, samples))
         assert out["diversity_parts"] == sum(map(model.diversity_parts, samples))
@@ -804,7 +804,7 @@ def trained(build):
     torch.manual_seed(0)
     model = build(dropout=0.0, lora_dropout=0.0, queries=4)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    samples = [model.with_features(sample) for sample in LESSON]
+    samples = [model.encode_sample(sample) for sample in LESSON]
     optimiser = torch.optim.AdamW(model.trained_parameters(), lr=5e-3, weight_decay=0.0)
     ces = []
     for _ in range(120):
@@ -872,7 +872,7 @@ def test_a_file_is_read_as_the_config_says(build, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, 3, 5], ids=["both", "silent", "sound", "image", "text"])
-@pytest.mark.parametrize("changes", [{}, {"sync": False}, {"windows": 0}, SHORT_OFFICIAL],
+@pytest.mark.parametrize("changes", [{}, {"sync": False}, {"window_frames": 0}, SHORT_OFFICIAL],
                          ids=["paper", "no sync", "one window", "official"])
 def test_every_trained_parameter_has_a_gradient_whatever_the_batch_holds(build, which, changes):
     """Or else the ranks of a DDP run wait for each other."""
@@ -963,16 +963,16 @@ def test_errors_say_what_was_wanted(build, tmp_path):
         preset("70b")
     with pytest.raises(ValueError, match="'offical'.*paper and official"):
         preset("7b", "offical")
-    with pytest.raises(ValueError, match=r"\['window'\].*windows"):
+    with pytest.raises(ValueError, match=r"\['window'\].*window_frames"):
         preset("7b", window=5)
     for field, bad, message in (
-            ("causal", "yes", "'yes'.*past, future, none"), ("windows", -1, "windows=-1"),
+            ("causal", "yes", "'yes'.*past, future, none"), ("window_frames", -1, "window_frames=-1"),
             ("diversity_reduction", "max", "mean, sum"), ("frame_times", "x", "regular, ends"),
             ("queries", 0, "queries=0"), ("fps", 0, "fps=0"), ("variant", "x", "paper, official")):
         with pytest.raises(ValueError, match=message):
             FavorConfig(**{field: bad})
-    model = build(windows=0)
-    with pytest.raises(ValueError, match="9 frames x 12 vectors = 108.*96 positions.*windows=10"):
+    model = build(window_frames=0)
+    with pytest.raises(ValueError, match="9 frames x 12 vectors = 108.*96 positions.*window_frames=10"):
         model([Sample("what", "red", features=features(9))])
     with pytest.raises(ValueError, match="no target for 'who is it'"):
         model([Sample("what", "red"), Sample("who is it")])
@@ -1001,7 +1001,7 @@ def test_presets_hold_the_papers_numbers(name):
     config, vicuna = preset(name), f"Salesforce/instructblip-vicuna-{name}"
     assert fields(config, "whisper", "instructblip", "llm") == (
         "openai/whisper-large-v2", vicuna, vicuna)
-    assert fields(config, "fps", "windows", "queries", "layers", "width", "heads", "causal_heads",
+    assert fields(config, "fps", "window_frames", "queries", "layers", "width", "heads", "causal_heads",
                   "ffn") == (2.0, 10, 32, 2, 768, 12, 12, 3072)
     assert fields(config, "causal", "sync", "mask_padding", "frame_times", "audio_seconds",
                   "image_frames") == ("past", True, True, "regular", None, 1)

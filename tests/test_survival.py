@@ -38,9 +38,8 @@ import data
 import train
 from favor import Favor
 from runtime import checkpoint as checkpoints
-from runtime import distributed as processes
+from runtime import distributed
 from runtime import manifests as corpus
-from runtime import sharding
 
 ROOT = Path(train.__file__).parent
 
@@ -181,13 +180,13 @@ def test_two_ranks_part(tmp_path):
         model = DistributedDataParallel(torch.nn.Linear(64, 64))
         for _ in range(3):
             model(torch.ones(4, 64)).sum().backward()
-            processes.gathered(rank)
-        processes.leave(model)
+            distributed.all_gather_object(rank)
+        distributed.shutdown(model)
 
     assert run_forked(lambda rank: [meet_and_part(rank, k) for k in range(40)], 2) == [0, 0]
 
 
-@pytest.mark.parametrize("end, code", [("processes.leave(model)", 0), ("sys.exit('no clip')", 1)])
+@pytest.mark.parametrize("end, code", [("distributed.shutdown(model)", 0), ("sys.exit('no clip')", 1)])
 def test_no_thread_outlives_the_group(tmp_path, end, code):
     """One of gloo's that wants Python's lock while Python ends aborts the process."""
     script = tmp_path / "script.py"
@@ -197,7 +196,7 @@ def test_no_thread_outlives_the_group(tmp_path, end, code):
         sys.path.insert(0, {str(ROOT)!r})
         import torch
         from pathlib import Path
-        from runtime import distributed as processes
+        from runtime import distributed
         from torch.nn.parallel import DistributedDataParallel
 
         def threads():
@@ -208,14 +207,14 @@ def test_no_thread_outlives_the_group(tmp_path, end, code):
             Path({str(tmp_path)!r}, os.environ["RANK"]).write_text(f"{{len(left)}} left")
 
         def work():
-            processes.join()
+            distributed.init_distributed()
             model = DistributedDataParallel(torch.nn.Linear(8, 8))
             model(torch.ones(1, 8)).sum().backward()
             assert any("gloo" in name for name in threads())
             {end}
 
         atexit.register(look)
-        processes.one_a_core(2)
+        distributed.launch_local(2)
         work()
     """)
     done = program(script)
@@ -381,12 +380,12 @@ def test_disjoint_modalities_for_200_steps(command, one_sided, tmp_path, monkeyp
             kept["model"] = model
             return whole_step(model, *rest)
         train.train_step = train_step
-        real = processes.leave
+        real = distributed.shutdown
 
         def leave(model):
-            (tmp_path / f"rank{rank}").write_text(sharding.fingerprint(kept["model"]))
+            (tmp_path / f"rank{rank}").write_text(distributed.fingerprint(kept["model"]))
             real(model)
-        processes.leave = leave
+        distributed.shutdown = leave
         run(command(tmp_path / "run", **flags))
     assert run_forked(work, processes=2, seconds=150) == [0, 0]
     assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()

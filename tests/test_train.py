@@ -176,11 +176,11 @@ def test_a_run(finished, unbroken, small_parts):
 
 
 def test_flags_reach_the_method(command, tmp_path):
-    run(command(tmp_path, "--no-test", "--no-sync", steps=1, windows=2, queries=3, causal="none",
+    run(command(tmp_path, "--no-test", "--no-sync", steps=1, window_frames=2, queries=3, causal="none",
                 diversity=0.5))
     model = Favor.from_pretrained(tmp_path / "last")
     config = model.config
-    assert (config.variant, config.sync, config.windows, config.causal, config.diversity) == (
+    assert (config.variant, config.sync, config.window_frames, config.causal, config.diversity) == (
         "paper", False, 2, "none", 0.5)
     assert model.qformer.queries.shape[1] == 3
     row = log_of(tmp_path)[0]
@@ -471,7 +471,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_model, tmp_path, mo
 # ---- a step -------------------------------------------------------------------------------------
 
 def drawn(samples):
-    return [loader.Drawn(k, str(k), "any", sample) for k, sample in enumerate(samples)]
+    return [loader.TrainItem(k, str(k), "any", sample) for k, sample in enumerate(samples)]
 
 
 def one_step(model, samples, config):
@@ -613,12 +613,12 @@ def test_another_llm(command, llama3, tmp_path):
 def test_one_modality_alone(command, small_miniature, tmp_path, monkeypatch, mask, view):
     """--mask: not one sample of training or validation, and no question of the test, has it."""
     masks = set()
-    joint_windows = Favor.joint_windows
+    windowed_inputs = Favor.windowed_inputs
 
     def spy(model, sample):
         masks.add(sample.mask)
-        return joint_windows(model, sample)
-    monkeypatch.setattr(Favor, "joint_windows", spy)
+        return windowed_inputs(model, sample)
+    monkeypatch.setattr(Favor, "windowed_inputs", spy)
     run(command(tmp_path / "run", "--test", "--mask", mask, steps=2))
     assert masks == {mask}
     table = (tmp_path / "run" / "predictions.md").read_text()

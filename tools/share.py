@@ -29,7 +29,6 @@ import lora
 from aveb import metrics
 from aveb.tables import write_text
 from eval import weights_hash
-from favor import local_source
 from llama import LLM_TENSORS, JsonTokenizer, Llama, LlamaConfig, Tokenizer, as_tuple
 from runtime import hub
 
@@ -100,12 +99,12 @@ def front_matter(**fields):
 # ---------------------------------------------------------------- the card
 def is_ours(source):
     """A part of the miniature, which lies in the code's repository."""
-    return source.startswith(("miniature/", "tiny/")) and local_source(source) != source
+    return source.startswith(("miniature/", "tiny/")) and hub.local_source(source) != source
 
 
 def is_repo(source):
     """Of the Hub, which refuses a card that names anything else as a base model."""
-    return bool(REPO.fullmatch(source)) and not Path(local_source(source)).is_dir()
+    return bool(REPO.fullmatch(source)) and not Path(hub.local_source(source)).is_dir()
 
 
 def licence(sources):
@@ -221,7 +220,7 @@ def model_card(folder, repo_id="user/name"):
             "the trained parts (Q-Former, queries, projection)")
     parts = [(PARTS[part], source if is_repo(source) or is_ours(source) else
               f"a local folder, {Path(source).name}") for part, source in sources.items()]
-    names = ("sync", "windows", "causal", "queries", "fps", "diversity", "lora_r", "lora_alpha",
+    names = ("sync", "window_frames", "causal", "queries", "fps", "diversity", "lora_r", "lora_alpha",
              "lora_targets") if favor else ("queries",)
     switches = [(name, ", ".join(value) if isinstance(value, list) else value)
                 for name in ("variant", *names)
@@ -300,7 +299,7 @@ def merge(folder, out, dtype="bfloat16", shard_gb=5, llm=None):
         raise ValueError(f"{root}: --system {saved['system']} has no LoRA, so there is nothing "
                          f"to merge: its LLM is {saved['config']['llm']} as published")
     place = llm or saved["config"]["llm"]
-    source = hub.folder(local_source(place), hub.SMALL_FILES, LLM_TENSORS)
+    source = hub.folder(hub.local_source(place), hub.SMALL_FILES, LLM_TENSORS)
     tokenizer, config, shapes, read = merged_tensors(root, source, getattr(torch, dtype))
     ends = list(dict.fromkeys((tokenizer.eos_id, *as_tuple(config.eos_id))))
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}

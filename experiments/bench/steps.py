@@ -32,10 +32,9 @@ from experiments.bench.measure import (
 )
 from experiments.bench.media import clip_of
 from favor import Favor, Sample, preset
-from runtime import distributed as processes
-from runtime import flops, sharding
+from runtime import distributed, flops
 from runtime.feature_cache import FeatureCache
-from runtime.loader import Drawn
+from runtime.loader import TrainItem
 from tools.memory import GIB
 from vit_qformer import to_pixels
 
@@ -51,14 +50,14 @@ class Step:
     def __init__(self, device, name="tiny"):
         torch.manual_seed(0)
         self.device, self.name = device, name
-        self.dtype, self.autocast, _ = processes.precision("", name, device)
+        self.dtype, self.autocast, _ = distributed.precision("", name, device)
         self.config = train.TrainConfig(model=name, micro_batch=0, micro_tokens=0)
         self.model = Favor.from_config(preset(name), self.dtype, device,
                                        random_init=name != "tiny").train()
         self.optimiser = train.make_optimiser(self.model, self.config)
         for group in self.optimiser.param_groups:
             group["lr"] = 0.0
-        self.ddp = (self.model if processes.world() == 1 else DistributedDataParallel(self.model))
+        self.ddp = (self.model if distributed.world() == 1 else DistributedDataParallel(self.model))
 
     def samples(self, count, seconds):
         """`count` random clips in memory, with a question and an answer; seconds: of all, or a list
@@ -73,7 +72,7 @@ class Step:
     def gradients(self, samples):
         """Forward and backward -> train_step's row."""
         torch.manual_seed(0)                                # the same dropout
-        drawn = [Drawn(g, str(g), "videoqa", sample) for g, sample in enumerate(samples)]
+        drawn = [TrainItem(g, str(g), "videoqa", sample) for g, sample in enumerate(samples)]
         return train.train_step(self.ddp, drawn, self.config, self.device, self.autocast)
 
     def update(self):
@@ -126,7 +125,7 @@ def parts_alone(step):
     def optimiser(m):
         for p in model.trained_parameters():
             p.grad = torch.zeros_like(p)
-        sharding.grad_norm_and_clip(model, step.config.clip)
+        distributed.grad_norm_and_clip(model, step.config.grad_clip)
         step.update()
 
     return {"ViT": vit, "Q-Former": qformer, "Whisper": whisper, "aligner": aligner,
@@ -136,7 +135,7 @@ def parts_alone(step):
 def materials(step, count, seconds):
     """What the whole step and its parts take."""
     model, samples = step.model, step.samples(count, seconds)
-    encoded = [model.with_features(s) for s in samples]
+    encoded = [model.encode_sample(s) for s in samples]
     with torch.no_grad():
         images = model.visual.encode_image(to_pixels(torch.cat(
             [s.clip.frames for s in samples]).to(step.device), model.visual.image_size))
@@ -201,7 +200,7 @@ def cached(run: Run):
             for sample in samples:
                 record = Record(str(len(made)), "videoqa", QUESTION, ANSWER,
                                 video=f"{folder}/{len(made)}.mp4")
-                store.put(record, step.model.with_features(sample).features)
+                store.put(record, step.model.encode_sample(sample).features)
                 made.append(record)
                 records.append(record)
             return samples, records
@@ -213,7 +212,7 @@ def cached(run: Run):
             "cached": lambda _, records: step(from_cache(records)),
             "fresh": lambda samples, _: step(samples)})
         samples, records = make()
-        rounded = [as_kept(step.model.with_features(sample)) for sample in samples]
+        rounded = [as_kept(step.model.encode_sample(sample)) for sample in samples]
         kept, fresh = step(from_cache(records)), step(samples)
         check_equal("loss from the cache, against its features from memory", kept, step(rounded))
         far = check("loss from the cache", kept, fresh, 1e-2)
@@ -237,7 +236,7 @@ def from_files(run, step, count, seconds, cached_step):
     with clip_of(seconds, **run.pick(test={"width": 64, "height": 48}, quick={})) as path:
         def fresh():
             clips = [load_clip(Record(str(i), "videoqa", QUESTION, ANSWER, video=path),
-                               **step.model.reading()) for i in range(count)]
+                               **step.model.clip_options()) for i in range(count)]
             return step([Sample(QUESTION, ANSWER, clip) for clip in clips])
 
         times = interleaved(run, "step from files", tuple, {"cached": cached_step, "fresh": fresh},
@@ -312,7 +311,7 @@ def rank_step(job):
     if kind == "cpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
         torch.set_num_threads(1)
-    _, _, device = processes.join()
+    _, _, device = distributed.init_distributed()
     step, times = Step(device, name), []
     torch.manual_seed(1)
     mine = step.samples(count, seconds)[rank::world]
@@ -321,7 +320,7 @@ def rank_step(job):
         row = step.gradients(mine)                           # ends with numbers on the CPU
         step.update()
         times.append(time.perf_counter() - start)
-    processes.leave(step.ddp)
+    distributed.shutdown(step.ddp)
     return {"loss": row["loss"], "grad_norm": float(row["grad_norm"]),
             "seconds": statistics.median(times)}
 

@@ -103,10 +103,10 @@ class Parrot(None_model):
     def __init__(self):
         self.asked = []
 
-    def reading(self):
+    def clip_options(self):
         return {"sound_only": True}
 
-    def encoded(self, samples):
+    def encode_batch(self, samples):
         return samples
 
     def generate(self, samples):
@@ -137,10 +137,10 @@ def test_own_answers_with_a_real_model(checkpoint, records):
     for r in talks:
         turns = ()
         for question, _ in r.history:
-            clip = data.load_clip(r, **model.reading())
+            clip = data.load_clip(r, **model.clip_options())
             turns = (*turns, (question, model.answer(clip, question, turns)))
         assert said[r.id]["both"] == model.answer(
-            data.load_clip(r, **model.reading()), r.prompt, turns)
+            data.load_clip(r, **model.clip_options()), r.prompt, turns)
 
 
 def test_unknown_history():

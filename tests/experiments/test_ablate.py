@@ -72,7 +72,7 @@ def test_verdicts(mean, half, less_is_better, wanted):
 
 # ---------------------------------------------------------------- the plan
 def test_the_quick_plan():
-    config = ablate.settled(*cli.parse(AblateConfig, "", ["--quick"]))
+    config = ablate.resolve_config(*cli.parse(AblateConfig, "", ["--quick"]))
     jobs = ablate.plan(config)
     assert [job.name for job in jobs] == [f"{s}-seed0 to 160 steps" for s in ablate.QUICK["only"]]
     systems = {*ablate.QUICK["only"]}               # every figure has two points at least
@@ -86,7 +86,7 @@ def test_the_quick_plan():
 
 
 def test_what_is_given_beats_quick():
-    config = ablate.settled(*cli.parse(AblateConfig, "", ["--quick", "--seeds", "2", "--only",
+    config = ablate.resolve_config(*cli.parse(AblateConfig, "", ["--quick", "--seeds", "2", "--only",
                                                             "future"]))
     assert [job.folder.name for job in ablate.plan(config)] == ["future-seed0", "future-seed1"]
     assert config.steps == ablate.QUICK["steps"]
@@ -111,7 +111,7 @@ def test_the_full_plan_goes_round_by_round_and_every_flag_is_one_of_train():
     assert methods["audio-only"].mask == "visual" and methods["visual-only"].mask == "audio"
     for k, system in ablation.WINDOWS.items():        # N/K constant: the same number of LLM vectors
         method = methods[system].method()
-        assert (method.windows or 10) == k and method.queries == 2 * k
+        assert (method.window_frames or 10) == k and method.queries == 2 * k
         assert ablate.vectors_a_clip(method) == 20
     for factor, system in ablation.LAMBDAS.items():
         assert methods[system].method().diversity == factor
@@ -141,7 +141,7 @@ def test_every_round_goes_on_where_the_one_before_ended(tmp_path):
     assert [t.steps for t in trained] == [4, 4, 8] and not any(t.sync for t in trained)
     assert [t.seed for t in trained] == [1, 5, 9]
     for round, job in enumerate(jobs, 1):            # the program is told what it is to score
-        again = ablate.settled(*cli.parse(AblateConfig, "", list(job.commands[1][3:])))
+        again = ablate.resolve_config(*cli.parse(AblateConfig, "", list(job.commands[1][3:])))
         assert again.score == ("no-sync", "1", str(round))
         assert ablate.job_of(again, "no-sync", 1, round) == job
     # more rounds, later: those that are finished count
@@ -600,7 +600,7 @@ def test_all_figures_are_drawn(tmp_path):
 # ---------------------------------------------------------------- what a model does inside
 def test_the_hook_shows_what_the_layer_used():
     torch.manual_seed(1)
-    config = preset("tiny", queries=3, width=32, ffn=16, windows=2)
+    config = preset("tiny", queries=3, width=32, ffn=16, window_frames=2)
     qformer = CausalQFormer(config, 16).eval()
     with torch.no_grad():
         for p in qformer.parameters():

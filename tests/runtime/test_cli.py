@@ -120,7 +120,7 @@ def test_wrong_values_are_usage_errors(capsys):
             cli.parse(config, "", words)
         assert error.value.code == 2
         assert message in capsys.readouterr().err
-    assert train.TrainConfig(sync=False, windows=3, queries=4).method().windows == 3
+    assert train.TrainConfig(sync=False, window_frames=3, queries=4).method().window_frames == 3
 
 
 # ---- workers ------------------------------------------------------------------------------------

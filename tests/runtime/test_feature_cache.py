@@ -26,7 +26,7 @@ import favor
 from aveb.answers import readable_samples
 from baselines.instructblip import InstructBlip
 from favor import Favor, Features
-from runtime import distributed as processes
+from runtime import distributed
 from runtime import feature_cache as features
 from runtime.feature_cache import FeatureCache, keep_features
 
@@ -110,7 +110,7 @@ def test_kept_features_are_fresh_ones(small_model, records, tmp_path, on_disk, e
     assert len(encoded) == len(clips_of(records)) < len(records)          # once a clip
     kinds = set()
     for r in records:
-        clip = data.load_clip(r, **small_model.reading())
+        clip = data.load_clip(r, **small_model.clip_options())
         fresh, kept = small_model.encode(clip, [r.prompt])[0], cache.get(r)
         same(kept, fresh, tolerance=2e-3)                                 # fp16
         assert r in cache and cache.reason(r) is None
@@ -156,7 +156,7 @@ def test_another_question_about_a_kept_clip(small_model, records, tmp_path, enco
     (clip, prompts), = encoded[1:]
     assert clip.audio is None and prompts == ["a b", "c d"]
     for r in asked:
-        same(cache.get(r), small_model.encode(data.load_clip(r, **small_model.reading()),
+        same(cache.get(r), small_model.encode(data.load_clip(r, **small_model.clip_options()),
                                               [r.prompt])[0], tolerance=2e-3)
     visual, audio = cache.get(film).visual, cache.get(film).audio
     now = sum(f.stat().st_size for f in tmp_path.rglob("*.bin"))
@@ -211,7 +211,7 @@ def test_what_makes_features_anew(small_parts, records, tmp_path, encoded):
                          ("antialias", False), ("max_seconds", 3.0)):
         assert anew(**{field: value}), field
     assert not anew(reading={"max_seconds": 3.0})             # as the config had it
-    assert anew(reading={"max_seconds": 2.0}) and not anew(windows=2, diversity=0.5)
+    assert anew(reading={"max_seconds": 2.0}) and not anew(window_frames=2, diversity=0.5)
     assert anew(dtype=torch.bfloat16)
     # weights that no file holds (--random-init); trained parts do not count
     assert anew(change=lambda model: model.visual.query_tokens.data.fill_(0.5))
@@ -238,7 +238,7 @@ def test_instructblip_keeps_a_clip_once(small_parts, records, tmp_path, monkeypa
     clips = len(clips_of(asked))
     assert len([line for line in lines_of(tmp_path / "kept") if "seen" in line]) == clips
     for r in asked:
-        same(cache.get(r), model.encode(data.load_clip(r, **model.reading()), [r.prompt])[0], 2e-2)
+        same(cache.get(r), model.encode(data.load_clip(r, **model.clip_options()), [r.prompt])[0], 2e-2)
     with torch.no_grad():
         model.visual.query_tokens.add_(1)                                     # as training does
     monkeypatch.setattr(InstructBlip, "encode", None)
@@ -362,13 +362,13 @@ def test_a_pack_that_lost_its_end(small_model, records, tmp_path, encoded):
 def test_two_processes_one_after_the_other(small_model, records, tmp_path):
     """As train.py does under torchrun: the first one fills, the other finds."""
     def work(rank):
-        processes.join()
+        distributed.init_distributed()
         if rank == 1:
             Favor.encode = None
-        with processes.chief_first():
+        with distributed.main_process_first():
             cache = keep_features(small_model, records, tmp_path / "kept", log=quiet)
         assert all(r in cache for r in records)
-        processes.leave()
+        distributed.shutdown()
 
     assert run_forked(work, processes=2) == [0, 0]
     assert len([*(tmp_path / "kept").rglob("*.bin")]) == 1
@@ -466,7 +466,7 @@ def test_clips_that_are_not_there_are_read(small_model, records):
     cache.fill([film], log=quiet)
     _, (kept,) = readable_samples(small_model, [film], cache)
     assert kept.clip is None
-    same(kept.features, small_model.with_features(sample).features, tolerance=2e-3)
+    same(kept.features, small_model.encode_sample(sample).features, tolerance=2e-3)
 
 
 # ---- space --------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ def few(small_miniature, tmp_path):
 
 def steps_of(path, model, batch=4, rank=0, world=1, store=None, **mixed):
     found = Corpus([(path, 1.0)], log=quiet)
-    return loader.Steps(found, found.train, Order(found.weights, 0), Mixing(**mixed),
-                        model.reading(), batch, rank, world, store)
+    return loader.TrainSet(found, found.train, Order(found.weights, 0), Mixing(**mixed),
+                        model.clip_options(), batch, rank, world, store)
 
 
 def told(drawn):
@@ -205,7 +205,7 @@ def test_pairs_of_real_clips(few, model):
     assert len(changed) > 5 and paired
     for ours, theirs in zip(kept, fresh, strict=True):
         assert (ours.sample.clip is None) == (ours.sample.prompt == records[ours.id].prompt)
-        a, b = (model.with_features(d.sample).features for d in (ours, theirs))
+        a, b = (model.encode_sample(d.sample).features for d in (ours, theirs))
         for name in ("visual", "audio"):
             x, y = getattr(a, name), getattr(b, name)
             assert (x is None) == (y is None)

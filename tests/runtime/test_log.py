@@ -118,7 +118,7 @@ def test_the_rewriting_is_atomic(tmp_path, monkeypatch):
 
 def test_only_the_chief_writes_and_speaks(tmp_path):
     (tmp_path / "log.jsonl").write_text("as it was")
-    log, said = quiet_log(tmp_path, 2, chief=False, tensorboard=True)
+    log, said = quiet_log(tmp_path, 2, main_process=False, tensorboard=True)
     for step in (1, 2):
         assert log.step(row(step), clips=4, seconds=1) == row(step)
     log.note("checkpoint", path="last")
@@ -333,7 +333,7 @@ def counted(function):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("changes", [{}, {"causal": "none"}, {"sync": False}, {"windows": 0}])
+@pytest.mark.parametrize("changes", [{}, {"causal": "none"}, {"sync": False}, {"window_frames": 0}])
 def test_a_step_against_pytorchs_counter(changes, small_favor):
     """To the last operation, but for what is named: the lm_head at the answer's tokens (frozen: 4N)
     and the dummy window are left out, the audio projection's 6N are 4N: its input learns nothing.
@@ -345,13 +345,13 @@ def test_a_step_against_pytorchs_counter(changes, small_favor):
     sample = Sample("What happens after the beep?", "red square", features=clip)
     work = flops.work_of(model, [sample])
     assert work == {"llm_tokens": [model.length(sample)], "frames": 20, "audio_seconds": [10.0],
-                    "windows": {"sync": 8, "windows": 1}.get(next(iter(changes), ""), 4)}
+                    "windows": {"sync": 8, "window_frames": 1}.get(next(iter(changes), ""), 4)}
     parts = flops.flops_by_part(model, **work, encoded=True)
     found = counted(lambda: model([sample])["loss"].backward())
     head = 4 * model.llm.lm_head.weight.numel() * model.answer_tokens(sample)
     steps, projection = len(clip.audio), model.audio_proj.weight.numel()
     expected = sum(parts.values()) + head - 2 * steps * projection + 4 * projection
-    if "windows" in changes:        # the dummy is as long as the only window
+    if "window_frames" in changes:        # the dummy is as long as the only window
         dummy = 1
     else:
         dummy = 1 / work["windows"]
@@ -648,11 +648,11 @@ def test_wandb_is_only_there_when_named(tmp_path, fake_wandb):
     assert fake_wandb.runs == [] and not (tmp_path / "wandb-id").exists()
 
 
-@pytest.mark.parametrize("chief", [True, False])
-def test_wandb_that_is_not_installed(chief, tmp_path, no_package):
+@pytest.mark.parametrize("main_process", [True, False])
+def test_wandb_that_is_not_installed(main_process, tmp_path, no_package):
     """Said by every process: none waits for one that has left."""
     with pytest.raises(ValueError, match="--wandb favor: not installed; pip install wandb"):
-        quiet_log(tmp_path / "run", 9, wandb="favor", chief=chief)
+        quiet_log(tmp_path / "run", 9, wandb="favor", main_process=main_process)
     runlog.check_wandb("")
 
 

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+import data
 import demo
 import favor
 import train
@@ -138,7 +139,7 @@ def test_a_folder_with_nothing_but_its_sizes(tmp_path):
 def test_random_models_answer(system):
     kind = SYSTEMS[system]
     model = kind.from_config(preset("tiny", max_new_tokens=4), torch.bfloat16, random_init=True)
-    clip = favor.Clip(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(16000))
+    clip = data.Clip(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(16000))
     assert isinstance(model.eval().answer(clip, "What?"), str)
     assert next(model.llm.parameters()).dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in model.trained_parameters())

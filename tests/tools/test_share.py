@@ -92,7 +92,7 @@ def rows_of(text):
 def test_card_says_what_the_checkpoint_says(run):
     change(run / "best", config=hub.read_json(run / "best" / "favor.json")["config"] | {
         "whisper": "openai/whisper-large-v2", "instructblip": "Salesforce/instructblip-vicuna-7b",
-        "llm": "Salesforce/instructblip-vicuna-7b", "variant": "official", "windows": 10})
+        "llm": "Salesforce/instructblip-vicuna-7b", "variant": "official", "window_frames": 10})
     card = share.model_card(run, "me/ears")
     assert head_of(card) == {
         "license": "other", "license_name": "terms-of-the-base-models",
@@ -102,7 +102,7 @@ def test_card_says_what_the_checkpoint_says(run):
         "datasets": ["librispeech", "gqa"],
         "tags": ["favor", "video", "audio-visual", "speech", "lora"]}
     rows = rows_of(card)
-    for row in (["Whisper", "openai/whisper-large-v2"], ["variant", "official"], ["windows", "10"],
+    for row in (["Whisper", "openai/whisper-large-v2"], ["variant", "official"], ["window_frames", "10"],
                 ["librispeech", "asr", "5"], ["gqa", "vqa", "7"], ["gqa", "isqa", "2"],
                 ["own", "avm", "1"], ["commit", "abc123"], ["command", "train.py --lr 1e-3"],
                 ["seed", "0"], ["dirty", "True"], ["step", "7"], ["val_ce", "0.5"]):
@@ -128,7 +128,7 @@ def test_card_says_what_is_missing(run):
     assert 'from_pretrained("user/name", whisper="FOLDER", instructblip="FOLDER", llm="FOLDER")' \
         in card and "--whisper FOLDER --instructblip FOLDER --llm FOLDER" in card
     change(run / "best", config={"variant": "paper"})
-    assert ["windows", "not written down"] in rows_of(share.model_card(run))
+    assert ["window_frames", "not written down"] in rows_of(share.model_card(run))
 
 
 def test_the_committed_checkpoint_is_ours():

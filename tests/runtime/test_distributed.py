@@ -20,8 +20,7 @@ import train
 from baselines.instructblip import SYSTEMS
 from favor import Features, Sample
 from llama import Block, KVCache
-from runtime import distributed as processes
-from runtime import sharding
+from runtime import distributed
 
 CPU = torch.device("cpu")
 STEPS, HALF = 10, 8                         # a checkpoint is written at HALF
@@ -72,7 +71,7 @@ def optimiser_of(model):
 def steps_of(model, optimiser, first=0, last=STEPS, micro=4, autocast=False, batches=batch_of):
     """What train_step does -> [(loss, gradient norm)] of the whole batch, the same everywhere."""
     bare = getattr(model, "module", model)
-    rank, world, rows = processes.rank(), processes.world(), []
+    rank, world, rows = distributed.rank(), distributed.world(), []
     for step in range(first, last):
         torch.manual_seed(step)
         batch = batches(step)
@@ -81,30 +80,30 @@ def steps_of(model, optimiser, first=0, last=STEPS, micro=4, autocast=False, bat
         mine, total = batch[rank::world], 0
         parts = [mine[i:i + micro] for i in range(0, len(mine), micro)]
         for i, part in enumerate(parts):
-            with sharding.accumulating(model, waits=i + 1 < len(parts)):
+            with distributed.accumulating(model, waits=i + 1 < len(parts)):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     losses = model(part)
                 loss = (losses["ce"] * losses["tokens"] / tokens
                         + losses["diversity"] * losses["diversity_parts"] / pieces)
                 (loss * world).backward()
             total += loss.item()
-        norm = sharding.grad_norm_and_clip(model, 0.5)
+        norm = distributed.grad_norm_and_clip(model, 0.5)
         optimiser.step()
         optimiser.zero_grad()
-        rows.append((processes.summed([total])[0], norm))
+        rows.append((distributed.all_reduce_sum([total])[0], norm))
     return torch.tensor(rows)
 
 
 def weights_of(model):
-    return {name: p.detach().clone() for name, p in sharding.trained(model)}
+    return {name: p.detach().clone() for name, p in distributed.trained(model)}
 
 
 def two_processes(work, folder):
     """What work() gave in each of two processes."""
     def whole(rank):
-        processes.join()
+        distributed.init_distributed()
         torch.save(work(), folder / f"{rank}.pt")
-        processes.leave()
+        distributed.shutdown()
     assert run_forked(whole, processes=2, seconds=120) == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
@@ -121,9 +120,9 @@ def far(ours, theirs, what):
 
 def saved(model, optimiser, folder):
     """A checkpoint as train.py writes it."""
-    state = sharding.full_optimiser_state(optimiser)
-    with sharding.whole(model):
-        if processes.rank() == 0:
+    state = distributed.full_optimiser_state(optimiser)
+    with distributed.full_parameters(model):
+        if distributed.rank() == 0:
             model.save_pretrained(folder)
             torch.save(state, folder / "state.pt")
 
@@ -131,9 +130,9 @@ def saved(model, optimiser, folder):
 def loaded(model, folder, shard):
     """-> model, optimiser as they were when saved."""
     model.load_trained(folder)
-    model = sharding.shard(model, CPU) if shard else model
+    model = distributed.shard(model, CPU) if shard else model
     optimiser = optimiser_of(model)
-    sharding.load_optimiser_state(optimiser, torch.load(folder / "state.pt", weights_only=True))
+    distributed.load_optimiser_state(optimiser, torch.load(folder / "state.pt", weights_only=True))
     return model, optimiser
 
 
@@ -156,8 +155,8 @@ def two(build, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
 
     def work():
-        with sharding.in_turn():
-            model = sharding.shard(build(), CPU)
+        with distributed.one_rank_at_a_time():
+            model = distributed.shard(build(), CPU)
         blocks, at_once = model.llm.model.layers, set()
         for block in blocks:
             block.register_forward_pre_hook(lambda *_: at_once.add(
@@ -166,13 +165,13 @@ def two(build, tmp_path_factory):
         optimiser = optimiser_of(model.train())
         rows = steps_of(model, optimiser, last=HALF)
         saved(model, optimiser, folder)
-        prints = [sharding.fingerprint(model)]
+        prints = [distributed.fingerprint(model)]
         rows = torch.cat([rows, steps_of(model, optimiser, HALF)])
-        with sharding.whole(model):
+        with distributed.full_parameters(model):
             weights = weights_of(model)
         said.append(model.eval().generate(questions()))
         try:
-            model.generate(questions()[:1 + processes.rank()])
+            model.generate(questions()[:1 + distributed.rank()])
             refused = "not refused"
         except ValueError as error:
             refused = str(error)
@@ -180,9 +179,9 @@ def two(build, tmp_path_factory):
                        p.numel(), p.numel()) for name, p in model.named_parameters()}
         moments = sum(t.to_local().numel() for of in optimiser.state.values()
                       for t in of.values() if isinstance(t, DTensor))
-        with sharding.whole(model):
+        with distributed.full_parameters(model):
             model.load_trained(folder)
-        prints.append(sharding.fingerprint(model))
+        prints.append(distributed.fingerprint(model))
         return {"rows": rows, "weights": weights, "held": held, "moments": moments,
                 "at_once": at_once, "prints": prints, "said": said, "refused": refused}
     return SimpleNamespace(folder=folder, ranks=two_processes(work, folder))
@@ -244,7 +243,7 @@ def test_a_sharded_run_goes_on(build, one, two, tmp_path):
         for folder in (one.folder, two.folder):
             model, optimiser = loaded(build(), folder, shard=True)
             rows = steps_of(model, optimiser, first=HALF)
-            with sharding.whole(model):
+            with distributed.full_parameters(model):
                 found.append((rows, weights_of(model)))
         return found
     for found, unbroken in zip(two_processes(work, tmp_path), two.ranks, strict=True):
@@ -267,14 +266,14 @@ def test_fingerprint(build, two, tmp_path):
     model = build()
     model.load_trained(two.folder)
     [wanted] = {found for rank in two.ranks for found in rank["prints"]}
-    assert sharding.fingerprint(model) == wanted               # unsharded, and read in `whole`
+    assert distributed.fingerprint(model) == wanted               # unsharded, and read in `whole`
 
     def work():
         ddp = DistributedDataParallel(build())
-        prints = [sharding.fingerprint(ddp)]
-        if processes.rank() == 1:
+        prints = [distributed.fingerprint(ddp)]
+        if distributed.rank() == 1:
             ddp.module.llm_proj.bias.data[0] += 1e-6
-        return prints + [sharding.fingerprint(ddp)]
+        return prints + [distributed.fingerprint(ddp)]
     zero, one = two_processes(work, tmp_path)
     assert zero[0] == zero[1] == one[0] != one[1]
 
@@ -285,8 +284,8 @@ def test_accumulation(build, one, tmp_path):
         found = []
         for kind in ("DDP", "sharded"):
             model = build()
-            sharding.checkpoint_activations(model)
-            model = DistributedDataParallel(model) if kind == "DDP" else sharding.shard(model, CPU)
+            distributed.checkpoint_activations(model)
+            model = DistributedDataParallel(model) if kind == "DDP" else distributed.shard(model, CPU)
             found.append(steps_of(model, optimiser_of(model), last=2, micro=1))
         return found
     for found in two_processes(work, tmp_path):
@@ -305,8 +304,8 @@ def test_mixed_dtypes(build, tmp_path):
 
     def work():
         model = tied()
-        sharding.checkpoint_activations(model)
-        model = sharding.shard(model, CPU)
+        distributed.checkpoint_activations(model)
+        model = distributed.shard(model, CPU)
         found = steps_of(model, optimiser_of(model), last=3, autocast=True)
         assert model.llm.lm_head.weight is model.llm.model.embed_tokens.weight
         return found, {(p.requires_grad, p.dtype, p.to_local().dtype)
@@ -327,7 +326,7 @@ def test_instructblip(build, tmp_path):
     rows = steps_of(model, optimiser_of(model), last=3, batches=batches)
 
     def work():
-        model = sharding.shard(build(system="instructblip"), CPU)
+        model = distributed.shard(build(system="instructblip"), CPU)
         return steps_of(model, optimiser_of(model), last=3, batches=batches)
     for found in two_processes(work, tmp_path):
         assert far(found, rows, "losses of InstructBLIP") < 1e-5
@@ -350,10 +349,10 @@ def test_recomputing_changes_nothing(build):
         torch.manual_seed(1)
         losses = model(batch_of(0))
         losses["loss"].backward()
-        return {name: p.grad.clone() for name, p in sharding.trained(model)}, copy.copy(counts)
+        return {name: p.grad.clone() for name, p in distributed.trained(model)}, copy.copy(counts)
 
     kept, once = gradients()
-    sharding.checkpoint_activations(model)
+    distributed.checkpoint_activations(model)
     again, twice = gradients()
     assert once == {Block: 2, favor.CausalQFormerLayer: 2}
     assert twice == {kind: 2 * n for kind, n in once.items()}
@@ -373,15 +372,15 @@ def test_recomputing_changes_nothing(build):
 
 def test_one_process_alone(build):
     model = build()
-    assert sharding.shard(model, CPU) is model
+    assert distributed.shard(model, CPU) is model
     assert not any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def test_in_turn(tmp_path):
     def work():
         for word in ("first", "second"):
-            with sharding.in_turn(), open(tmp_path / "order", "a") as file:
-                file.write(f"{word} {processes.rank()}\n")
+            with distributed.one_rank_at_a_time(), open(tmp_path / "order", "a") as file:
+                file.write(f"{word} {distributed.rank()}\n")
     two_processes(work, tmp_path)
     assert (tmp_path / "order").read_text().split("\n")[:-1] == [
         "first 0", "first 1", "second 0", "second 1"]
