@@ -27,10 +27,11 @@ from aveb import captions, judge
 from aveb.answers import HISTORIES, VIEWS, Journal, answer_all, short_hash
 from aveb.tables import TASKS, report_text, write_report
 from baselines.instructblip import SYSTEMS
-from favor import HERE, preset
+from favor import preset
 from miniature import world as miniature
 from runtime import cli, distributed, hub
 from runtime.feature_cache import keep_features
+from tools import memory
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def find_checkpoint(path, model="tiny"):
     """The given folder, else the last own run, else the committed one."""
     places = [Path(path)] if path else [Path(f"runs/{model}/best")]
     if model == "tiny" and not path:
-        places.append(HERE / "miniature" / "weights" / "favor")
+        places.append(Path(hub.local_source("miniature/weights/favor")))
     for place in places:
         if (place / "favor.json").exists():
             return place
@@ -137,7 +138,7 @@ def load_model(config, dtype=None, device=None):
     kind, method = SYSTEMS[config.system], preset(config.model, **config.sources)
     checkpoint = None
     if config.random_init:
-        model = kind.from_config(method, dtype, device, random_init=True).eval()
+        model = kind.from_config(method, dtype, device, load=memory.random_part).eval()
     elif config.system != "favor" and not config.checkpoint:   # public weights are all it takes
         model = kind.from_config(method, dtype, device)
     else:
@@ -272,7 +273,7 @@ def main(config, argv):
     if config.keep_features and config.model == "tiny" and config.system != "whisper":
         with distributed.main_process_first():
             store = keep_features(model, records, manifests[0].parent / "features", log=say)
-    own = checkpoint and checkpoint.resolve() != (HERE / "miniature" / "weights" / "favor").resolve()
+    own = checkpoint and checkpoint.resolve() != (Path(hub.local_source("miniature/weights/favor"))).resolve()
     folder = checkpoint if own else Path("runs") / (
         "tiny-committed" if checkpoint else f"{config.model}-{config.system}")
     out = Path(config.out or folder / "predictions.jsonl")

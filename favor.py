@@ -1,24 +1,24 @@
 """FAVOR: fine-grained audio-visual joint representations for an LLM.  Paper Sec. 3.
 
-     frames (F,3,224,224) --ViT, Q-Former + instruction--> (F,V,768)                  frozen
+     frames (F,3,224,224) --ViT, Q-Former + question--> (F,V,768)                     frozen
      audio  (S,) 16 kHz   --Whisper encoder--> (50 Hz,1280) --Linear--> (50 Hz,768)   Linear trained
      both   --synchronise, every 0.5 s--> (F,N,1536)                                  Eq. (1)
-            --window-frames of K frames--> (W,K*N,1536) --causal Q-Former--> (W,Q,768)      Eq. (2)
+            --windows of K frames--> (W,K*N,1536) --causal Q-Former--> (W,Q,768)      Eq. (2)
             --Linear--> (W*Q,D_llm) --[<s> USER: <Img> . </Img> question ASSISTANT:]--> LLM + LoRA
-     loss = cross-entropy on the answer + lambda * diversity of the queries           Eq. (3)-(5)
+     loss = cross-entropy of the answer + lambda * diversity of the queries           Eq. (3)-(5)
 
-Shape alphabet of the whole repo:
+Shape alphabet of the whole repository:
      B batch                       F video frames, also synchronised frames: seconds x 2
-     P patch tokens a frame 257 = (224/14)^2 + 1         V visual vectors a frame 32
-     S audio samples or steps      A audio steps a frame 25 = 50 Hz / 2 Hz
-     M mel bins 80                 N joint vectors a frame 32 = max(V,A)
-     W windows ceil(F/K)           K frames a window 10 = 5 s         Q queries a window 32
+     P patch tokens per frame 257 = (224/14)^2 + 1        V visual vectors per frame 32
+     S audio samples or steps      A audio steps per frame 25 = 50 Hz / 2 Hz
+     M mel bins 80                 N joint vectors per frame 32 = max(V,A)
+     W windows ceil(F/K)           K frames per window 10 = 5 s       Q queries per window 32
      T text tokens                 L LLM sequence T + W*Q
      D width: 1280 audio, 1408 ViT, 768 Q-Former, 1536 joint, 4096/5120 LLM
-Masks are bool, True = keep.
+Masks are bool; True marks a real vector, or a key that may be attended to.
 
-Public: FavorConfig, PRESETS, Favor, Sample, Features, synchronise, split_windows,
-block_causal_mask, CausalQFormer, diversity_loss, prompt_ids, from_official."""
+Public: FavorConfig, PRESETS, preset, synchronise, split_windows, block_causal_mask, CausalQFormer,
+diversity_loss, prompt_ids, Favor."""
 
 import dataclasses
 import math
@@ -37,44 +37,39 @@ from torch.utils.checkpoint import checkpoint
 import lora
 from data import Features, Sample, clip_from_path
 from llama import Llama, Tokenizer
-from runtime import hub
-from tools import memory as sizes
-from tools import official
+from runtime import fast, hub
 from vit_qformer import FRAMES_AT_ONCE, QFormerTokenizer, VisualEncoder, to_pixels
 from whisper_enc import WhisperEncoder
 
-HERE = Path(__file__).parent
-MASKS = (None, "audio", "visual", "both")
-MASK_BIAS = 3e4                    # M of flash_block_causal: large, and a number of fp16 and bf16
-LARGEST_FLASH_HEAD = 256        # columns of q and k that the flash kernel takes
+MODALITY_MASKS = (None, "audio", "visual", "both")         # what Sample.mask hides
 
 
 # ---------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class FavorConfig:
-    """Every switch of the method.  Defaults: the 7B model as the paper describes it (Sec. 4.2)."""
-    # where the frozen parts come from: a folder in the Hub's layout or a Hub repo
+    """Every switch of the method.  The defaults are the 7B model as the paper describes it."""
+    # the frozen parts: each a folder in the Hub's layout or a Hub repository
     whisper: str = "openai/whisper-large-v2"
     instructblip: str = "Salesforce/instructblip-vicuna-7b"
     llm: str = "Salesforce/instructblip-vicuna-7b"
     variant: str = "paper"                  # "official": what the authors' released code does
     # what the paper ablates (Tables 5, 9, 10; Figs 3, 4)
-    sync: bool = True                       # off: each modality through the Q-Former on its own
-    window_frames: int = 10                 # K, frames a window; 0 = one window for the whole clip
-    causal: str = "past"                    # "past", "future" (as released), "none"
+    sync: bool = True                       # False: each modality through the Q-Former on its own
+    window_frames: int = 10                 # K, frames per window; 0: one window for the whole clip
+    causal: str = "past"                    # "past", "future" (as released) or "none"
     diversity: float = 0.01                 # lambda of Eq. (5)
     diversity_reduction: str = "mean"       # over pairs and windows; "sum" is Eq. (4) to the letter
-    fps: float = 2.0
-    # how clips are read (rows of the table of departures in the README)
-    frame_times: str = "regular"            # 0, 0.5, 1.0 s ...; "ends": a second's first and last
+    fps: float = 2.0                        # video frames per second
+    # how clips are read (rows of the table in docs/differences.md)
+    frame_times: str = "regular"            # 0, 0.5, 1.0 s ...; "ends": first and last of a second
     audio_seconds: float | None = None      # None: the true length; 30.0: always exactly 30 s
-    image_frames: int = 1                   # frames that an image alone becomes
-    max_seconds: float = 300.0              # DIFF: of a clip are read at most; 0: all
+    image_frames: int = 1                   # frames that an image without sound becomes
+    max_seconds: float = 300.0              # DIFF: of a clip are read at most so many; 0: all
     antialias: bool = True                  # shrink video frames as PIL does; False: bare bicubic
-    mask_padding: bool = True               # False: only rows that fill the last window are masked,
-    #                                         and only in the cross-attention
+    mask_padding: bool = True               # False: only frames that fill the last window are
+    #                                         masked, and only in the cross-attention
     # causal Q-Former
-    queries: int = 32
+    queries: int = 32                       # Q
     width: int = 768
     layers: int = 2
     heads: int = 12
@@ -107,29 +102,43 @@ class FavorConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; wanted more than 0")
         if self.window_frames < 0:
-            raise ValueError(f"window_frames={self.window_frames}; wanted frames a window, or 0 for one window")
+            raise ValueError(f"window_frames={self.window_frames}; "
+                             "wanted frames per window, or 0 for one window")
+
+    @classmethod
+    def from_saved(cls, saved, where):
+        """The config of a favor.json, which may have the field names of an older version.
+        ValueError names the file `where` and the fields that are unknown."""
+        values = {RENAMED.get(name, name): value for name, value in saved["config"].items()}
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"{where}: settings that are not known here: {unknown}; another version "
+                             f"of this code wrote it ({saved.get('commit', 'unknown commit')})")
+        return cls(**values)
 
 
+RENAMED = {"windows": "window_frames"}        # the field's old name: its name now
 OFFICIAL = {"variant": "official", "causal": "future", "mask_padding": False,
             "frame_times": "ends", "audio_seconds": 30.0, "image_frames": 60,
             "max_seconds": 60.0, "antialias": False,
             "encoder_dropout": 0.1, "beams": 5, "repetition_penalty": 1.5,
             "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
-RENAMED = {"windows": "window_frames"}        # fields of older favor.json: their names now
 VICUNA_13B = "Salesforce/instructblip-vicuna-13b"
+MINIATURE = "miniature/weights"               # beside this file, see hub.local_source
 PRESETS = {
     "tiny": FavorConfig(
-        whisper="miniature/weights/whisper", instructblip="miniature/weights/instructblip",
-        llm="miniature/weights/llama",
-        window_frames=5, queries=10, width=128, heads=4, causal_heads=4, ffn=512, dropout=0.0,
-        max_positions=1024, lora_r=16, lora_alpha=16, lora_dropout=0.0, max_new_tokens=24),
+        whisper=f"{MINIATURE}/whisper", instructblip=f"{MINIATURE}/instructblip",
+        llm=f"{MINIATURE}/llama", window_frames=5, queries=10, width=128, heads=4, causal_heads=4,
+        ffn=512, dropout=0.0, max_positions=1024, lora_r=16, lora_alpha=16, lora_dropout=0.0,
+        max_new_tokens=24),
     "7b": FavorConfig(),
     "13b": FavorConfig(instructblip=VICUNA_13B, llm=VICUNA_13B),
 }
 
 
 def preset(name, variant="paper", **changes):
-    """PRESETS[name] in a variant, with single fields changed; unknown names list the valid ones."""
+    """PRESETS[name] in a variant ("paper", "official"), with single fields changed.  ValueError
+    lists the valid names."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     if variant not in ("paper", "official"):
@@ -144,13 +153,14 @@ def preset(name, variant="paper", **changes):
 
 # ---------------------------------------------------------------- Eq. (1): synchronisation, windows
 def synchronise(visual, audio, audio_steps, mask_padding=True):
-    """Joins the two streams frame by frame (every 0.5 s).  Sec. 3.1, Eq. (1); no parameters.
+    """Joins the two streams frame by frame, every 0.5 s.  Sec. 3.1, Eq. (1); no parameters.
 
-    visual (F_v,V,D_v), audio (S,D_a) at audio_steps = A vectors a frame; either may have length 0
-    -> joint (F,N,D_v+D_a), keep (F,N) with F = max(F_v, ceil(S/A)), N = max(V,A).
+    visual (F_v,V,D_v) and audio (S,D_a) with audio_steps = A vectors per frame; either may have
+    length 0 -> joint (F,N,D_v+D_a), mask (F,N), where F = max(F_v, ceil(S/A)) and N = max(V,A).
     Vector j of frame t is [visual query j ; audio step t*A+j], zeros where one of them has ended.
-    keep marks where at least one modality is real; with mask_padding=False everything is kept
-    (DIFF official).  DIFF from the paper's order (audio, visual): visual first, as released."""
+    The mask is True where at least one modality is real; with mask_padding=False it is True
+    everywhere (DIFF official).  DIFF from the paper's order (audio, visual): visual comes first, as
+    in the released weights."""
     V, A = visual.shape[1], audio_steps
     n_frames = max(len(visual), math.ceil(len(audio) / A))
     n_joint = max(V, A)
@@ -165,19 +175,20 @@ def synchronise(visual, audio, audio_steps, mask_padding=True):
         return F.pad(x, widths)
 
     joint = torch.cat([fill(visual), fill(audio)], dim=-1)                        # (F,N,D_v+D_a)
-    keep = fill(seen) | fill(heard)                                               # (F,N)
-    return joint, keep if mask_padding else torch.ones_like(keep)
+    mask = fill(seen) | fill(heard)                                               # (F,N)
+    return joint, mask if mask_padding else torch.ones_like(mask)
 
 
-def split_windows(joint, keep, window):
-    """joint (F,N,D), keep (F,N) -> (W,K*N,D), (W,K*N): non-overlapping windows of K = window frames
-    (0: one window of all F); the last one is filled up with masked zero frames.  Sec. 3.1."""
+def split_windows(joint, mask, window):
+    """joint (F,N,D), mask (F,N) -> (W,K*N,D), (W,K*N): non-overlapping windows of K = window frames
+    (0: one window of all F frames).  The last window is filled up with masked zero frames.
+    Sec. 3.1."""
     K = window or max(len(joint), 1)
     missing = -len(joint) % K
     joint = F.pad(joint, (0, 0, 0, 0, 0, missing))                                # (W*K,N,D)
-    keep = F.pad(keep, (0, 0, 0, missing))
+    mask = F.pad(mask, (0, 0, 0, missing))
     return (rearrange(joint, "(w k) n d -> w (k n) d", k=K),
-            rearrange(keep, "(w k) n -> w (k n)", k=K))
+            rearrange(mask, "(w k) n -> w (k n)", k=K))
 
 
 def block_causal_mask(frames, per_frame, causal="past", device=None):
@@ -191,48 +202,20 @@ def block_causal_mask(frames, per_frame, causal="past", device=None):
     raise ValueError(f"causal={causal!r}; a mask exists for past and future")
 
 
-def block_causal_attention(q, k, v, keep=None, dropout=0.0, *, per_frame, causal="past"):
-    """Softmax attention of q, k, v (W,heads,K*N,d) -> (W,heads,K*N,d) where each frame of per_frame
-    = N vectors sees itself and one side of it: block_causal_mask.  keep (W,K*N): padding is no key;
-    what padded rows give is to be ignored.
-
-    On a GPU the flash kernel takes no mask, and others would read one of (K*N)^2 numbers; on a CPU
-    the masked call is the faster one (bench.py 1)."""
+def block_causal_attention(q, k, v, mask=None, dropout=0.0, *, per_frame, causal="past"):
+    """Softmax attention of q, k, v (W,heads,K*N,d) -> (W,heads,K*N,d) under block_causal_mask for
+    frames of per_frame = N vectors.  mask (W,K*N): padding is no key; the rows of padded vectors
+    are to be ignored."""
     frames = q.shape[2] // per_frame
-    if q.is_cuda and q.shape[-1] + frames + 1 <= LARGEST_FLASH_HEAD:
-        return flash_block_causal(q, k, v, keep, dropout, per_frame=per_frame, causal=causal)
-    mask = block_causal_mask(frames, per_frame, causal, q.device)
-    if keep is not None and not (keep.device.type == "cpu" and keep.all()):
-        # a padded row sees itself: no softmax over nothing
-        mask = mask & keep[:, None, None] | torch.eye(len(mask), dtype=torch.bool, device=q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-
-
-def flash_block_causal(q, k, v, keep=None, dropout=0.0, *, per_frame, causal="past"):
-    """The same in one call without a mask.  Each frame gets a column of its own behind the d
-    columns of q and k: a key has 1 in its frame's column, a query -M in those of the frames that it
-    must not see, so that
-
-         q' . k' = q . k - M [the query must not see the key's frame]
-
-    and exp of it is exactly 0.  One more column is -M in every query and 1 in the keys that are
-    padding.  v is filled up with zeros, which come out as zeros and are cut off."""
-    d, frames = q.shape[-1], q.shape[2] // per_frame
-    unseen = ~block_causal_mask(frames, 1, causal, q.device).repeat_interleave(per_frame, dim=0)
-    own = torch.eye(frames, device=q.device).repeat_interleave(per_frame, dim=0)  # (K*N,frames)
-    padding = own.new_zeros(len(q), len(own), 1) if keep is None else ~keep[..., None]
-    own = torch.cat([own.expand(len(q), -1, -1), padding], dim=-1)             # (W,K*N,frames+1)
-    unseen = F.pad(unseen, (0, 1), value=True).expand(len(q), -1, -1)
-    width = -(d + frames + 1) % 8                                 # kernels want a multiple of 8
-
-    def widened(x, columns):
-        columns = F.pad(columns, (0, width)).to(x)[:, None].expand(-1, x.shape[1], -1, -1)
-        return torch.cat([x, columns], dim=-1)
-
-    out = F.scaled_dot_product_attention(
-        widened(q, -MASK_BIAS * unseen), widened(k, own), F.pad(v, (0, frames + 1 + width)),
-        dropout_p=dropout, scale=d ** -0.5)
-    return out[..., :d]
+    if q.is_cuda and q.shape[-1] + frames + 1 <= fast.LARGEST_FLASH_HEAD:
+        # The same in one flash call: other kernels would read a mask of (K*N)^2 numbers.
+        return fast.flash_block_causal(q, k, v, mask, dropout, per_frame=per_frame, causal=causal)
+    causal_mask = block_causal_mask(frames, per_frame, causal, q.device)
+    if mask is not None and not (mask.device.type == "cpu" and mask.all()):
+        # A padded row sees itself: there is no softmax over nothing.
+        itself = torch.eye(len(causal_mask), dtype=torch.bool, device=q.device)
+        causal_mask = causal_mask & mask[:, None, None] | itself
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask, dropout_p=dropout)
 
 
 # ---------------------------------------------------------------- Eq. (2): the causal Q-Former
@@ -248,20 +231,20 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
-    def forward(self, x, context=None, keep=None, attend=F.scaled_dot_product_attention):
-        """x (B,n,D), context (B,m,D_c) or x itself, keep broadcast to (B,heads,n,m) -> (B,n,D).
-        attend: takes q, k, v (B,heads,n,d), keep and dropout."""
+    def forward(self, x, context=None, mask=None, attend=F.scaled_dot_product_attention):
+        """x (B,n,D), context (B,m,D_c) or x itself, mask broadcast to (B,heads,n,m) -> (B,n,D).
+        attend(q, k, v, mask, dropout) is the softmax attention of q, k, v (B,heads,n,d)."""
         context = x if context is None else context
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads)
                    for part in (self.query(x), self.key(context), self.value(context)))
-        y = attend(q, k, v, keep, self.dropout if self.training else 0.0)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         y = self.output(rearrange(y, "b h n d -> b n (h d)"))
         return self.norm(x + F.dropout(y, self.dropout, self.training))
 
 
 class CausalQFormerLayer(nn.Module):
     """Sec. 3.2, Fig. 2: causal attention over the window's frames, then the queries attend to each
-    other, to the frames, and go through the feed-forward; each step post-norm as in BERT."""
+    other, to the frames, and go through the feed-forward; each step is post-norm as in BERT."""
 
     def __init__(self, config, joint_width):
         super().__init__()
@@ -275,15 +258,15 @@ class CausalQFormerLayer(nn.Module):
         self.down = nn.Linear(config.ffn, config.width)
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
 
-    def forward(self, queries, frames, keep, causal_keep, attend):
-        """queries (W,Q,D), frames (W,K*N,D_joint) -> queries (W,Q,D); keep, causal_keep (W,K*N):
-        keys of the cross- and of the causal attention; attend: its softmax attention, None: without
-        one.  What a layer makes of the frames is its own: the next one starts again from the raw
-        features (DIFF: the paper says nothing of layers; so does the released code)."""
+    def forward(self, queries, frames, mask, causal_mask, attend):
+        """queries (W,Q,D), frames (W,K*N,D_joint) -> queries (W,Q,D).  mask and causal_mask (W,K*N)
+        mark the keys of the cross- and of the causal attention.  attend is the softmax attention of
+        the causal one; None: there is none.  Each layer starts again from the raw features (DIFF:
+        the paper says nothing of layers; the released code does the same)."""
         if attend is not None:
-            frames = self.causal_attention(frames, keep=causal_keep, attend=attend)
+            frames = self.causal_attention(frames, mask=causal_mask, attend=attend)
         queries = self.self_attention(queries)
-        queries = self.cross_attention(queries, frames, keep[:, None, None])
+        queries = self.cross_attention(queries, frames, mask[:, None, None])
         y = self.down(F.gelu(self.up(queries)))
         return self.norm(queries + F.dropout(y, self.dropout, self.training))
 
@@ -296,20 +279,20 @@ class CausalQFormer(nn.Module):
         super().__init__()
         self.config = config
         self.joint_norm = nn.LayerNorm(joint_width)
-        self.positions = nn.Embedding(config.max_positions, joint_width)    # N(0,1), one a vector
+        self.positions = nn.Embedding(config.max_positions, joint_width)    # N(0,1), one per vector
         self.queries = nn.Parameter(torch.empty(1, config.queries, config.width).normal_(std=0.02))
         self.query_norm = nn.LayerNorm(config.width, eps=1e-12)
         self.layers = nn.ModuleList(
             CausalQFormerLayer(config, joint_width) for _ in range(config.layers))
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
-                # 0.02 is BERT's at width 768; narrower, attention would start flat.
+                # 0.02 is BERT's at width 768; in a narrower model attention would start flat.
                 narrow = max(1.0, 768 / module.in_features)
                 nn.init.normal_(module.weight, std=0.02 * math.sqrt(narrow))
                 nn.init.zeros_(module.bias)
 
-    def forward(self, windows, keep, per_frame):
-        """windows (W,K*N,D_joint), keep (W,K*N), per_frame = N -> (W,Q,D).
+    def forward(self, windows, mask, per_frame):
+        """windows (W,K*N,D_joint), mask (W,K*N), per_frame = N -> (W,Q,D).
         Raises ValueError when a window has more vectors than there are positions."""
         length = windows.shape[1]
         if length > self.config.max_positions:
@@ -320,31 +303,32 @@ class CausalQFormer(nn.Module):
         position = torch.arange(length, device=windows.device)
         x = self.joint_norm(windows) + self.positions(position)                   # (W,K*N,D_joint)
         # A window without a real vector (the dummy) sees its zeros: no softmax over nothing.
-        keep = keep | ~keep.any(dim=1, keepdim=True)                              # (W,K*N)
+        mask = mask | ~mask.any(dim=1, keepdim=True)                              # (W,K*N)
         attend = None
         if self.config.causal != "none":
             attend = partial(block_causal_attention, per_frame=per_frame, causal=self.config.causal)
         # DIFF official: the zero frames that fill the last window are keys of the causal attention.
-        # (With one window a clip there are none, only the padding of the batch, which never is.)
-        causal_keep = keep if self.config.mask_padding or not self.config.window_frames else None
+        # (With one window per clip there are none, only the batch's padding, which never is a key.)
+        causal_mask = mask if self.config.mask_padding or not self.config.window_frames else None
         dropout = self.config.dropout
         queries = F.dropout(self.query_norm(self.queries), dropout, self.training)
         queries = queries.expand(len(windows), -1, -1)                            # (W,Q,D)
         again = self.checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            inputs = queries, x, keep, causal_keep, attend
+            inputs = queries, x, mask, causal_mask, attend
             queries = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
         return queries
 
 
+# ---------------------------------------------------------------- Eq. (4): the diversity loss
 def diversity_loss(queries, reduction="mean"):
-    """Eq. (4): cosine similarity of the output queries of one window, pairs j != i.
-    queries (W,Q,D) -> scalar: "mean" over pairs and windows (DIFF: lambda then does not depend on
-    the clip's length), or the literal "sum"."""
+    """Eq. (4): cosine similarity of the output queries of one window, over pairs j != i.
+    queries (W,Q,D) -> scalar: the "mean" over pairs and windows (DIFF: so that lambda does not
+    depend on the clip's length), or the literal "sum"."""
     n = queries.shape[1]
     unit = F.normalize(queries.float(), dim=-1, eps=1e-9)                         # (W,Q,D)
-    # The sum of u_i u_j over all i and j is |sum of u_i|^2; the matrix of products would be bf16
-    # under autocast.
+    # The sum of u_i u_j over all i and j is |sum of u_i|^2; a matrix of products would be computed
+    # in bf16 under autocast.
     off_diagonal = unit.sum(dim=1).square().sum() - unit.square().sum()
     if reduction == "sum":
         return off_diagonal
@@ -353,17 +337,18 @@ def diversity_loss(queries, reduction="mean"):
 
 # ---------------------------------------------------------------- prompt and labels
 def prompt_ids(tokenizer, prompt, history=(), target=None, has_clip=True):
-    """Ids before the clip's vectors, ids after them, and the ids to learn.
+    """Ids before the clip's vectors, ids behind them, and the ids to learn.
 
      <s> USER: <Img> |vectors| </Img> {question}\\nASSISTANT: | {answer}</s>
     Earlier turns of a dialogue stand between: {question}\\nASSISTANT: {answer}</s>USER: ...
-    Text alone has no <Img> </Img>.  Only the answer and its </s> are learnt; target None gives [].
-    The segments are encoded one by one, as in the released code."""
+    Without a clip there is no <Img> </Img>.  Only the answer and its </s> are learnt; a target of
+    None gives [].  The segments are encoded one by one, as in the released code."""
     turns = [*history, (prompt, None)]
     before = [tokenizer.bos_id] + tokenizer.encode("USER: <Img>" if has_clip else "USER:")
     after = []
     for i, (question, answer) in enumerate(turns):
-        # Each segment starts with its own word boundary: text alone is Vicuna's "USER: {question}".
+        # Each segment starts with its own word boundary, so that text alone is Vicuna's
+        # "USER: {question}".
         opening = ("</Img> " if has_clip else "") if i == 0 else "USER: "
         after += tokenizer.encode(f"{opening}{question}\nASSISTANT:")
         if answer is not None:
@@ -376,7 +361,7 @@ def prompt_ids(tokenizer, prompt, history=(), target=None, has_clip=True):
 class Favor(nn.Module):
     """Frozen Whisper, ViT and Q-Former; trained audio projection, causal Q-Former, LLM projection
     and LoRA on the LLM."""
-    system, tasks = "favor", None          # the systems beside it: baselines.py; None: all tasks
+    system, tasks = "favor", None          # the other systems: baselines/; None: all tasks
     needs_picture = False                  # whether records without one teach nothing
 
     def __init__(self, config, whisper, visual, llm, tokenizer, qformer_tokenizer):
@@ -386,14 +371,7 @@ class Favor(nn.Module):
         for part in (whisper, visual, llm):
             part.requires_grad_(False)
         visual.qformer.set_dropout(config.encoder_dropout)
-        # positions a second / frames a second: 50 / 2 = 25
-        positions_hz = whisper.config.positions_hz
-        self.audio_steps = round(positions_hz / config.fps)
-        if abs(self.audio_steps * config.fps / positions_hz - 1) > 1e-3:
-            raise ValueError(
-                f"fps={config.fps}: {positions_hz} audio steps a second are no whole number a "
-                f"frame, sound and picture would drift apart; wanted {positions_hz}/n, such as "
-                f"{positions_hz / max(1, self.audio_steps):g}")
+        self.audio_steps = audio_steps_per_frame(whisper.config.positions_hz, config.fps)
         audio_width, visual_width = whisper.config.width, visual.width
         self.audio_proj = nn.Linear(audio_width, visual_width)     # DIFF, left open: 1280 -> 768
         self.qformer = CausalQFormer(config, 2 * visual_width)
@@ -401,25 +379,30 @@ class Favor(nn.Module):
         lora.inject(llm, lora.LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout,
                                          config.lora_targets))
 
+    # ---- making, saving, loading
     @classmethod
-    def from_config(cls, config, dtype=None, device=None, random_init=False):
-        """Pretrained frozen parts from the sources the config names, fresh trained parts.
-        random_init: the same sizes with random weights and nothing to download (sizes.py); on the
-        device "meta" only the shapes."""
-        load = partial(sizes.random_part if random_init else pretrained_part,
-                       dtype=dtype, device=device)
-        tokenizer, qformer_tokenizer = load_tokenizers(config, random_init)
-        rows = None if random_init else tokenizer.vocab_size    # InstructBLIP pads 32000 to 32064
+    def from_config(cls, config, dtype=None, device=None, load=None):
+        """Frozen parts from the sources that the config names, fresh trained parts.
+        load(kind, source, **settings) makes a part or a tokenizer of class `kind`; by default it
+        loads the pretrained one, tools.memory.random_part gives random weights.  On the device
+        "meta" the model has shapes only."""
+        load = load or load_pretrained
+        place = {"dtype": dtype, "device": device}
+        tokenizer = load(Tokenizer, config.llm)
+        qformer_tokenizer = load(QFormerTokenizer, config.instructblip)
         with torch.device("meta" if device == "meta" else "cpu"):
-            model = cls(config, load(WhisperEncoder, config.whisper),
-                        load(VisualEncoder, config.instructblip),
-                        load(Llama, config.llm, vocab_size=rows), tokenizer, qformer_tokenizer)
+            model = cls(config, load(WhisperEncoder, config.whisper, **place),
+                        load(VisualEncoder, config.instructblip, **place),
+                        # InstructBLIP pads the vocabulary of 32000 to 32064
+                        load(Llama, config.llm, vocab_size=tokenizer.vocab_size, **place),
+                        tokenizer, qformer_tokenizer)
         return model.to(device) if device else model
 
     @classmethod
     def from_pretrained(cls, run_folder, dtype=None, device=None, **sources):
-        """A folder that save_pretrained (train.py) wrote, or such a Hub repo -> model in eval mode.
-        sources: whisper, instructblip or llm in another place than where the run had them."""
+        """A folder that save_pretrained (train.py) wrote, or such a Hub repository -> model in eval
+        mode.  sources: whisper, instructblip or llm in another place than where the run had them.
+        """
         root = hub.folder(run_folder, ("lora/*",), config="favor.json")
         if not (root / "favor.json").exists():
             raise FileNotFoundError(f"{root}: no favor.json; wanted a checkpoint of train.py such "
@@ -427,12 +410,9 @@ class Favor(nn.Module):
         saved = hub.read_json(root / "favor.json")
         if saved.get("system", "favor") != cls.system:
             raise ValueError(f"{root}: a checkpoint of --system {saved['system']}; pass that")
-        saved["config"] = {RENAMED.get(name, name): value for name, value in saved["config"].items()}
-        known = {field.name for field in dataclasses.fields(FavorConfig)}
-        if unknown := sorted(set(saved["config"]) - known):
-            raise ValueError(f"{root}: favor.json has settings that are not known here: {unknown}; "
-                             f"it is of another version ({saved.get('commit', 'unknown commit')})")
-        model = cls.from_config(FavorConfig(**saved["config"] | sources), dtype, device)
+        saved["config"] |= sources
+        config = FavorConfig.from_saved(saved, root / "favor.json")
+        model = cls.from_config(config, dtype, device)
         model.load_trained(root)
         return model.eval()
 
@@ -484,39 +464,46 @@ class Favor(nn.Module):
 
     def encode_all(self, clips, prompts):
         """Clips (None: text alone) and a prompt for each -> a Features each.  The pictures of all
-        go through the ViT side by side, their sounds through Whisper; a clip that is named again is
-        not encoded again."""
-        device = self.llm_proj.weight.device
-        own = {id(clip): clip for clip in clips if clip is not None}
+        clips go through the ViT side by side, their sounds through Whisper; a clip that stands in
+        the list twice is encoded once."""
+        distinct = {id(clip): clip for clip in clips if clip is not None}
         with torch.inference_mode():
-            heard = {key: clip.audio for key, clip in own.items() if clip.audio is not None}
-            if self.config.audio_seconds:                 # DIFF official: always exactly 30 s
-                samples = round(self.config.audio_seconds * self.whisper.config.sample_rate)
-                heard = {key: F.pad(wave[:samples], (0, max(0, samples - len(wave))))
-                         for key, wave in heard.items()}
-            audio = dict(zip(heard, self.whisper.encode_all([*heard.values()]),   # (S,D_a) each
-                             strict=True))
-            shown = {key: clip.frames for key, clip in own.items() if clip.frames is not None}
-            visual = {}
-            if shown:
-                pixels = torch.cat([to_pixels(frames.to(device), self.visual.image_size)
-                                    for frames in shown.values()])                # (F,3,H,W)
-                images = dict(zip(shown, self.visual.encode_image(pixels).split(
-                    [*map(len, shown.values())]), strict=True))                   # (F,P,D_vit) each
-                rows = [i for i, clip in enumerate(clips) if id(clip) in images]
-                frames = [images[id(clips[i])] for i in rows]
-                counts = torch.tensor([*map(len, frames)])
-                ids, keep = (x.repeat_interleave(counts, dim=0).to(device)        # (F,T)
-                             for x in self.qformer_tokenizer([prompts[i] for i in rows]))
-                queries = self.visual.query(torch.cat(frames), ids, keep)         # (F,V,D_v)
-                visual = dict(zip(rows, queries.split(counts.tolist()), strict=True))
-        # Copies: what inference mode made cannot be kept for a backward pass.
+            audio = self._encode_sounds(distinct)
+            visual = self._encode_pictures(distinct, clips, prompts)
+        # Copies: what inference mode made cannot be part of a graph that runs backward.
         audio = {key: vectors.clone() for key, vectors in audio.items()}
         return [Features(visual[i].clone() if i in visual else None, audio.get(id(clip)),
                          bool(clip and clip.is_image)) for i, clip in enumerate(clips)]
 
+    def _encode_sounds(self, distinct):
+        """{key: clip} -> {key: (S,D_a)} of the clips that have sound."""
+        waves = {key: clip.audio for key, clip in distinct.items() if clip.audio is not None}
+        if self.config.audio_seconds:                     # DIFF official: always exactly 30 s
+            samples = round(self.config.audio_seconds * self.whisper.config.sample_rate)
+            waves = {key: F.pad(wave[:samples], (0, max(0, samples - len(wave))))
+                     for key, wave in waves.items()}
+        return dict(zip(waves, self.whisper.encode_all([*waves.values()]), strict=True))
+
+    def _encode_pictures(self, distinct, clips, prompts):
+        """{key: clip}, the list of clips and their prompts -> {place in the list: (F,V,D_v)}."""
+        frames = {key: clip.frames for key, clip in distinct.items() if clip.frames is not None}
+        if not frames:
+            return {}
+        device = self.llm_proj.weight.device
+        pixels = torch.cat([to_pixels(own.to(device), self.visual.image_size)
+                            for own in frames.values()])                          # (F,3,H,W)
+        patches = self.visual.encode_image(pixels).split([*map(len, frames.values())])
+        patches = dict(zip(frames, patches, strict=True))                         # (F,P,D_vit) each
+        places = [i for i, clip in enumerate(clips) if id(clip) in patches]
+        asked = [patches[id(clips[i])] for i in places]
+        counts = torch.tensor([*map(len, asked)])
+        ids, mask = (x.repeat_interleave(counts, dim=0).to(device)                # (F,T)
+                     for x in self.qformer_tokenizer([prompts[i] for i in places]))
+        vectors = self.visual.query(torch.cat(asked), ids, mask)                  # (F,V,D_v)
+        return dict(zip(places, vectors.split(counts.tolist()), strict=True))
+
     def encode_batch(self, samples):
-        """The same samples, their clips encoded: about FRAMES_AT_ONCE frames at a time, so that
+        """The same samples with their clips encoded, about FRAMES_AT_ONCE frames at a time, so that
         stills and short clips fill a GPU and long ones do not overflow it."""
         groups, frames = [], math.inf
         for i, sample in enumerate(samples):
@@ -530,21 +517,21 @@ class Favor(nn.Module):
                 frames += n
         samples = list(samples)
         for group in groups:
-            found = self.encode_all([samples[i].clip for i in group],
-                                    [samples[i].prompt for i in group])
-            for i, features in zip(group, found, strict=True):
+            encoded = self.encode_all([samples[i].clip for i in group],
+                                      [samples[i].prompt for i in group])
+            for i, features in zip(group, encoded, strict=True):
                 samples[i] = dataclasses.replace(samples[i], features=features, clip=None)
         return samples
 
     def encode_sample(self, sample):
-        """The same sample, its clip encoded."""
+        """The same sample with its clip encoded."""
         return self.encode_batch([sample])[0]
 
     def features_of(self, sample):
         """-> visual (F,V,D_v), an image repeated to the length of its sound, and audio (S,D_a);
         None where there is none."""
-        if sample.mask not in MASKS:
-            raise ValueError(f"mask={sample.mask!r}; wanted one of {MASKS}")
+        if sample.mask not in MODALITY_MASKS:
+            raise ValueError(f"mask={sample.mask!r}; wanted one of {MODALITY_MASKS}")
         features = self.encode_sample(sample).features
         visual, audio = features.visual, features.audio
         if features.is_image and visual is not None:       # an image lasts as long as its sound
@@ -561,15 +548,15 @@ class Favor(nn.Module):
 
     # ---- Eq. (1) and (2)
     def windowed_inputs(self, sample):
-        """Sample -> list of (windows (W,K*N,D), keep (W,K*N)): one entry, or with sync off one a
-        modality; empty for text alone."""
+        """Sample -> list of (windows (W,K*N,D), mask (W,K*N)): one entry, or with sync=False one
+        per modality; empty for text alone."""
         visual, audio = self.features_of(sample)
         if visual is None and audio is None:
             return []
         like = self.audio_proj.weight
         D, V, A = like.shape[0], self.visual.n_queries, self.audio_steps
         visual = like.new_zeros(0, V, D) if visual is None else visual.to(like)
-        # The zeros of an absent or masked modality stand behind the projection, which has a bias.
+        # The zeros of a hidden modality come after the projection, which has a bias.
         audio = like.new_zeros(0, D) if audio is None else self.audio_proj(audio.to(like))  # (S,D)
         visual = visual * float(sample.mask not in ("visual", "both"))
         audio = audio * float(sample.mask not in ("audio", "both"))
@@ -577,26 +564,27 @@ class Favor(nn.Module):
         if not self.config.sync:                           # ablation: nothing is joined
             streams = [pair for pair in ((visual, audio[:0]), (visual[:0], audio))
                        if len(pair[0]) or len(pair[1])]
-        return [split_windows(*synchronise(*pair, A, self.config.mask_padding), self.config.window_frames)
-                for pair in streams]
+        return [split_windows(*synchronise(*pair, A, self.config.mask_padding),
+                              self.config.window_frames) for pair in streams]
 
     def audio_visual_tokens(self, samples):
-        """Samples -> LLM vectors, one (W*Q,D_llm) a sample ((0,D_llm) for text), and the queries
+        """Samples -> LLM vectors, one (W*Q,D_llm) per sample ((0,D_llm) for text), and the queries
         (all windows,Q,D) for the diversity loss.
 
         The windows of the whole batch go through the Q-Former side by side, so that a sample never
         meets another one's padding.  One dummy window of zeros goes along: every rank of a DDP run
-        touches every trained parameter at every step, whatever its batch holds (test_ddp.py)."""
+        must touch every trained parameter at every step, whatever its batch holds
+        (test_train.py)."""
         parts = [self.windowed_inputs(sample) for sample in self.encode_batch(samples)]
         N = max(self.visual.n_queries, self.audio_steps)
         like = self.audio_proj(self.audio_proj.weight.new_zeros(1, self.audio_proj.in_features)) * 0
         dummy = torch.cat([like, like], dim=-1).expand(1, (self.config.window_frames or 1) * N, -1)
         dummy = (dummy, dummy.new_zeros(dummy.shape[:2], dtype=torch.bool))
         windows = [pair for part in parts for pair in part] + [dummy]
-        longest = max(w.shape[1] for w, _ in windows)      # differs only with window_frames=0
+        longest = max(w.shape[1] for w, _ in windows)      # they differ only with window_frames=0
         frames = torch.cat([F.pad(w, (0, 0, 0, longest - w.shape[1])) for w, _ in windows])
-        keep = torch.cat([F.pad(k, (0, longest - k.shape[1])) for _, k in windows])
-        queries = self.qformer(frames, keep, per_frame=N)                         # (W,Q,D)
+        mask = torch.cat([F.pad(m, (0, longest - m.shape[1])) for _, m in windows])
+        queries = self.qformer(frames, mask, per_frame=N)                         # (W,Q,D)
         tokens = self.llm_proj(queries)                                           # (W,Q,D_llm)
         touched = 0 * tokens[-1].sum()
         tokens, queries = tokens[:-1], queries[:-1]
@@ -605,9 +593,10 @@ class Favor(nn.Module):
         return pieces, queries
 
     def text_ids(self, sample, has_clip):
-        """Ids before the clip's vectors, ids after them, and the ids to learn."""
+        """Ids before the clip's vectors, ids behind them, and the ids to learn."""
         return prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target, has_clip)
 
+    # ---- sizes of a sample, by which train.py cuts and weighs its batches
     def length(self, sample):
         """L: text tokens and clip vectors of a sample in the LLM."""
         windows = self.window_count(sample)
@@ -622,7 +611,7 @@ class Favor(nn.Module):
         return 1 if self.config.diversity_reduction == "sum" else self.window_count(sample)
 
     def window_count(self, sample):
-        """W of a sample whose features are known; with sync off both modalities have their own."""
+        """W of an encoded sample; with sync=False both modalities have their own windows."""
         visual, audio = self.features_of(sample)
         frames = [0 if visual is None else len(visual),
                   0 if audio is None else math.ceil(len(audio) / self.audio_steps)]
@@ -648,8 +637,9 @@ class Favor(nn.Module):
         """List of Samples with targets -> dict of losses.
 
         loss = ce + lambda * diversity, Eq. (5); ce is the mean over all answer tokens of the batch.
-        tokens, diversity_parts: how many ce and diversity are means of, so that train.py can form
-        the mean over ranks; item_ce (B,): each sample's own mean, the same in any batch."""
+        tokens and diversity_parts say of how many terms ce and diversity are means, so that
+        train.py can form the mean over ranks; item_ce (B,) is each sample's own mean, which is the
+        same in any batch."""
         missing = [s.prompt for s in samples if s.target is None]
         if missing:
             raise ValueError(f"no target for {missing[0]!r}; model(batch) learns answers, "
@@ -658,9 +648,9 @@ class Favor(nn.Module):
         lengths = [len(embeds) for embeds, _ in rows]
         embeds = nn.utils.rnn.pad_sequence(
             [embeds for embeds, _ in rows], batch_first=True)                     # (B,L,D)
-        keep = (torch.arange(max(lengths), device=embeds.device)
+        mask = (torch.arange(max(lengths), device=embeds.device)
                 < torch.tensor(lengths, device=embeds.device)[:, None])
-        hidden = self.llm.hidden(embeds=embeds, mask=keep)                        # (B,L,D)
+        hidden = self.llm.hidden(embeds=embeds, mask=mask)                        # (B,L,D)
         # Position p predicts token p + 1; the lm_head runs only where an answer token is predicted.
         where = [(b, n - len(answer) - 1 + i)
                  for b, (n, (_, answer)) in enumerate(zip(lengths, rows, strict=True))
@@ -683,12 +673,13 @@ class Favor(nn.Module):
     @torch.no_grad()
     def generate(self, samples, stream=None, **settings):
         """Answers of a batch of Samples -> list of str.  Eq. (3); greedy unless the config or
-        `settings` (see Llama.generate) say otherwise.  stream(text) shows an answer as it grows."""
+        `settings` (see Llama.generate) say otherwise.  stream(text) receives one answer in pieces,
+        as they are generated."""
         rows, _ = self.llm_inputs([dataclasses.replace(sample, target=None) for sample in samples])
         longest = max(len(embeds) for embeds, _ in rows)
         # padded on the left
         embeds = torch.stack([F.pad(e, (0, 0, longest - len(e), 0)) for e, _ in rows])
-        keep = torch.stack([torch.arange(longest, device=e.device) >= longest - len(e)
+        mask = torch.stack([torch.arange(longest, device=e.device) >= longest - len(e)
                             for e, _ in rows])
         config = self.config
         settings = {"max_new_tokens": config.max_new_tokens, "num_beams": config.beams,
@@ -699,7 +690,7 @@ class Favor(nn.Module):
                                  "only a single answer can be streamed")
             push = self.tokenizer.stream_decoder()
             settings |= {"stream": lambda row, token: stream(push(token))}
-        ids = self.llm.generate(embeds=embeds, mask=keep, **settings)
+        ids = self.llm.generate(embeds=embeds, mask=mask, **settings)
         if stream is not None:
             stream(push())
         return [self.tokenizer.decode(row).strip() for row in ids]
@@ -712,53 +703,19 @@ class Favor(nn.Module):
         sample = Sample(question, clip=clip, history=tuple(history), mask=mask)
         return self.generate([sample], stream=stream, **settings)[0]
 
-    def push_to_hub(self, repo_id, folder=None, private=False, token=None, **facts):
-        """Uploads the trained parts with a model card to the Hub's user/name, which from_pretrained
-        opens.  facts: what favor.json and the card are to say beside the config (commit, mixture
-        ...); folder: a new one, where what is uploaded stays.  A run that train.py wrote has its
-        facts and scores already: python -m tools.share push RUN user/name."""
-        import tempfile
 
-        from tools import share  # only now: it imports this file
-        if folder and Path(folder).exists():
-            raise FileExistsError(f"{folder}: is there already; name a new folder")
-        with tempfile.TemporaryDirectory() as temporary:
-            root = Path(folder or temporary)
-            self.save_pretrained(root, **facts)
-            return share.push(root, repo_id, private, token)
+def audio_steps_per_frame(positions_hz, fps):
+    """A = positions per second / frames per second: 50 / 2 = 25.  ValueError where that is no whole
+    number: sound and picture would drift apart."""
+    steps = round(positions_hz / fps)
+    if abs(steps * fps / positions_hz - 1) > 1e-3:
+        raise ValueError(
+            f"fps={fps}: {positions_hz} audio steps per second do not divide into a whole number "
+            "per frame, sound and picture would drift apart; wanted "
+            f"{positions_hz}/n, such as {positions_hz / max(1, steps):g}")
+    return steps
 
 
-def from_official(path, model=None, dtype=None, device=None, **changes):
-    """The authors' released checkpoint (a torch file, or the folder that holds just it) -> Favor in
-    variant "official", eval mode.  model: the preset (default: 7b or 13b by the width of their LLM
-    projection); changes: fields of FavorConfig, such as where the frozen parts lie.
-    Raises ValueError that lists what is missing, unknown or of a wrong shape."""
-    aligner, adapters, _ = official.read_checkpoint(path)
-    width = len(aligner["llm_proj.weight"])
-    model = model or {4096: "7b", 5120: "13b"}.get(width)
-    if model is None:
-        raise ValueError(f"{path}: an LLM of width {width}; pass model= and the frozen parts")
-    r = len(next(t for name, t in adapters.items() if name.endswith("lora_A")))
-    config = preset(model, "official", **{"lora_r": r} | changes)
-    favor = Favor.from_config(config, dtype, device)
-    ours = {f"aligner.{n}": p for n, p in favor.aligner().named_parameters()} | {
-        f"{name}.{part}": getattr(layer, part).weight
-        for name, layer in lora.layers(favor.llm).items() for part in ("lora_A", "lora_B")}
-    theirs = {f"aligner.{n}": t for n, t in aligner.items()} | adapters
-    official.copy_all(theirs, ours, path)
-    return favor.eval()
-
-
-def pretrained_part(cls, source, **settings):
-    return cls.from_pretrained(hub.local_source(source), **settings)
-
-
-def load_tokenizers(config, random_init=False):
-    """The LLM's and the Q-Former's.  With random weights the miniature's stand in where a source is
-    no local folder with a tokenizer: their ids fit into any vocabulary."""
-    def source(name, stand_in):
-        there, weights = Path(hub.local_source(name)), HERE / "miniature" / "weights"
-        files = "qformer_tokenizer" if stand_in == "instructblip" else "tokenizer.*"
-        return there if not random_init or any(there.glob(files)) else weights / stand_in
-    return (Tokenizer.from_pretrained(source(config.llm, "llama")),
-            QFormerTokenizer.from_pretrained(source(config.instructblip, "instructblip")))
+def load_pretrained(kind, source, **settings):
+    """A pretrained part or tokenizer of class `kind`: from a folder, the Hub, or the miniature."""
+    return kind.from_pretrained(hub.local_source(source), **settings)

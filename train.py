@@ -253,7 +253,7 @@ def log_samples(model, records, store, mask, say):
 def dry_run(config):
     """Prints what each part takes, and the memory of a step and of an answer, without weights."""
     dtype, _, why = distributed.precision(config.dtype, config.model, torch.device("cpu"))
-    model = SYSTEMS[config.system].from_config(config.method(), dtype, "meta", random_init=True)
+    model = SYSTEMS[config.system].from_config(config.method(), dtype, "meta", load=sizes.random_part)
     sample = sizes.empty_sample(model, config.clip_seconds)
     batch = config.micro_batch or config.batch
     print(f"--model {config.model} --system {config.system}, weights {why}")
@@ -291,7 +291,7 @@ def build(config, kind, dtype, device, found):
     """The model: frozen parts as they were pretrained; the trained ones fresh, of --start-from, or
     of the checkpoint that was found."""
     model = kind.from_config(config.method(), dtype, "cpu" if config.shard else device,
-                             random_init=config.random_init)
+                             load=sizes.random_part if config.random_init else None)
     if config.start_from and not found:
         model.load_trained(config.start_from)
     if found:

@@ -19,11 +19,11 @@ from einops import rearrange
 from torch import nn
 
 from baselines.whisper import Whisper
-from favor import Favor, Features, load_tokenizers, pretrained_part
-from llama import Llama
+from data import Features
+from favor import Favor, load_pretrained
+from llama import Llama, Tokenizer
 from runtime import hub
-from tools import memory as sizes
-from vit_qformer import VisualEncoder, to_pixels
+from vit_qformer import QFormerTokenizer, VisualEncoder, to_pixels
 
 FRAMES = 5                       # of a video, equally spaced: 5 x 32 = 160 vectors (Sec. 4.2)
 
@@ -51,16 +51,17 @@ class InstructBlip(Favor):
         visual.qformer.set_dropout(config.dropout)
 
     @classmethod
-    def from_config(cls, config, dtype=None, device=None, random_init=False):
+    def from_config(cls, config, dtype=None, device=None, load=None):
         """All four parts from config.instructblip, the LLM from config.llm."""
-        tokenizer, qformer_tokenizer = load_tokenizers(config, random_init)
-        load = sizes.random_part if random_init else pretrained_part
+        load = load or load_pretrained
+        tokenizer = load(Tokenizer, config.llm)
+        qformer_tokenizer = load(QFormerTokenizer, config.instructblip)
         visual = load(VisualEncoder, config.instructblip, dtype=dtype, device=device)
         llm = load(Llama, config.llm, dtype=dtype, device=device,
-                   vocab_size=None if random_init else tokenizer.vocab_size)
+                   vocab_size=tokenizer.vocab_size)
         with torch.device("meta" if device == "meta" else "cpu"):
             projection = nn.Linear(visual.width, llm.config.width)
-            if not random_init:
+            if load is load_pretrained:
                 root = hub.folder(hub.local_source(config.instructblip), (), ("language_projection.",))
                 hub.load_into(projection, root, prefix="language_projection.")
             model = cls(config, visual, projection, llm, tokenizer, qformer_tokenizer)
@@ -151,7 +152,7 @@ class WhisperBaseline(nn.Module):
 
     @classmethod
     def from_config(cls, config, dtype=None, device=None):
-        return cls(config, pretrained_part(Whisper, config.whisper, dtype=dtype, device=device))
+        return cls(config, load_pretrained(Whisper, config.whisper, dtype=dtype, device=device))
 
     def clip_options(self):
         return {"sound_only": True}

@@ -36,7 +36,6 @@ from favor import (
     block_causal_attention,
     block_causal_mask,
     diversity_loss,
-    flash_block_causal,
     preset,
     prompt_ids,
     split_windows,
@@ -44,6 +43,7 @@ from favor import (
 )
 from llama import Llama, LlamaConfig, Tokenizer
 from runtime import hub
+from runtime.fast import flash_block_causal
 from vit_qformer import QFormerConfig, QFormerTokenizer, VisualEncoder, ViTConfig
 from whisper_enc import WhisperConfig, WhisperEncoder
 
@@ -235,7 +235,7 @@ def test_block_causal_attention_is_the_masked_softmax(
                               (partial(softmax_attention, per_frame=n, causal=causal), wanted)):
         qkv = [x.clone().requires_grad_() for x in inputs]
         with sdpa_kernel(SDPBackend.MATH) if dtype == torch.float32 else nullcontext():
-            out = function(*qkv, keep) if function.func is attend else function(*qkv, keep=keep)
+            out = function(*qkv, keep) if function.func is attend else function(*qkv, keep)
         out = out * keep[:, None, :, None]
         (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
         results += [out, *(x.grad for x in qkv)]

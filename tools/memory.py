@@ -15,8 +15,17 @@ from pathlib import Path
 import torch
 
 import lora
-from llama import Llama, LlamaConfig
-from vit_qformer import FRAMES_AT_ONCE, QFormerConfig, VisualEncoder, ViTConfig, read_config
+from data import Features, Sample
+from llama import Llama, LlamaConfig, Tokenizer
+from runtime import hub
+from vit_qformer import (
+    FRAMES_AT_ONCE,
+    QFormerConfig,
+    QFormerTokenizer,
+    VisualEncoder,
+    ViTConfig,
+    read_config,
+)
 from whisper_enc import WhisperConfig, WhisperEncoder
 
 VICUNA_13B = LlamaConfig(width=5120, layers=40, heads=40, kv_heads=40, ffn=13824)
@@ -34,16 +43,22 @@ FROM_FOLDER = {
     VisualEncoder: read_config,
     Llama: lambda root: (LlamaConfig.from_folder(root),),
 }
+# class of a tokenizer -> the files that a folder must have, the miniature's in its place
+STAND_INS = {Tokenizer: ("tokenizer.*", "miniature/weights/llama"),
+             QFormerTokenizer: ("qformer_tokenizer", "miniature/weights/instructblip")}
 GIB = 2 ** 30
 
 
 # ---------------------------------------------------------------- random weights
 def random_part(cls, source, dtype=None, device=None, vocab_size=None):
     """A frozen `cls` of the size of `source`, in eval mode: matrices N(0, 0.02), norms 1, biases 0.
-    Raises ValueError for a repo whose size is not written down here."""
-    root = Path(source).expanduser()
-    if not root.is_dir():
-        root = Path(__file__).parent.parent / source            # miniature/...
+    A tokenizer is the source's own where that is a folder with one, else the miniature's, whose ids
+    fit into any vocabulary.  To be passed as `load` to Favor.from_config.
+    Raises ValueError for a repository whose sizes are not known here."""
+    root = Path(hub.local_source(source)).expanduser()
+    if cls in STAND_INS:
+        files, stand_in = STAND_INS[cls]
+        return cls.from_pretrained(root if any(root.glob(files)) else hub.local_source(stand_in))
     if root.is_dir():
         settings = FROM_FOLDER[cls](root)
     elif (cls, str(source)) in PUBLISHED:
@@ -133,7 +148,6 @@ def parts_of(model):
 # ---------------------------------------------------------------- what it takes
 def empty_sample(model, seconds, question="What happens after the beep?"):
     """A Sample about a clip of so many seconds, encoded, on the device "meta"."""
-    from favor import Features, Sample
     return Sample(question, features=Features(*model.empty_features(seconds)))
 
 

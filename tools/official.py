@@ -1,15 +1,24 @@
-"""The authors' released FAVOR checkpoint (a torch file of the trained parts) in our names.
+"""The authors' released FAVOR checkpoint (a torch file of the trained parts) as one of ours.
 
-     their file --weights_only--> {their key: tensor} --one table--> aligner, LoRA; strict both ways
-Which frozen parts it goes with, and what its switches mean: --variant official (README).  The file
-of their successor video-SALMONN has other parts and is told apart.
+     python -m tools.official pytorch_model_1_101.pt runs/official
+     python demo.py clip.mp4 "What happens?" --model 13b --checkpoint runs/official
 
-Public: read_checkpoint; favor.from_official makes a model of it."""
+     their file --weights_only--> {their name: tensor} --one table--> aligner, LoRA; strict both ways
+                --from_official--> Favor in variant "official" --save_pretrained--> OUT
+The frozen parts come from where the preset names them.  docs/differences.md says what the variant
+means.  A checkpoint of the successor, video-SALMONN, has other parts and is refused by name.
 
+Public: read_checkpoint, from_official."""
+
+import argparse
 import re
+import sys
 from pathlib import Path
 
 import torch
+
+import lora
+from favor import PRESETS, Favor, preset
 
 # theirs -> ours, in this order.  What is trained first registered its name: video_*; older saves
 # also hold the same parameter as joint_* or speech_*.
@@ -114,3 +123,53 @@ def copy_all(theirs, ours, path):
         raise ValueError(f"{path}: does not fit this model; {'; '.join(problems)}")
     for name, tensor in theirs.items():
         ours[name].copy_(tensor)
+
+
+def from_official(path, model=None, dtype=None, device=None, **changes):
+    """The authors' checkpoint (a torch file, or the folder that holds only it) -> Favor in variant
+    "official", in eval mode.  model: the preset, by default 7b or 13b by the width of the LLM
+    projection; changes: fields of FavorConfig, such as where the frozen parts lie.
+    Raises ValueError that lists what is missing, unknown or of a wrong shape."""
+    aligner, adapters, _ = read_checkpoint(path)
+    width = len(aligner["llm_proj.weight"])
+    model = model or {4096: "7b", 5120: "13b"}.get(width)
+    if model is None:
+        raise ValueError(f"{path}: an LLM of width {width}; pass model= and the frozen parts")
+    r = len(next(t for name, t in adapters.items() if name.endswith("lora_A")))
+    config = preset(model, "official", **{"lora_r": r} | changes)
+    favor = Favor.from_config(config, dtype, device)
+    ours = {f"aligner.{n}": p for n, p in favor.aligner().named_parameters()} | {
+        f"{name}.{part}": getattr(layer, part).weight
+        for name, layer in lora.layers(favor.llm).items() for part in ("lora_A", "lora_B")}
+    theirs = {f"aligner.{n}": t for n, t in aligner.items()} | adapters
+    copy_all(theirs, ours, path)
+    return favor.eval()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", metavar="FILE", help="the authors' checkpoint, a torch file")
+    parser.add_argument("out", metavar="OUT", help="new folder for the checkpoint in our layout")
+    parser.add_argument("--model", choices=tuple(PRESETS),
+                        help="preset (default: 7b or 13b, by the size of the file's tensors)")
+    for part in ("whisper", "instructblip", "llm"):
+        parser.add_argument(f"--{part}", metavar="FOLDER", help=f"local folder or Hub repository "
+                            f"of {part} (default: the preset's)")
+    args = parser.parse_args(argv)
+    if Path(args.out).exists():
+        sys.exit(f"{args.out}: exists already; name a new folder")
+    sources = {name: value for name in ("whisper", "instructblip", "llm")
+               if (value := getattr(args, name))}
+    try:
+        model = from_official(args.file, args.model, torch.bfloat16, **sources)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
+    name = args.model or {4096: "7b", 5120: "13b"}[model.llm.config.width]
+    model.save_pretrained(args.out, train={"model": name, "variant": "official"},
+                          command=f"tools.official {args.file}")
+    print(f"{args.out}: answers with  python demo.py CLIP QUESTION --checkpoint {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -26,9 +26,10 @@ from experiments.bench.goals import (
     llm_flops,
 )
 from experiments.bench.measure import Line, Run, interleaved, kernels, seconds_of
-from favor import block_causal_mask, flash_block_causal
+from favor import block_causal_mask
 from llama import Llama
 from runtime import flops
+from runtime.fast import flash_block_causal
 from tools import memory as sizes
 from vit_qformer import ViT, ViTConfig
 

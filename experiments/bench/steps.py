@@ -19,7 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from data import Clip, Record, load_clip
+from data import Clip, Record, Sample, load_clip
 from experiments.bench.goals import llm_step
 from experiments.bench.measure import (
     Line,
@@ -31,10 +31,11 @@ from experiments.bench.measure import (
     seconds_of,
 )
 from experiments.bench.media import clip_of
-from favor import Favor, Sample, preset
+from favor import Favor, preset
 from runtime import distributed, flops
 from runtime.feature_cache import FeatureCache
 from runtime.loader import TrainItem
+from tools import memory
 from tools.memory import GIB
 from vit_qformer import to_pixels
 
@@ -53,7 +54,7 @@ class Step:
         self.dtype, self.autocast, _ = distributed.precision("", name, device)
         self.config = train.TrainConfig(model=name, micro_batch=0, micro_tokens=0)
         self.model = Favor.from_config(preset(name), self.dtype, device,
-                                       random_init=name != "tiny").train()
+                                       load=None if name == "tiny" else memory.random_part).train()
         self.optimiser = train.make_optimiser(self.model, self.config)
         for group in self.optimiser.param_groups:
             group["lr"] = 0.0

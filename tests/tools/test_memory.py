@@ -70,18 +70,18 @@ def test_plan_is_what_autograd_keeps():
     """LLM and aligner of the plan against the tensors that a real step keeps, in fp32; wide enough
     that what a small LoRA adds does not count."""
     config = dataclasses.replace(preset("tiny"), lora_r=1, lora_alpha=1)
-    model = Favor.from_config(config, random_init=True).train()
+    model = Favor.from_config(config, load=sizes.random_part).train()
     clip = favor.Features(*(torch.randn(x.shape) for x in model.empty_features(10)))
     sample = favor.Sample("What happens after the beep?", "x " * 30, features=clip)
     real = sizes.kept_by_autograd(model, lambda: model([sample] * 4)["loss"])
-    plan = planned(Favor.from_config(config, device="meta", random_init=True), 10, 4)
+    plan = planned(Favor.from_config(config, device="meta", load=sizes.random_part), 10, 4)
     parts = [plan[name] for name in plan if name.startswith(("LLM", "aligner", "logits"))]
     print(f"plan {sum(parts):.3f} GiB, kept {real / sizes.GIB:.3f} GiB")
     assert sum(parts) * sizes.GIB == pytest.approx(real, rel=0.2)
 
 
 def test_plan_grows_with_clip_and_batch():
-    model = Favor.from_config(preset("7b"), torch.bfloat16, "meta", random_init=True)
+    model = Favor.from_config(preset("7b"), torch.bfloat16, "meta", load=sizes.random_part)
     short, long, many = planned(model, 10, 1), planned(model, 120, 1), planned(model, 10, 8)
     assert short["weights"] == long["weights"] == pytest.approx(16.37, abs=0.05)
     assert short["all"] < long["all"] and short["all"] < many["all"]
@@ -91,7 +91,7 @@ def test_plan_grows_with_clip_and_batch():
 def test_plan_with_recompute_and_shards(capsys):
     """Of 32 layers one is held whole, of the others their inputs; of 8 shards each device has one,
     of what is spread, and Whisper, ViT and Q-Former whole."""
-    model = Favor.from_config(preset("7b"), torch.bfloat16, "meta", random_init=True)
+    model = Favor.from_config(preset("7b"), torch.bfloat16, "meta", load=sizes.random_part)
     plain, again = planned(model, 30, 8), planned(model, 30, 8, recompute=True)
     llm = next(name for name in plain if name.startswith("LLM"))
     length = int(re.search(r"\d+", llm)[0])
@@ -130,7 +130,7 @@ def test_a_folder_with_nothing_but_its_sizes(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "llama", "vocab_size": 900, "hidden_size": 32, "intermediate_size": 40, '
         '"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}')
-    model = Favor.from_config(preset("tiny", llm=str(tmp_path)), random_init=True)
+    model = Favor.from_config(preset("tiny", llm=str(tmp_path)), load=sizes.random_part)
     assert model.llm.config.kv_heads == 2 and model.llm.config.vocab_size == 900
     assert model.llm_proj.out_features == 32 and isinstance(model.eval().answer(None, "?"), str)
 
@@ -138,7 +138,7 @@ def test_a_folder_with_nothing_but_its_sizes(tmp_path):
 @pytest.mark.parametrize("system", ["favor", "instructblip"])
 def test_random_models_answer(system):
     kind = SYSTEMS[system]
-    model = kind.from_config(preset("tiny", max_new_tokens=4), torch.bfloat16, random_init=True)
+    model = kind.from_config(preset("tiny", max_new_tokens=4), torch.bfloat16, load=sizes.random_part)
     clip = data.Clip(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(16000))
     assert isinstance(model.eval().answer(clip, "What?"), str)
     assert next(model.llm.parameters()).dtype == torch.bfloat16

@@ -13,6 +13,7 @@ from torch import nn
 import favor
 from favor import Features, Sample
 from runtime import hub
+from tools import official
 from vit_qformer import QFormerConfig, VisualEncoder, ViTConfig
 
 WIDTH, QUERIES, LAYERS, HEADS, FFN, LLM, R = 128, 10, 2, 4, 512, 32, 4
@@ -92,7 +93,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(checkpoint, parts):
-    return favor.from_official(checkpoint, model="tiny", **parts)
+    return official.from_official(checkpoint, model="tiny", **parts)
 
 
 # ---- their forward pass -------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def test_known_extras_and_aliases(tmp_path, parts, model):
             state[new] = state[old].clone()
         state["speech_Qformer.bert.embeddings.LayerNorm.bias"] = state.pop(
             "video_Qformer.bert.embeddings.LayerNorm.bias")
-    other = favor.from_official(saved(tmp_path, change), model="tiny", **parts)
+    other = official.from_official(saved(tmp_path, change), model="tiny", **parts)
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -246,7 +247,7 @@ def test_known_extras_and_aliases(tmp_path, parts, model):
 ])
 def test_what_does_not_fit_is_named(tmp_path, parts, change, message):
     with pytest.raises(ValueError, match=message):
-        favor.from_official(saved(tmp_path, change), model="tiny", **parts)
+        official.from_official(saved(tmp_path, change), model="tiny", **parts)
 
 
 def test_no_code_runs(tmp_path, parts):
@@ -256,20 +257,20 @@ def test_no_code_runs(tmp_path, parts):
             return (open, (str(tmp_path / "trapped"), "w"))
     torch.save({"ln_video.weight": Trap()}, tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="bad.pt: not a torch file of tensors only"):
-        favor.from_official(tmp_path / "bad.pt", model="tiny", **parts)
+        official.from_official(tmp_path / "bad.pt", model="tiny", **parts)
     assert not (tmp_path / "trapped").exists()
     (tmp_path / "half.pt").write_bytes(b"PK nothing")
     with pytest.raises(ValueError, match="half.pt: not a torch file"):
-        favor.from_official(tmp_path / "half.pt", model="tiny", **parts)
+        official.from_official(tmp_path / "half.pt", model="tiny", **parts)
     with pytest.raises(FileNotFoundError, match="nowhere.pt: no such file"):
-        favor.from_official(tmp_path / "nowhere.pt")
+        official.from_official(tmp_path / "nowhere.pt")
 
 
 def test_folder_and_half_precision(tmp_path, parts, model):
     """A folder with the one file; released in fp16, computed in the model's dtype."""
     state = {name: tensor.half() for name, tensor in their_checkpoint().items()}
     torch.save({"module": state}, tmp_path / "pytorch_model.pt")
-    other = favor.from_official(tmp_path, model="tiny", **parts)
+    other = official.from_official(tmp_path, model="tiny", **parts)
     for a, b in zip(model.trained_parameters(), other.trained_parameters(), strict=True):
         assert b.dtype == torch.float32 and torch.allclose(a, b, atol=2e-3)
 
