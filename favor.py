@@ -38,6 +38,7 @@ import lora
 from data import Features, Sample, clip_from_path
 from llama import Llama, Tokenizer
 from runtime import hub
+from runtime.fast import LARGEST_FLASH_HEAD, flash_block_causal
 from tools import memory as sizes
 from tools import official
 from vit_qformer import FRAMES_AT_ONCE, QFormerTokenizer, VisualEncoder, to_pixels
@@ -45,8 +46,6 @@ from whisper_enc import WhisperEncoder
 
 HERE = Path(__file__).parent
 MASKS = (None, "audio", "visual", "both")
-MASK_BIAS = 3e4                    # M of flash_block_causal: large, and a number of fp16 and bf16
-LARGEST_FLASH_HEAD = 256        # columns of q and k that the flash kernel takes
 
 
 # ---------------------------------------------------------------- configuration
@@ -206,33 +205,6 @@ def block_causal_attention(q, k, v, keep=None, dropout=0.0, *, per_frame, causal
         # a padded row sees itself: no softmax over nothing
         mask = mask & keep[:, None, None] | torch.eye(len(mask), dtype=torch.bool, device=q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-
-
-def flash_block_causal(q, k, v, keep=None, dropout=0.0, *, per_frame, causal="past"):
-    """The same in one call without a mask.  Each frame gets a column of its own behind the d
-    columns of q and k: a key has 1 in its frame's column, a query -M in those of the frames that it
-    must not see, so that
-
-         q' . k' = q . k - M [the query must not see the key's frame]
-
-    and exp of it is exactly 0.  One more column is -M in every query and 1 in the keys that are
-    padding.  v is filled up with zeros, which come out as zeros and are cut off."""
-    d, frames = q.shape[-1], q.shape[2] // per_frame
-    unseen = ~block_causal_mask(frames, 1, causal, q.device).repeat_interleave(per_frame, dim=0)
-    own = torch.eye(frames, device=q.device).repeat_interleave(per_frame, dim=0)  # (K*N,frames)
-    padding = own.new_zeros(len(q), len(own), 1) if keep is None else ~keep[..., None]
-    own = torch.cat([own.expand(len(q), -1, -1), padding], dim=-1)             # (W,K*N,frames+1)
-    unseen = F.pad(unseen, (0, 1), value=True).expand(len(q), -1, -1)
-    width = -(d + frames + 1) % 8                                 # kernels want a multiple of 8
-
-    def widened(x, columns):
-        columns = F.pad(columns, (0, width)).to(x)[:, None].expand(-1, x.shape[1], -1, -1)
-        return torch.cat([x, columns], dim=-1)
-
-    out = F.scaled_dot_product_attention(
-        widened(q, -MASK_BIAS * unseen), widened(k, own), F.pad(v, (0, frames + 1 + width)),
-        dropout_p=dropout, scale=d ** -0.5)
-    return out[..., :d]
 
 
 # ---------------------------------------------------------------- Eq. (2): the causal Q-Former
