@@ -128,7 +128,8 @@ class KVCache:
 
     def __init__(self, batch, max_length):
         self.batch, self.max_length, self.length = batch, max_length, 0
-        self.mask, self.layers = None, {}     # (B,max_length) bool, False = padding; index -> [k, v]
+        self.mask = None                      # (B,max_length) bool, False = padding
+        self.layers = {}                      # index of a layer -> [k, v], (B,H,max_length,d) each
 
     def extend(self, mask):
         """Makes room for new positions with `mask` (B,T); returns the mask (B,past+T) of all."""

@@ -1,8 +1,9 @@
 """LoRA: low-rank updates of chosen linear layers, the only weights of the LLM that are trained.
    Paper Sec. 4.2; Hu et al. 2021.
 
-     x (B,L,in) --frozen W (out,in)-----------------------------------> + --> y (B,L,out)
-       \\-------dropout--> A (r,in) --> (B,L,r) --> B (out,r) --alpha/r--/
+     x (B,L,in) --W (out,in), frozen--------------------------------------------> + --> y (B,L,out)
+          |                                                                       |
+          '--dropout--> A (r,in) --> (B,L,r) --times alpha/r--> B (out,r) --------'
 
    Files are peft's: adapter_config.json + adapter_model.safetensors with names like
    base_model.model.<module>.lora_A.weight, so that peft reads what we write, and we what it writes.

@@ -1,5 +1,5 @@
 """InstructBLIP's visual encoder: video frames and a question -> 32 vectors per frame.
-   Dai et al. 2023 (InstructBLIP) Sec. 2.3, Li et al. 2023 (BLIP-2) Sec. 3.1; frozen in FAVOR, Sec. 3.1.
+   Dai et al. 2023 (InstructBLIP) Sec. 2.3, Li et al. 2023 (BLIP-2) Sec. 3.1; FAVOR keeps it frozen.
 
      frames uint8 (F,H,W,3) --preprocess--> (F,3,224,224)
        --ViT--> (F,P,1408)                                    P = (224/14)^2 + 1 = 257, with CLS
@@ -235,7 +235,7 @@ class QFormer(nn.Module):
             for i in range(config.layers))})
 
     def set_dropout(self, p):
-        """Sets BERT's dropout, of embeddings, attention weights and outputs; it is 0 unless set, and
+        """Sets BERT's dropout, of embeddings, attention weights and outputs. It is 0 unless set and
         acts only in train() mode. Published models were trained with 0.1; a frozen one needs none.
         """
         for module in self.modules():
@@ -385,7 +385,7 @@ def resize(frames, size=224):
 
 
 def standardise(x):
-    """Floats (F,3,H,W), 0 to 255 -> mean 0 and standard deviation 1 per colour over CLIP's images."""
+    """Floats (F,3,H,W), 0 to 255 -> mean 0 and standard deviation 1 per colour on CLIP's images."""
     mean, std = (x.new_tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))   # (3,1,1)
     return (x / 255 - mean) / std
 

@@ -190,7 +190,8 @@ class WhisperEncoder(nn.Module):
         """Hub repo id or local folder -> frozen encoder in eval mode; a decoder is left unread."""
         root = hub.folder(source, files=("preprocessor_config.json",),
                           tensors=("model.encoder.", "encoder."))
-        encoder = hub.load_module(lambda: cls(WhisperConfig.from_folder(root)), root, dtype, device,
+        config = WhisperConfig.from_folder(root)
+        encoder = hub.load_module(lambda: cls(config), root, dtype, device,
                                   prefix=("model.encoder.", "encoder.", ""))
         return encoder.requires_grad_(False)
 
@@ -208,7 +209,7 @@ class WhisperEncoder(nn.Module):
         return self.layer_norm(x)
 
     def encode(self, audio):
-        """(S,) at 16 kHz, any length -> (ceil(S/320),D): 50 vectors per second, none for padding."""
+        """(S,) at 16 kHz, any length -> (ceil(S/320),D): 50 vectors per second of sound."""
         return self.encode_all([audio])[0]
 
     def encode_all(self, audios):

@@ -146,8 +146,7 @@ class FixedSteps:
         return True
 
     def update(self, layer, k, v):
-        """KVCache.update with a position that is a tensor: returns keys and values of all positions.
-        """
+        """KVCache.update where the position is a tensor -> keys and values of all positions."""
         for held, new in zip(self.layers[layer], (k, v), strict=True):
             held.index_copy_(2, self.at, new)
         return self.layers[layer]

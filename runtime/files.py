@@ -13,8 +13,8 @@ from pathlib import Path
 
 @contextmanager
 def atomic(path):
-    """Yields a temporary Path beside `path`, with the same suffix. It takes the place of `path` when
-    the block ends without an error; after an error it is deleted and `path` stays as it was.
+    """Yields a temporary Path beside `path`, with the same suffix. It takes the place of `path`
+    when the block ends without an error; after an error it is deleted and `path` stays as it was.
     Its name holds the process id, so that several processes may write the same file."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -37,7 +37,7 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The JSON value in `path`. FileNotFoundError or ValueError names the file when it is missing or
+    """The JSON value in `path`. FileNotFoundError or ValueError names the file if it is missing or
     broken."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -155,7 +155,8 @@ def _known_failure(error, repo, wanted):
         return None
     why = ("--offline or HF_HUB_OFFLINE forbids to fetch it" if is_offline() else
            f"the Hub answers {status}" if status else
-           f"there is no network, or the connection broke ({type(error.__cause__ or error).__name__})")
+           "there is no network, or the connection broke "
+           f"({type(error.__cause__ or error).__name__})")
     return FileNotFoundError(
         f"{repo}: not in the cache {cache}: {absent}; {why}, and there is no local folder of that "
         "name. Run (again) where there is a network, finished files stay; or `hf download "

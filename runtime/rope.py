@@ -1,7 +1,7 @@
 """RoPE scalings: how a LLaMA reads longer texts than its rotary embedding was trained on.
 
      config.json's rope_scaling --checked_scaling--> sorted pairs, () for the plain embedding
-     theta --scaled_theta--> theta        theta^(-2i/d) (d/2,) --scaled_frequencies--> (d/2,), factor
+     theta --scaled_theta--> theta       theta^(-2i/d) (d/2,) --scaled_frequencies--> (d/2,), factor
    linear: every angle divided by factor.  dynamic: a larger theta for longer texts.  llama3, yarn:
    pairs that turn often within the original length keep their frequency, slow ones are divided by
    factor, with a ramp in between.  The numbers are transformers' (tests/test_llama.py).

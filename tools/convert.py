@@ -15,6 +15,7 @@ import sys
 import time
 import zipfile
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def convert(source, out, dtype=None, log=print):
     if not places and not (source / hub.BIN_SINGLE).exists():
         raise FileNotFoundError(f"{source}: no {hub.BIN_SINGLE} and no {BIN_INDEX}; wanted a "
                                 "folder with a published model's .bin files")
-    existing = [path for path in (*out.glob("*.safetensors"), *out.glob(hub.INDEX))]
+    existing = [*out.glob("*.safetensors"), *out.glob(hub.INDEX)]
     if finished := [path.name for path in existing if not path.name.startswith(".")]:
         raise FileExistsError(f"{out}: holds {hub.listed(finished)} already; name another folder")
     for temporary in existing:                   # of a conversion that was killed
@@ -102,7 +103,7 @@ def check_shard(path, tensors, places, placed):
 
 def copy_small_files(source, out):
     """Copies configs and tokenizers, but not the .bin files' index."""
-    for file in (file for pattern in COPIED for file in source.glob(pattern)):
+    for file in chain.from_iterable(map(source.glob, COPIED)):
         copy = out / file.relative_to(source)
         if file.name != BIN_INDEX and copy.resolve() != file.resolve():
             copy.parent.mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 from parity import check
+from safetensors.torch import load_file
 
 import eval as evaluation
 import lora
