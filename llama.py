@@ -1,12 +1,15 @@
 """LLaMA decoder (Vicuna, LLaMA-2, LLaMA-3), generation, tokenizer.  Paper Sec. 3.1, the LLM.
+
      ids (B,T) --embed--> (B,T,D) --layers: x + attn(norm(x)), x + mlp(norm(x))--> norm
          --> hidden (B,T,D) --lm_head--> logits (B,T,vocab)
      generate: prompt (B,T) or (B,T,D) --greedy, top-p or beams--> B lists of new ids
      Tokenizer: text <-> ids, from tokenizer.model (sentencepiece) or tokenizer.json
-   embeds (B,T,D) may take the place of ids: that is how sound and video enter. mask (B,T), True =
-   keep. Module and tensor names are the Hub's (model.layers.N.self_attn.q_proj.weight), so that its
-   files and peft's adapters fit without a rename table.
-   Public: LlamaConfig, Llama, KVCache, FixedSteps, Tokenizer, JsonTokenizer."""
+
+   embeds (B,T,D) may take the place of ids: that is how sound and video enter. Masks are bool,
+   True = attend. In this file H counts heads, d is the width of a head. Module and tensor names are
+   the Hub's (model.layers.N.self_attn.q_proj.weight), so that its files and peft's adapters fit
+   without a rename table.
+   Public: LlamaConfig, Llama, KVCache, Tokenizer, JsonTokenizer."""
 
 import math
 from dataclasses import dataclass, replace
@@ -19,21 +22,24 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import lora
-from runtime import hub
+from runtime import fast, hub, rope
 
-CACHE_MULTIPLE = 128                  # compiled decoding: caches are multiples of so many positions
 LLM_TENSORS = ("language_model.", "model.", "lm_head.")     # in an InstructBLIP's or a LLaMA's file
-# How longer texts than the trained ones are fitted in -> what config.json has to say about it
-ROPE_TYPES = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-ROPE_OPTIONS = ("original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim",
-                "beta_fast", "beta_slow", "truncate")
+
+
+# ---- configuration ------------------------------------------------------------------------------
+
+HUB_NAMES = {                 # field of LlamaConfig: field of a Hub config.json
+    "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "ffn": "intermediate_size", "eps": "rms_norm_eps", "max_positions": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings", "bos_id": "bos_token_id", "eos_id": "eos_token_id"}
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Defaults: LLaMA-1 7B = Vicuna v1.1, the LLM in InstructBLIP. In v1.5: eps 1e-5, 4096 long."""
+    """Defaults: LLaMA-1 7B = Vicuna v1.1, the LLM in InstructBLIP. v1.5 has eps 1e-5 and 4096
+    positions."""
     vocab_size: int = 32000
     width: int = 4096
     layers: int = 32
@@ -56,11 +62,11 @@ class LlamaConfig:
             raise ValueError(f"heads {self.heads}, kv_heads {self.kv_heads}, head_dim "
                              f"{self.head_dim}; wanted heads = n * kv_heads and an even head_dim")
         object.__setattr__(self, "rope_scaling",
-                           rope_pairs(self.rope_scaling, self.max_positions))
+                           rope.checked_scaling(self.rope_scaling, self.max_positions))
 
     @classmethod
     def from_folder(cls, root):
-        """From config.json; a LLaMA's own generation_config.json adds its end tokens: the chat
+        """From config.json. The generation_config.json beside a LLaMA's adds its end tokens: chat
         models of LLaMA-3 may name the end of a turn only there."""
         hf, more = hub.read_json(root / "config.json"), root / "generation_config.json"
         if "text_config" not in hf and more.exists():
@@ -72,49 +78,41 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, hf):
         """From a Hub config.json, old style (rope_theta and rope_scaling) or new (rope_parameters),
-        LLaMA's own or the text_config inside an InstructBLIP's; what it leaves out is LLaMA-1 7B's.
-        """
+        a LLaMA's own or the text_config inside an InstructBLIP's. Fields that it leaves out are
+        LLaMA-1 7B's. Raises ValueError for a model that is no plain LLaMA."""
         inside = "text_config" in hf
         hf = hf.get("text_config", hf)
-        rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-        theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or cls.rope_theta
-        if hf.get("original_max_position_embeddings"):    # beside rope_scaling it counts for more
-            rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
-        rotated = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
-        odd = [f"{key}={got!r} (wanted {want!r})" for key, got, want in [
+        scaling = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+        theta = scaling.pop("rope_theta", None) or hf.get("rope_theta") or cls.rope_theta
+        original = "original_max_position_embeddings"
+        if hf.get(original):                  # the one beside rope_scaling wins over the one inside
+            scaling[original] = hf[original]
+        rotated = scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
+        unsupported = [f"{key}={got!r} (wanted {wanted!r})" for key, got, wanted in [
             ("model_type", hf.get("model_type", "llama"), "llama"),
             ("partial_rotary_factor", rotated, 1),
             ("hidden_act", hf.get("hidden_act", "silu"), "silu"),
             ("attention_bias", hf.get("attention_bias", False), False),
-            ("mlp_bias", hf.get("mlp_bias", False), False)] if got != want]
-        if odd:
-            raise ValueError(f"config.json: unsupported {', '.join(odd)}; use a plain LLaMA")
-        theirs = {
-            "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
-            "heads": "num_attention_heads", "ffn": "intermediate_size", "eps": "rms_norm_eps",
-            "max_positions": "max_position_embeddings", "tie_embeddings": "tie_word_embeddings",
-            "head_dim": "head_dim"}
-        if not inside:            # InstructBLIP's text_config has had wrong ones (0 and 1)
-            theirs |= {"bos_id": "bos_token_id", "eos_id": "eos_token_id"}
-        ours = {name: hf[key] for name, key in theirs.items() if hf.get(key) is not None}
-        ours["kv_heads"] = hf.get("num_key_value_heads") or ours.get("heads", cls.heads)
+            ("mlp_bias", hf.get("mlp_bias", False), False)] if got != wanted]
+        if unsupported:
+            raise ValueError(f"config.json: unsupported {', '.join(unsupported)}; "
+                             "use a plain LLaMA")
+        names = dict(HUB_NAMES)
+        if inside:                # InstructBLIP's text_config has had wrong ones (0 and 1)
+            del names["bos_id"], names["eos_id"]
+        ours = {name: hf[theirs] for name, theirs in names.items() if hf.get(theirs) is not None}
+        ours["kv_heads"] = ours.get("kv_heads") or ours.get("heads", cls.heads)
         if isinstance(ours.get("eos_id"), list):
             ends = tuple(ours["eos_id"])
             ours["eos_id"] = ends if len(ends) > 1 else ends[0]
-        return cls(**ours, rope_theta=theta, rope_scaling=rope)
+        return cls(**ours, rope_theta=theta, rope_scaling=scaling)
 
     def to_dict(self):
         """As a Hub config.json, which any library reads."""
-        return {
+        return {theirs: getattr(self, name) for name, theirs in HUB_NAMES.items()} | {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "vocab_size": self.vocab_size, "hidden_size": self.width, "head_dim": self.head_dim,
-            "intermediate_size": self.ffn, "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
-            "rms_norm_eps": self.eps, "rope_theta": self.rope_theta,
-            "rope_scaling": dict(self.rope_scaling) or None,
-            "max_position_embeddings": self.max_positions, "attention_bias": False,
-            "mlp_bias": False, "tie_word_embeddings": self.tie_embeddings,
-            "bos_token_id": self.bos_id, "eos_token_id": self.eos_id}
+            "attention_bias": False, "mlp_bias": False,
+            "rope_theta": self.rope_theta, "rope_scaling": dict(self.rope_scaling) or None}
 
 
 def as_tuple(ids):
@@ -122,27 +120,7 @@ def as_tuple(ids):
     return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
-def rope_pairs(fields, max_positions):
-    """config.json's rope_scaling (dict, its pairs or None) -> sorted pairs with the old key "type"
-    renamed and what transformers infers written down; () for "default".
-    Raises ValueError for an unknown type and for fields that it cannot do without."""
-    fields = {key: value for key, value in dict(fields or ()).items() if value is not None}
-    kind = fields.get("rope_type", fields.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"config.json: unsupported rope_type={kind!r} "
-                         f"(wanted {', '.join(ROPE_TYPES)}); use another LLaMA")
-    if kind == "default":
-        return ()
-    pairs = {key: fields[key] for key in ROPE_TYPES[kind] + ROPE_OPTIONS if key in fields}
-    if kind in ("llama3", "yarn"):
-        original = pairs.setdefault("original_max_position_embeddings", max_positions)
-        if kind == "yarn" and max_positions != original:
-            pairs.setdefault("factor", max_positions / original)
-    if missing := [key for key in ROPE_TYPES[kind] if key not in pairs]:
-        raise ValueError(f"config.json: rope_type={kind!r} without {', '.join(missing)}; "
-                         "add it to rope_scaling (rope_parameters)")
-    return tuple(sorted((pairs | {"rope_type": kind}).items()))
-
+# ---- the decoder --------------------------------------------------------------------------------
 
 class KVCache:
     """Keys and values of the positions so far, and which of these are padding. A layer allocates
@@ -150,7 +128,8 @@ class KVCache:
 
     def __init__(self, batch, max_length):
         self.batch, self.max_length, self.length = batch, max_length, 0
-        self.mask, self.layers = None, {}     # (B,max_length) bool, True = keep; index -> [k, v]
+        self.mask = None                      # (B,max_length) bool, False = padding
+        self.layers = {}                      # index of a layer -> [k, v], (B,H,max_length,d) each
 
     def extend(self, mask):
         """Makes room for new positions with `mask` (B,T); returns the mask (B,past+T) of all."""
@@ -169,76 +148,15 @@ class KVCache:
         B, H, T, d = k.shape
         if layer not in self.layers:
             self.layers[layer] = [k.new_zeros(B, H, self.max_length, d) for _ in range(2)]
-        for store, new in zip(self.layers[layer], (k, v), strict=True):
-            store[:, :, self.length - T:self.length] = new
-        return [store[:, :, :self.length] for store in self.layers[layer]]
+        for held, new in zip(self.layers[layer], (k, v), strict=True):
+            held[:, :, self.length - T:self.length] = new
+        return [held[:, :, :self.length] for held in self.layers[layer]]
 
     def reorder(self, beam_index):
         """Row i becomes what row beam_index[i] was; there may be more or fewer rows than before."""
         self.batch, self.mask = len(beam_index), self.mask[beam_index]
-        for layer, pair in self.layers.items():       # one layer at a time: two copies of one only
-            self.layers[layer] = [store[beam_index] for store in pair]
-
-
-class FixedSteps:
-    """steps(token (B,1)) -> logits (B,vocab): decodes one position after another with shapes that
-    never change, over the whole store of a KVCache, which later steps fill.  So a step can be
-    compiled, and on a GPU captured as one CUDA graph: launching a few hundred small kernels takes
-    longer than running them.  The same ids as without (test_llama.py)."""
-
-    def __init__(self, llm, cache, step):
-        self.stores, self.mask, self.step = cache.layers, cache.mask, step
-        self.at = torch.tensor([cache.length], device=cache.mask.device)
-        self.position = cache.mask.sum(dim=1, keepdim=True)                    # (B,1)
-        self.token = torch.zeros_like(self.position)
-        self.weights = [p.data_ptr() for p in llm.parameters()]
-        self.graph = self.logits = None
-
-    def again(self, llm, cache):
-        """Takes over the start of another answer, so that a captured graph serves it too; False
-        where its sizes or the places of the weights are not the same."""
-        if cache.mask.shape != self.mask.shape or self.weights != [
-                p.data_ptr() for p in llm.parameters()]:
-            return False
-        for layer, pair in cache.layers.items():
-            for store, new in zip(self.stores[layer], pair, strict=True):
-                store.copy_(new)
-        self.mask.copy_(cache.mask)
-        self.at.fill_(cache.length)
-        self.position.copy_(cache.mask.sum(dim=1, keepdim=True))
-        return True
-
-    def update(self, layer, k, v):
-        """KVCache.update with a position that is a tensor: keys and values of all positions."""
-        for store, new in zip(self.stores[layer], (k, v), strict=True):
-            store.index_copy_(2, self.at, new)
-        return self.stores[layer]
-
-    def __call__(self, token):
-        self.token.copy_(token)
-        self.mask.index_fill_(1, self.at, True)
-        if token.is_cuda and self.graph is None:
-            self._capture()
-        if self.graph is None:
-            self.logits = self.step(self.token, self.position, self.mask, self)
-        else:
-            self.graph.replay()
-        self.at += 1
-        self.position += 1
-        return self.logits
-
-    def _capture(self):
-        """Of warm kernels: compiling and choosing them must not be part of it.  Each run writes the
-        same position again."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.step(self.token, self.position, self.mask, self)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.step(self.token, self.position, self.mask, self)
+        for layer, pair in self.layers.items():       # layer by layer: only one is held twice
+            self.layers[layer] = [held[beam_index] for held in pair]
 
 
 class RMSNorm(nn.Module):
@@ -251,56 +169,13 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(config, positions):
-    """positions (B,T) -> cos, sin (B,1,T,d/2), always fp32: a buffer would be cast to bf16."""
-    inverse, attention = rope_frequencies(config, positions)
-    angles = positions[:, None, :, None].float() * inverse[..., None, None, :]
-    return angles.cos() * attention, angles.sin() * attention
-
-
-def rope_frequencies(config, positions):
-    """-> inverse frequencies (d/2,), turned radians a position, and the factor of cos and sin, by
-    rope_scaling; transformers' numbers (test_llama.py).
-    "dynamic" depends on how long each row is by now: (B,d/2); transformers lets the longest row
-    decide for all.  Keys in a cache keep the angles that they were rotated with, as there, so that
-    for this type, beyond max_positions, cached is not the same as uncached."""
-    rope, d, theta = dict(config.rope_scaling), config.head_dim, config.rope_theta
-    kind, factor = rope.get("rope_type", "default"), rope.get("factor")
-    if kind == "dynamic":
-        grown = (positions.amax(dim=1, keepdim=True) + 1) / config.max_positions         # (B,1)
-        theta = theta * (1 + factor * (grown.clamp_min(1) - 1)) ** (d / (d - 2))
-    index = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32)
-    inverse = 1 / theta ** (index / d)
-    if kind in ("default", "dynamic"):
-        return inverse, 1.0
-    if kind == "linear":
-        return inverse / factor, 1.0
-    # What turns often within the original length is kept, what turns slowly is divided by factor.
-    original = rope["original_max_position_embeddings"]
-    if kind == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        wavelength = 2 * math.pi / inverse
-        keep, attention = ((original / wavelength - low) / (high - low)).clamp(0, 1), 1.0
-    else:
-        keep, attention = yarn(rope, d, theta, original, index)
-    return (1 - keep) * inverse / factor + keep * inverse, attention
-
-
-def yarn(rope, d, theta, original, index):
-    """YaRN (arXiv 2309.00071): how much of each frequency is kept (d/2,), and the factor of cos and
-    sin.  The ramp runs from the pair that turns beta_fast times to the one that turns beta_slow."""
-    def pair(turns):                      # theta^(-2 pair/d) * original = 2 pi turns
-        return d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-    first, last = pair(rope.get("beta_fast") or 32), pair(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, d - 1)
-    ramp = (index / 2 - first) / (last - first or 0.001)
-
-    def grown(scale):
-        return 0.1 * scale * math.log(max(rope["factor"], 1)) + 1
-    scales = rope.get("mscale"), rope.get("mscale_all_dim")
-    inferred = grown(scales[0]) / grown(scales[1]) if all(scales) else grown(1)
-    return 1 - ramp.clamp(0, 1), rope.get("attention_factor", inferred)
+    """positions (B,T) -> cos, sin (B,1,T,d/2) of position * theta^(-2i/d), for the pairs i < d/2.
+    Always fp32, and no buffer: that would be cast to bf16 with the weights."""
+    d, theta = config.head_dim, rope.scaled_theta(config, positions)     # or config.rope_theta
+    two_i = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32)         # (d/2,)
+    inverse, factor = rope.scaled_frequencies(config, 1 / theta ** (two_i / d))   # or unchanged, 1
+    angles = positions[:, None, :, None].float() * inverse[..., None, None, :]        # (B,1,T,d/2)
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x, cos, sin):
@@ -320,31 +195,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.width, inner_kv, bias=False)
         self.o_proj = nn.Linear(inner, config.width, bias=False)
 
-    def forward(self, x, cos, sin, keep, cache):
+    def forward(self, x, cos, sin, mask, cache):
+        """x (B,T,D), mask (B,1,T,past+T) bool or None: plain causal -> (B,T,D)."""
         q, k, v = (rearrange(part, "b t (h d) -> b h t d", d=self.head_dim)
-                   for part in lora.apply_all(x, self.q_proj, self.k_proj, self.v_proj))
+                   # q_proj(x), k_proj(x), v_proj(x)
+                   for part in fast.apply_all(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.index, k, v)
-        # keep None: plain causal, which needs no mask; one new token may see the whole past.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=self.grouped,
-                                           is_causal=keep is None and q.shape[2] > 1)
+        # Without a mask a single new token may attend to the whole past.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped,
+                                           is_causal=mask is None and q.shape[2] > 1)
         return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, each (B,T,ffn).  Backward makes silu(gate) again instead of keeping it: one
-    of the three widest tensors that a layer would hold until then (bench.py 4)."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
 class MLP(nn.Module):
@@ -355,8 +217,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.ffn, config.width, bias=False)
 
     def forward(self, x):
-        gate, up = lora.apply_all(x, self.gate_proj, self.up_proj)
-        return self.down_proj(SwiGLU.apply(gate, up))
+        gate, up = fast.apply_all(x, self.gate_proj, self.up_proj)   # gate_proj(x), up_proj(x)
+        return self.down_proj(fast.swiglu(gate, up))                 # silu(gate) * up (B,T,ffn)
 
 
 class Block(nn.Module):
@@ -367,13 +229,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, keep, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, keep, cache)
+    def forward(self, x, cos, sin, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Everything under the Hub's `model.` prefix; Llama.hidden runs it."""
+    """Everything under the Hub's `model.` prefix; Llama.run_layers runs it."""
 
     def __init__(self, config):
         super().__init__()
@@ -383,8 +245,8 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    checkpointing = False         # in training, blocks keep only their input (sharding.py)
-    compiled = False              # decode with compiled steps of fixed shape; beams do not
+    checkpointing = False         # in training, store only the input of each block for backward
+    compiled = False              # decode by compiled steps of fixed shape (not with beams)
 
     def __init__(self, config):
         super().__init__()
@@ -396,17 +258,18 @@ class Llama(nn.Module):
                 adds = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * config.layers) if adds else 0.02
                 nn.init.normal_(parameter, std=std)
-        self._tie()
+        self.tie_weights()
 
-    def _tie(self):
+    def tie_weights(self):
+        """One tensor for lm_head and embed_tokens, where the config asks for it."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @classmethod
     def from_pretrained(cls, source, dtype=None, device=None, vocab_size=None):
         """Folder or Hub repo of a LLaMA, or of an InstructBLIP (its language_model), in eval mode.
-        dtype None: fp32.  vocab_size keeps so many rows of embed_tokens and lm_head at most:
-        InstructBLIP pads 32000 to 32064, and 64 made-up classes would take part in the softmax."""
+        dtype None: fp32. vocab_size: only the first so many rows of embed_tokens and lm_head are
+        read: InstructBLIP pads 32000 to 32064, and 64 made-up classes would be in the softmax."""
         root = hub.folder(source, ("generation_config.json",), LLM_TENSORS)
         config = LlamaConfig.from_folder(root)
         # A file with an lm_head is not tied, whatever config.json says; so in transformers.
@@ -417,11 +280,8 @@ class Llama(nn.Module):
             vocab_size = min(vocab_size, config.vocab_size)
             config = replace(config, vocab_size=vocab_size)
             rows = {"model.embed_tokens.weight": vocab_size, "lm_head.weight": vocab_size}
-        with torch.device("meta"):        # no memory and no initialisation that is thrown away
-            model = cls(config)
-        model = model.to(dtype or torch.float32).to_empty(device=device or "cpu")
-        model._tie()                      # to_empty made two tensors of one
-        return hub.load_into(model, root, prefix=("language_model.", ""), rows=rows).eval()
+        return hub.load_module(lambda: cls(config), root, dtype, device,
+                               prefix=("language_model.", ""), rows=rows)
 
     def save_pretrained(self, folder, dtype=None):
         """config.json + model.safetensors in the Hub's layout, which from_pretrained reads back.
@@ -436,8 +296,8 @@ class Llama(nn.Module):
 
     def hidden(self, ids=None, *, embeds=None, mask=None, cache=None):
         """ids (B,T) or embeds (B,T,D) -> hidden states after the last norm (B,T,D).
-        mask (B,T) bool, True = keep, None = all; with a cache it is the mask of the new positions.
-        Left or right padding does not change the kept rows (test_llama.py)."""
+        mask (B,T) bool, False = padding, None = no padding; with a cache it is the mask of the new
+        positions. Padding on the left or right changes no other row (test_llama.py)."""
         if (ids is None) == (embeds is None):
             raise ValueError("got both or none of ids (B,T) and embeds (B,T,D); pass exactly one")
         x = self.embed(ids) if embeds is None else embeds
@@ -445,18 +305,21 @@ class Llama(nn.Module):
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
             raise ValueError(f"mask {mask.dtype} {list(mask.shape)}; wanted torch.bool "
-                             f"{list(x.shape[:2])}, True = keep")
+                             f"{list(x.shape[:2])}, False = padding")
         if cache is not None:
             mask = cache.extend(mask)                                          # (B,past+T)
         T = x.shape[1]
-        # A kept token's position counts the kept tokens before it, so left padding shifts nothing.
+        # A token's position counts the tokens before it, so padding on the left shifts nothing.
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -T:]              # (B,T)
+        return self.run_layers(x, positions, causal_mask(mask, T), cache)
+
+    def run_layers(self, x, positions, mask, cache):
+        """x (B,T,D), positions (B,T), mask (B,1,T,past+T) bool or None: plain causal -> (B,T,D)."""
         cos, sin = rotary_angles(self.config, positions)
-        keep = attention_mask(mask, T)
-        again = self.checkpointing and cache is None and torch.is_grad_enabled()
+        recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
         for layer in self.model.layers:
-            x = (checkpoint(layer, x, cos, sin, keep, None, use_reentrant=False) if again
-                 else layer(x, cos, sin, keep, cache))
+            x = (checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False) if recompute
+                 else layer(x, cos, sin, mask, cache))
         return self.model.norm(x)
 
     def forward(self, ids=None, *, embeds=None, mask=None, cache=None, last_only=False):
@@ -473,28 +336,18 @@ class Llama(nn.Module):
 
         temperature 0: the likeliest token; above 0: sampled, from the top_p nucleus, with the
         torch.Generator `generator`.  num_beams > 1: beam search, best sum of log-probabilities /
-        length**length_penalty.  repetition_penalty: ids seen before (those of the prompt too, if
-        it came as ids) get their positive logits divided, their negative ones multiplied by it.
-        stream(row, id) is called for each new id at once.  eos_id: one or several, None: the
-        config's."""
-        eos = list(as_tuple(self.config.eos_id if eos_id is None else eos_id))
+        length**length_penalty.  repetition_penalty: ids seen before (also those of a prompt that
+        came as ids) get their positive logits divided, their negative ones multiplied by it.
+        stream(row, id) is called for each new id at once.  eos_id: one or several end tokens,
+        None: the config's.  Raises ValueError for settings that do not go together."""
         prompt = ids if embeds is None else embeds
-        padded_end = mask is not None and not mask[:, -1].all()
-        for bad, why in [
-                (prompt is None, "no prompt; pass ids (B,T) or embeds (B,T,D)"),
-                (max_new_tokens < 1 or num_beams < 1 or temperature < 0,
-                 f"max_new_tokens={max_new_tokens}, num_beams={num_beams}, temperature="
-                 f"{temperature}; wanted at least 1, 1 and 0"),
-                (num_beams > 1 and (stream or temperature > 0), "stream and temperature do not go "
-                 "with num_beams > 1, which revises its past tokens; use num_beams=1"),
-                (padded_end, "the last position of a prompt is padding, and generation goes on "
-                 "from there; pad prompts on the left")]:
-            if bad:
-                raise ValueError(f"generate: {why}")
+        check_generation(prompt, mask, max_new_tokens, num_beams, temperature, stream)
+        eos = list(as_tuple(self.config.eos_id if eos_id is None else eos_id))
         B, T = prompt.shape[:2]
         longest, fixed = T + max_new_tokens, self.compiled and num_beams == 1
-        # compiled once for each size, of which there should be few
-        cache = KVCache(B, longest + -longest % CACHE_MULTIPLE if fixed else longest)
+        if fixed:                             # few sizes, as each is compiled once
+            longest += -longest % fast.CACHE_MULTIPLE
+        cache = KVCache(B, longest)
         logits = self(ids, embeds=embeds, mask=mask, cache=cache, last_only=True)[:, -1]
         seen = torch.zeros_like(logits, dtype=torch.bool)                      # (B,vocab)
         if ids is not None:
@@ -513,28 +366,15 @@ class Llama(nn.Module):
             return self._beam_search(logits, cache, seen, adjust, max_new_tokens, num_beams,
                                      length_penalty, eos)
         pick = partial(pick_token, temperature=temperature, top_p=top_p, generator=generator)
-        more = self._fixed_steps(cache) if fixed else (
-            lambda token: self(token, cache=cache, last_only=True)[:, -1])
-        return self._sample(logits, more, seen, adjust, max_new_tokens, pick, eos, stream)
 
-    def _fixed_step(self, token, position, mask, cache):
-        """token, position (B,1), mask (B,max_length) -> logits (B,vocab)."""
-        x, keep = self.embed(token), mask[:, None, None]                       # (B,1,1,max_length)
-        cos, sin = rotary_angles(self.config, position)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, keep, cache)
-        return self.lm_head(self.model.norm(x))[:, -1]
+        def next_logits(token):               # (B,1) -> (B,vocab)
+            return self(token, cache=cache, last_only=True)[:, -1]
+        if fixed:
+            next_logits = fast.fixed_steps(self, cache)              # the same, compiled
+        return self._sample(logits, next_logits, seen, adjust, max_new_tokens, pick, eos, stream)
 
-    def _fixed_steps(self, cache):
-        """FixedSteps of the last answer, or new ones."""
-        if "step" not in self.__dict__:
-            torch._dynamo.config.recompile_limit = 64              # one for each batch and length
-            self.step = torch.compile(self._fixed_step, dynamic=False)
-        if "steps" not in self.__dict__ or not self.steps.again(self, cache):
-            self.steps = FixedSteps(self, cache, self.step)
-        return self.steps
-
-    def _sample(self, logits, more, seen, adjust, max_new_tokens, pick, eos, stream):
+    def _sample(self, logits, next_logits, seen, adjust, max_new_tokens, pick, eos, stream):
+        """One token after another for all rows, until all have ended."""
         new, finished = [[] for _ in logits], [False for _ in logits]
         for step in range(max_new_tokens):
             token = pick(adjust(logits.float(), seen, step))                   # (B,1)
@@ -547,11 +387,12 @@ class Llama(nn.Module):
                         stream(row, token_id)
             if all(finished) or step + 1 == max_new_tokens:
                 break
-            logits = more(token)
+            logits = next_logits(token)
         return new
 
     def _beam_search(self, logits, cache, seen, adjust, max_new_tokens, count, length_penalty,
                      eos):
+        """The beams of all prompts are one batch (B*count); Beams decides for each prompt."""
         B, vocab = logits.shape
         repeat = torch.arange(B, device=logits.device).repeat_interleave(count)
         cache.reorder(repeat)
@@ -607,17 +448,34 @@ class Beams:
         return on
 
 
-def attention_mask(mask, T):
-    """mask (B,past+T) -> (B,1,T,past+T) bool for the newest T queries, or None where plain causal
-    attention does: no past (or one query), padding only on the right, which no kept token sees."""
+def causal_mask(mask, T):
+    """mask (B,past+T) bool, False = padding -> (B,1,T,past+T), True = attend, for the newest T
+    queries; or None where plain causal attention does the same: there is no past (or one query) and
+    padding only on the right, which no token before it attends to."""
     L = mask.shape[1]
     plain = (mask[:, :-1] >= mask[:, 1:]).all() if T == L else T == 1 and mask.all()
     if plain:
         return None
     query = torch.arange(L - T, L, device=mask.device)[:, None]                # (T,1)
     key = torch.arange(L, device=mask.device)[None]                            # (1,L)
-    keep = (key <= query) & mask[:, None, None, :]
-    return keep | (key == query)          # a padding query sees itself, or its softmax would be NaN
+    attend = (key <= query) & mask[:, None, None, :]
+    return attend | (key == query)        # a padding query sees itself, or its softmax would be NaN
+
+
+def check_generation(prompt, mask, max_new_tokens, num_beams, temperature, stream):
+    """Raises ValueError for arguments of Llama.generate that do not go together."""
+    padded_end = mask is not None and not mask[:, -1].all()
+    for bad, why in [
+            (prompt is None, "no prompt; pass ids (B,T) or embeds (B,T,D)"),
+            (max_new_tokens < 1 or num_beams < 1 or temperature < 0,
+             f"max_new_tokens={max_new_tokens}, num_beams={num_beams}, temperature="
+             f"{temperature}; wanted at least 1, 1 and 0"),
+            (num_beams > 1 and (stream or temperature > 0), "stream and temperature do not go "
+             "with num_beams > 1, which revises its past tokens; use num_beams=1"),
+            (padded_end, "the last position of a prompt is padding, but generation continues "
+             "from there; pad prompts on the left")]:
+        if bad:
+            raise ValueError(f"generate: {why}")
 
 
 def pick_token(scores, temperature, top_p, generator):
@@ -628,6 +486,8 @@ def pick_token(scores, temperature, top_p, generator):
     p = p.masked_fill(p.cumsum(dim=-1) - p > top_p, 0.0)      # likelier ones are enough already
     return order.gather(1, torch.multinomial(p, 1, generator=generator))
 
+
+# ---- text <-> ids -------------------------------------------------------------------------------
 
 class Tokenizer:
     """The LLaMA sentencepiece model. Ids only of the text: nothing adds <s> or </s>."""

@@ -1,20 +1,25 @@
 """LoRA: low-rank updates of chosen linear layers, the only weights of the LLM that are trained.
-     y = W x + alpha/r * B A dropout(x)      x (B,L,in), W (out,in) frozen, A (r,in), B (out,r)
-   Files are peft's: adapter_config.json + adapter_model.safetensors, names
-   base_model.model.<module>.lora_A.weight, so that either side reads what the other wrote.
-   Public: LoraConfig, inject, apply_all, merge, unmerge, save, load."""
+   Paper Sec. 4.2; Hu et al. 2021.
+
+     x (B,L,in) --W (out,in), frozen--------------------------------------------> + --> y (B,L,out)
+          |                                                                       |
+          '--dropout--> A (r,in) --> (B,L,r) --times alpha/r--> B (out,r) --------'
+
+   Files are peft's: adapter_config.json + adapter_model.safetensors with names like
+   base_model.model.<module>.lora_A.weight, so that peft reads what we write, and we what it writes.
+   Public: LoraConfig, LoraLinear, inject, layers, merge, unmerge, save, load."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from runtime import hub
+from runtime.fast import stacked_down
 
 PREFIX = "base_model.model."              # what peft puts before a module's own name
 # Settings of an adapter_config.json that would change the formula above: refused unless unset.
@@ -25,6 +30,7 @@ UNSUPPORTED = ("use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_
 
 @dataclass(frozen=True)
 class LoraConfig:
+    """Rank r, scale alpha / r, dropout before A, and the last parts of the names of the layers."""
     r: int = 32
     alpha: float = 32
     dropout: float = 0.1
@@ -37,8 +43,8 @@ class LoraConfig:
 
 class LoraLinear(nn.Module):
     """A frozen nn.Linear and its adapter. `weight` keeps its name, so that the base model's tensors
-    are found where they were. The adapter stays fp32 also over a bf16 base (its updates are too
-    small for bf16) and is computed in fp32, or in autocast's dtype where that is on."""
+    are found where they were. The adapter stays fp32 even over a bf16 base, because its updates are
+    too small for bf16; it is computed in fp32, or in autocast's dtype where autocast is on."""
 
     def __init__(self, base, config):
         super().__init__()
@@ -49,35 +55,20 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Linear(config.r, out, **place)                        # (out,r)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)        # a fresh adapter changes nothing
-        self.merged, self.unmerged_weight = False, None     # the original, on the CPU
+        self.merged, self.unmerged_weight = False, None     # the original W, on the CPU
 
     def forward(self, x, inner=None):
-        """x (...,in) -> (...,out); inner (...,r): what `down` made of x, if that is known."""
+        """x (...,in) -> (...,out). inner (...,r): alpha/r * A dropout(x), if the caller has it:
+        layers that read the same x share it (runtime/fast.py: apply_all)."""
         y = F.linear(x, self.weight, self.bias)
         if self.merged:
             if self.training:
                 raise RuntimeError("a merged adapter cannot train; call lora.unmerge(model) first, "
                                    "or model.eval()")
             return y
-        return y + self.lora_B(down(x, [self])[0] if inner is None else inner).to(y.dtype)
-
-
-def down(x, adapters):
-    """alpha/r * A dropout(x) of adapters that read the same x (...,in) -> a list of (...,r): one
-    dropout (peft draws one for each) and one product with all A stacked, as reading x is what takes
-    the time here."""
-    A, config = torch.cat([layer.lora_A.weight for layer in adapters]), adapters[0].config
-    if not torch.is_autocast_enabled(x.device.type):       # which casts to its own dtype
-        x = x.to(A.dtype)
-    inner = F.linear(F.dropout(x, config.dropout, adapters[0].training), A)
-    return (config.scale * inner).split(config.r, dim=-1)                    # scaled where r wide
-
-
-def apply_all(x, *linears):
-    """[linear(x) for linear in linears], with what their adapters share done once."""
-    adapted = [m for m in linears if isinstance(m, LoraLinear) and not m.merged]
-    inner = dict(zip(adapted, down(x, adapted), strict=True)) if adapted else {}
-    return [m(x, inner[m]) if m in inner else m(x) for m in linears]
+        if inner is None:                  # scale * lora_A(F.dropout(x, dropout, self.training))
+            inner = stacked_down(x, [self])[0]
+        return y + self.lora_B(inner).to(y.dtype)
 
 
 def layers(model):
@@ -86,13 +77,14 @@ def layers(model):
 
 
 def inject(model, config):
-    """Replaces every nn.Linear named as in config.target_modules by a LoraLinear, freezes all the
-    rest of `model` and returns it."""
+    """Replaces every nn.Linear whose name ends as in config.target_modules by a LoraLinear, freezes
+    the rest of `model` and returns it. ValueError lists the linear layers if none is named so."""
     if layers(model):
         raise ValueError(f"{type(model).__name__} already holds {len(layers(model))} adapters; "
                          "inject once, or build the model anew")
+    endings = tuple(f".{target}" for target in config.target_modules)
     found = {name: m for name, m in model.named_modules()
-             if isinstance(m, nn.Linear) and f".{name}".endswith(target_endings(config))}
+             if isinstance(m, nn.Linear) and f".{name}".endswith(endings)}
     absent = [target for target in config.target_modules
               if not any(f".{name}".endswith(f".{target}") for name in found)]
     if absent or not found:
@@ -107,15 +99,12 @@ def inject(model, config):
     return model
 
 
-def target_endings(config):
-    return tuple(f".{target}" for target in config.target_modules)
-
-
 @torch.no_grad()
 def merge(model, reversible=True):
-    """W += alpha/r * B A, so that inference costs what it cost without adapters; they stay there.
-    Does nothing where merged already. reversible: a copy of W goes to the CPU, as much again as the
-    layers have; subtracting would leave rounding behind, 1 % of the update and more in bf16."""
+    """W += alpha/r * B A in every adapted layer, so that inference costs what it cost without
+    adapters; these stay in place. Layers that are merged already stay as they are. reversible: a
+    copy of each W goes to the CPU for unmerge(), because subtracting the update would leave a
+    rounding error: 1 % of the update and more in bf16."""
     for layer in layers(model).values():
         if not layer.merged:
             if reversible:
@@ -146,7 +135,8 @@ def adapter_tensors(model):
 
 
 def save(model, folder, base_model=None):
-    """Writes the adapters, merged or not, as a peft folder. base_model: the LLM they belong to."""
+    """Writes the adapters, merged or not, as a peft folder, atomically. base_model: a name of the
+    LLM that they belong to."""
     found = list(layers(model).values())
     if not found:
         raise ValueError(f"{type(model).__name__} holds no adapters; call lora.inject first")
@@ -154,9 +144,7 @@ def save(model, folder, base_model=None):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().cpu().contiguous()
                for name, tensor in adapter_tensors(model).items()}
-    # To a temporary name first: a kill never leaves half a file under the final one.
-    save_file(tensors, folder / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
-    os.replace(folder / "adapter_model.safetensors.tmp", folder / "adapter_model.safetensors")
+    hub.save_tensors(folder / "adapter_model.safetensors", tensors)
     hub.write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
         "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
@@ -181,7 +169,8 @@ def read_config(path):
 
 @torch.no_grad()
 def load(model, folder):
-    """Reads a peft folder into `model`, injecting its adapters first if there are none."""
+    """Reads a peft folder into `model`; adapters are injected first if there are none. Raises
+    ValueError that lists what is missing, unknown or of another shape."""
     folder = Path(folder)
     config, path = read_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     if not path.exists():

@@ -1,15 +1,16 @@
-"""InstructBLIP's visual encoder: video frames and a question -> 32 vectors a frame.
+"""InstructBLIP's visual encoder: video frames and a question -> 32 vectors per frame.
    Dai et al. 2023 (InstructBLIP) Sec. 2.3, Li et al. 2023 (BLIP-2) Sec. 3.1; FAVOR keeps it frozen.
 
      frames uint8 (F,H,W,3) --preprocess--> (F,3,224,224)
        --ViT--> (F,P,1408)                                    P = (224/14)^2 + 1 = 257, with CLS
        --Q-Former: V queries next to the T text tokens, cross-attention to the ViT--> (F,V,768)
 
-   The question is read by the Q-Former, not by the ViT: encode_image() is worth keeping for the
-   next question, query() is the cheap half. Parameter names are the Hub's (`vit` is its
-   `vision_model`), so the published weights load without a rename table.
+   The Q-Former reads the question, the ViT does not: encode_image() serves every question about the
+   same frames, query() is the cheap half. Parameter names are the Hub's (`vit` is its
+   `vision_model`), so the published weights load without a rename table. Masks are bool, True =
+   attend; H and W are pixels, and h counts heads.
    Public: VisualEncoder, ViTConfig, QFormerConfig, QFormerTokenizer, resize, normalise,
-   preprocess."""
+   preprocess, to_pixels."""
 
 from dataclasses import dataclass
 
@@ -17,15 +18,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import nn
 
 from runtime import hub
 
-FRAMES_AT_ONCE = 64                                     # bounds memory: 32 s of video at 2 Hz
+FRAMES_AT_ONCE = 64                 # bounds the memory: 64 frames / 2 per second = 32 s of video
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # R, G, B of values in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 OUR_TENSORS = ("vision_model.", "qformer.", "query_tokens")   # what we read of an InstructBLIP
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,15 @@ class ViTConfig:
     width: int = 1408
     layers: int = 39
     heads: int = 16
-    ffn: int = 6144                                     # int(1408 * 4.3637)
+    ffn: int = 6144                                     # int(1408 * 4.3637), EVA's ratio
     image_size: int = 224
     patch_size: int = 14
     eps: float = 1e-6
 
     @property
     def n_patches(self):
-        return (self.image_size // self.patch_size) ** 2             # (224/14)^2 = 256, without CLS
+        """Without CLS: (224 / 14)^2 = 256."""
+        return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class QFormerConfig:
     layers: int = 12
     heads: int = 12
     ffn: int = 3072
-    vocab_size: int = 30523                             # bert-base-uncased + [DEC]
+    vocab_size: int = 30523                             # 30522 of bert-base-uncased + [DEC]
     max_positions: int = 512                            # of the text; queries have no position
     cross_attention_frequency: int = 2                  # layers 0, 2, 4, ...
     encoder_width: int = 1408
@@ -59,8 +62,8 @@ class QFormerConfig:
 
 
 def read_config(root):
-    """InstructBLIP's config.json -> (ViTConfig, QFormerConfig, n_queries). The Hub has it pruned
-    (vision_config is one line there), so whatever is absent takes the defaults above."""
+    """InstructBLIP's config.json -> (ViTConfig, QFormerConfig, n_queries). The Hub's is abridged
+    (its vision_config is one line), so absent fields take the defaults above."""
     config = hub.read_json(root / "config.json")
     vision, qformer = config.get("vision_config") or {}, config.get("qformer_config") or {}
     for name, part in (("vision_config", vision), ("qformer_config", qformer)):
@@ -179,13 +182,13 @@ class QFormerAttention(nn.Module):
                                      "LayerNorm": Norm(config.width, config.eps)})
         self.dropout = nn.Dropout(0.0)
 
-    def forward(self, x, context, keep=None):
-        """x (F,T,D), context (F,C,D'), keep (F,1,1,C) bool, True = look at it -> (F,T,D)."""
+    def forward(self, x, context, mask=None):
+        """x (F,T,D), context (F,C,D'), mask (F,1,1,C) bool, True = attend -> (F,T,D)."""
         q = rearrange(self.attention.query(x), "f t (h d) -> f h t d", h=self.heads)
         k = rearrange(self.attention.key(context), "f c (h d) -> f h c d", h=self.heads)
         v = rearrange(self.attention.value(context), "f c (h d) -> f h c d", h=self.heads)
         p = self.dropout.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=p)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
         y = self.output.dense(rearrange(y, "f h t d -> f t (h d)"))
         return self.output.LayerNorm(self.dropout(y) + x)
 
@@ -211,9 +214,9 @@ class QFormerLayer(nn.Module):
         self.intermediate_query, self.output_query = up(), down()            # queries
         self.dropout = nn.Dropout(0.0)
 
-    def forward(self, x, image, n_queries, keep=None):
-        """x (F,V+T,D), image (F,P,D_vit) -> (F,V+T,D)."""
-        x = self.attention(x, x, keep)
+    def forward(self, x, image, n_queries, mask=None):
+        """x (F,V+T,D), image (F,P,D_vit), mask (F,1,1,V+T) bool -> (F,V+T,D)."""
+        x = self.attention(x, x, mask)
         queries, text = x[:, :n_queries], x[:, n_queries:]                   # (F,V,D), (F,T,D)
         if self.crossattention is not None:
             queries = self.crossattention(queries, image)
@@ -232,20 +235,21 @@ class QFormer(nn.Module):
             for i in range(config.layers))})
 
     def set_dropout(self, p):
-        """BERT's dropout, of embeddings, attention weights and outputs; 0 unless set, and in
-        train() mode only. Published models were trained with 0.1; a frozen one needs none."""
+        """Sets BERT's dropout, of embeddings, attention weights and outputs. It is 0 unless set and
+        acts only in train() mode. Published models were trained with 0.1; a frozen one needs none.
+        """
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = p
 
     def forward(self, queries, image, text_ids=None, text_mask=None):
         """queries (F,V,D), image (F,P,D_vit), text_ids (F,T), text_mask (F,T) bool -> (F,V,D)."""
-        n_queries, keep = queries.shape[1], None
+        n_queries, mask = queries.shape[1], None
         x = self.embeddings(queries, text_ids)                               # (F,V+T,D)
         if text_mask is not None:
-            keep = F.pad(text_mask, (n_queries, 0), value=True)[:, None, None]   # (F,1,1,V+T)
+            mask = F.pad(text_mask, (n_queries, 0), value=True)[:, None, None]   # (F,1,1,V+T)
         for layer in self.encoder.layer:
-            x = layer(x, image, n_queries, keep)
+            x = layer(x, image, n_queries, mask)
         return x[:, :n_queries]
 
 
@@ -268,11 +272,9 @@ class VisualEncoder(nn.Module):
         """An InstructBLIP on the Hub or in a local folder -> frozen encoder in eval mode. Its
         language model and its projection stay unread."""
         root = hub.folder(source, files=(), tensors=OUR_TENSORS)
-        with torch.device("meta"):              # no time and memory for weights that get replaced
-            encoder = cls(*read_config(root))
-        encoder = encoder.to(dtype or torch.float32).to_empty(device=device or "cpu")
-        hub.load_into(encoder, root, only=OUR_TENSORS, rename=(("vision_model.", "vit."),))
-        return encoder.eval().requires_grad_(False)
+        encoder = hub.load_module(lambda: cls(*read_config(root)), root, dtype, device,
+                                  only=OUR_TENSORS, rename=(("vision_model.", "vit."),))
+        return encoder.requires_grad_(False)
 
     def encode_image(self, pixels):
         """(F,3,H,W) from preprocess() -> (F,P,D_vit), the same for every question."""
@@ -284,7 +286,7 @@ class VisualEncoder(nn.Module):
 
     def query(self, image_features, text_ids=None, text_mask=None):
         """image_features (F,P,D_vit), text_ids (T,), (1,T) or (F,T) -> (F,V,D).
-        text_mask: bool in the shape of text_ids, True = keep; None keeps all."""
+        text_mask: bool in the shape of text_ids, False = padding; None: no padding."""
         n_frames = len(image_features)
         text_ids, text_mask = self._text_per_frame(n_frames, text_ids, text_mask)
         parts = []
@@ -302,7 +304,7 @@ class VisualEncoder(nn.Module):
         return self.query(self.encode_image(pixels), text_ids, text_mask)
 
     def _text_per_frame(self, n_frames, text_ids, text_mask):
-        """Text and mask, checked, one row a frame: (T,), (1,T) or (F,T) -> (F,T)."""
+        """Checks text and mask and gives each frame a row: (T,), (1,T) or (F,T) -> (F,T)."""
         if text_ids is None:
             if text_mask is not None:
                 raise ValueError("text_mask without text_ids; pass both or neither")
@@ -316,7 +318,7 @@ class VisualEncoder(nn.Module):
             text_mask = torch.atleast_2d(text_mask)
             if text_mask.dtype != torch.bool or text_mask.shape != text_ids.shape:
                 raise ValueError(f"text_mask is {text_mask.dtype} {tuple(text_mask.shape)}; wanted "
-                                 f"bool {tuple(text_ids.shape)}, True = keep")
+                                 f"bool {tuple(text_ids.shape)}, False = padding")
             text_mask = text_mask.expand(n_frames, -1)
         return text_ids.expand(n_frames, -1), text_mask
 
@@ -328,6 +330,7 @@ class QFormerTokenizer:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
         self.pad_id = tokenizer.token_to_id("[PAD]")
 
     @classmethod
@@ -335,19 +338,23 @@ class QFormerTokenizer:
         """From <source>/qformer_tokenizer/vocab.txt, else from the tokenizer.json beside it."""
         root = hub.folder(source, ("qformer_tokenizer/*",), tensors=()) / "qformer_tokenizer"
         if (root / "vocab.txt").exists():
-            return cls(wordpiece(root / "vocab.txt"))
+            pieces = (root / "vocab.txt").read_text(encoding="utf-8").splitlines()
+            if missing := [piece for piece in SPECIAL if piece not in pieces]:
+                raise ValueError(f"{root / 'vocab.txt'}: no {', '.join(missing)}; wanted the "
+                                 "vocabulary of bert-base-uncased")
+            return cls(BertWordPieceTokenizer(str(root / "vocab.txt")))
         if (root / "tokenizer.json").exists():
             return cls(Tokenizer.from_file(str(root / "tokenizer.json")))
         raise FileNotFoundError(f"{root}: neither vocab.txt nor tokenizer.json; copy the folder "
                                 "qformer_tokenizer of the InstructBLIP repo")
 
     def __call__(self, texts, max_length=128):
-        """List of B texts -> ids (B,T) long, mask (B,T) bool, padded on the right. Too long a text
+        """List of B texts -> ids (B,T) long, mask (B,T) bool, padded on the right. A longer text
         loses its beginning (the question is at its end) but keeps [CLS] and [SEP]."""
         if isinstance(texts, str):
             raise ValueError("texts is one str; wanted a list of str")
-        self.tokenizer.enable_truncation(max_length, direction="left")
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+        rows = [row if len(row) <= max_length else row[:1] + row[1 - max_length:] for row in rows]
         ids = torch.full((len(rows), max(map(len, rows), default=0)), self.pad_id)
         mask = torch.zeros_like(ids, dtype=torch.bool)
         for i, row in enumerate(rows):
@@ -355,28 +362,11 @@ class QFormerTokenizer:
         return ids, mask
 
 
-def wordpiece(path):
-    """vocab.txt, one piece a line in the order of ids -> bert-base-uncased's tokenizer."""
-    pieces = path.read_text(encoding="utf-8").splitlines()
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    if missing := [piece for piece in special if piece not in vocabulary]:
-        raise ValueError(f"{path}: no {', '.join(missing)}; wanted the vocabulary of "
-                         "bert-base-uncased")
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(
-        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
-    tokenizer.add_special_tokens(special)
-    return tokenizer
-
-
 # ---- frames -> pixels ---------------------------------------------------------------------------
 
 def checked_frames(frames):
     """uint8 (F,H,W,3), numpy or torch -> uint8 tensor (F,3,H,W)."""
-    if isinstance(frames, np.ndarray):           # torch takes no flipped and no read-only arrays
+    if isinstance(frames, np.ndarray):       # torch.from_numpy refuses flipped and read-only arrays
         frames = torch.from_numpy(np.require(frames, requirements=["C", "W"]))
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}; "
@@ -385,17 +375,17 @@ def checked_frames(frames):
 
 
 def resize(frames, size=224):
-    """uint8 (F,H,W,3) -> uint8 (F,3,size,size). Bicubic with antialias on uint8 is what PIL does,
-    to 1-2 of 255; the aspect ratio is not kept and nothing is cropped, as in InstructBLIP."""
+    """uint8 (F,H,W,3) -> uint8 (F,3,size,size), bicubic with antialiasing: PIL's values to 1-2 of
+    255. The aspect ratio changes and nothing is cropped, as in InstructBLIP."""
     x = checked_frames(frames)
     if x.shape[2:] != (size, size):
-        # torch has this kernel for uint8 on the CPU only; floats would round differently.
+        # torch has this uint8 kernel only on the CPU; floats would round differently.
         x = F.interpolate(x.cpu(), (size, size), mode="bicubic", antialias=True).to(x.device)
     return x.contiguous()
 
 
 def standardise(x):
-    """Floats (F,3,H,W), 0 to 255 -> CLIP's mean 0 and deviation 1 per colour."""
+    """Floats (F,3,H,W), 0 to 255 -> mean 0 and standard deviation 1 per colour on CLIP's images."""
     mean, std = (x.new_tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))   # (3,1,1)
     return (x / 255 - mean) / std
 
@@ -409,21 +399,20 @@ def normalise(pixels):
 
 
 def resize_plain(frames, size=224):
-    """uint8 (F,H,W,3) -> float (F,3,size,size), 0 to 255 and a little beyond: bicubic on floats, no
-    prefilter, overshoot kept.  Up to 13 away from PIL when shrinking."""
+    """uint8 (F,H,W,3) -> float (F,3,size,size), 0 to 255 and a little beyond: bicubic on floats
+    without antialiasing and without clipping. Up to 13 of 255 away from PIL when shrinking."""
     return F.interpolate(checked_frames(frames).float(), (size, size), mode="bicubic",
                          align_corners=False)
 
 
 def preprocess(frames, size=224, antialias=True):
     """uint8 (F,H,W,3) -> float32 (F,3,size,size), the input of encode_image().
-    antialias=False is what the authors' released code does to video frames (not to still
-    images)."""
+    antialias=False is how the authors' released code treats video frames, but not still images."""
     return normalise(resize(frames, size)) if antialias else standardise(resize_plain(frames, size))
 
 
 def to_pixels(frames, size=224):
     """A Clip's frames (F,3,H,W), uint8 or floats of that range -> float32 (F,3,size,size)."""
-    if frames.is_floating_point():                             # resize_plain made them
+    if frames.is_floating_point():                             # already through resize_plain
         return standardise(frames)
     return preprocess(frames.permute(0, 2, 3, 1), size)

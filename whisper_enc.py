@@ -1,11 +1,13 @@
-"""Whisper's audio encoder: a 16 kHz waveform -> 50 vectors a second.  Radford et al. 2022, 2.2.
+"""Whisper's audio encoder: a 16 kHz waveform -> 50 vectors per second.
+   Radford et al. 2022 (Whisper) Sec. 2.2; frozen in FAVOR, Sec. 3.1.
 
      audio (S,) --chunks of 30 s--> (B,480000) --log-mel--> (B,M,3000)
        --conv, conv stride 2--> (B,1500,D) --+ positions, blocks, norm--> (B,1500,D)
        --concatenate, cut to the true length--> (ceil(S/320),D)           D = 1280 for large-v2
 
-   B chunks, M mel bins, P positions (1500 a chunk), D width; in this file S counts samples.
-   Parameter names are the Hub's after "model.encoder.", so state_dict() is the published layout.
+   B chunks, M mel bins, D width; in this file S counts samples, P encoder positions (1500 per
+   chunk), h heads. Parameter names are the Hub's after "model.encoder.", so state_dict() is the
+   published layout.
    Public: WhisperConfig, WhisperEncoder, log_mel_spectrogram, resample, SAMPLE_RATE."""
 
 import math
@@ -20,8 +22,8 @@ from torch import nn
 
 from runtime import hub
 
-SAMPLE_RATE = 16000
-CHUNKS_AT_ONCE = 8                    # 8 x 30 s: bounds the memory of encode() for long audio
+SAMPLE_RATE = 16000                   # Hz
+CHUNKS_AT_ONCE = 8                    # 8 * 30 s = 4 min: bounds the memory of encode()
 FP16_LIMIT = 65504 - 1000             # fp16 ends at 65504; Whisper's residual stream can get there
 
 
@@ -35,8 +37,8 @@ class WhisperConfig:
     ffn: int = 5120
     max_source_positions: int = 1500
     sample_rate: int = SAMPLE_RATE
-    n_fft: int = 400                  # 25 ms
-    hop: int = 160                    # 10 ms
+    n_fft: int = 400                  # 400 / 16000 Hz = 25 ms
+    hop: int = 160                    # 160 / 16000 Hz = 10 ms
 
     @property
     def chunk_samples(self):
@@ -88,14 +90,14 @@ def checked_audio(audio):
                          "(int16 samples: divide by 32768)")
     if not torch.isfinite(audio).all():
         raise ValueError("audio holds NaN or infinite samples; one of them would spoil its whole "
-                         "30 s chunk, so decode the file again or drop it")
+                         "30 s chunk; decode the file again or drop it")
     return audio.float()
 
 
 @cache
 def mel_filterbank(n_fft, n_mels, sample_rate):
-    """(n_fft/2+1, M): Slaney's scale and area norm; HTK's would be off by up to 1.5 in log-mel.
-    Kept on the CPU: a cached CUDA tensor would tie the whole process to one device."""
+    """(n_fft/2+1,M): Slaney's scale and area norm; HTK's would be off by up to 1.5 in log-mel. It
+    stays on the CPU, because a cached CUDA tensor would tie the whole process to one device."""
     return AF.melscale_fbanks(n_fft // 2 + 1, 0.0, sample_rate / 2, n_mels, sample_rate,
                               norm="slaney", mel_scale="slaney")
 
@@ -104,8 +106,8 @@ def log_mel_spectrogram(audio, chunk_samples=480000, n_fft=400, hop=160, n_mels=
                         sample_rate=SAMPLE_RATE):
     """Floats (S,) or (B,S) -> float32 (B,M,chunk_samples/hop); (S,) gives B = 1.
 
-    Each item is padded with zeros or cut to chunk_samples before the transform: silence is input
-    that Whisper was trained on, not something to mask. No sound at all gives -1.5 everywhere."""
+    Each row is padded with zeros or cut to chunk_samples before the transform. The padding is not
+    masked, because Whisper was trained on silence. No sound at all gives -1.5 everywhere."""
     audio = checked_audio(audio)
     if audio.ndim not in (1, 2):
         raise ValueError(f"audio has shape {tuple(audio.shape)}; wanted (S,) or (B,S), mono")
@@ -116,7 +118,7 @@ def log_mel_spectrogram(audio, chunk_samples=480000, n_fft=400, hop=160, n_mels=
     power = spectrum.real.square() + spectrum.imag.square()            # (B,n_fft/2+1,3000)
     filters = mel_filterbank(n_fft, n_mels, sample_rate).to(audio.device)
     log_mel = (filters.T @ power).clamp_min(1e-10).log10()             # (B,M,3000)
-    # The floor is 80 dB below the loudest point of the same item: no other item may move it.
+    # The floor is 80 dB below the loudest point of the same row; other rows do not move it.
     log_mel = torch.maximum(log_mel, log_mel.amax((1, 2), keepdim=True) - 8)
     return (log_mel + 4) / 4
 
@@ -130,7 +132,7 @@ class Norm(nn.LayerNorm):
 
 
 class SelfAttention(nn.Module):
-    """Every position sees every other one: no mask, also not over padding."""
+    """Every position attends to every other one: nothing is masked, not even padding."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -179,7 +181,7 @@ class WhisperEncoder(nn.Module):
         self.embed_positions = nn.Embedding(config.max_source_positions, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.layer_norm = Norm(config.width)
-        with torch.no_grad():                     # the fixed table; a file brings the same numbers
+        with torch.no_grad():             # the fixed table; published files hold the same numbers
             self.embed_positions.weight.copy_(
                 sinusoids(config.max_source_positions, config.width))
 
@@ -188,11 +190,10 @@ class WhisperEncoder(nn.Module):
         """Hub repo id or local folder -> frozen encoder in eval mode; a decoder is left unread."""
         root = hub.folder(source, files=("preprocessor_config.json",),
                           tensors=("model.encoder.", "encoder."))
-        with torch.device("meta"):                # no time and memory for weights that get replaced
-            encoder = cls(WhisperConfig.from_folder(root))
-        encoder = encoder.to(dtype or torch.float32).to_empty(device=device or "cpu")
-        hub.load_into(encoder, root, prefix=("model.encoder.", "encoder.", ""))
-        return encoder.eval().requires_grad_(False)
+        config = WhisperConfig.from_folder(root)
+        encoder = hub.load_module(lambda: cls(config), root, dtype, device,
+                                  prefix=("model.encoder.", "encoder.", ""))
+        return encoder.requires_grad_(False)
 
     def forward(self, mel):
         """(B,M,2P) -> (B,P,D) for any P up to max_source_positions."""
@@ -208,11 +209,11 @@ class WhisperEncoder(nn.Module):
         return self.layer_norm(x)
 
     def encode(self, audio):
-        """(S,) at 16 kHz, any length -> (ceil(S/320),D): 50 vectors a second, none for padding."""
+        """(S,) at 16 kHz, any length -> (ceil(S/320),D): 50 vectors per second of sound."""
         return self.encode_all([audio])[0]
 
     def encode_all(self, audios):
-        """The same of a list, whose chunks go through side by side."""
+        """encode() for a list, all chunks in one batch -> list of (ceil(S/320),D)."""
         config, chunks = self.config, []
         for audio in map(checked_audio, audios):
             if audio.ndim != 1:
@@ -225,6 +226,6 @@ class WhisperEncoder(nn.Module):
         encoded = torch.cat([
             self(log_mel_spectrogram(part.to(self.conv1.weight.device), config.chunk_samples,
                                      config.n_fft, config.hop, config.n_mels, config.sample_rate))
-            for part in torch.cat(chunks).split(CHUNKS_AT_ONCE)])              # (B,positions,D)
+            for part in torch.cat(chunks).split(CHUNKS_AT_ONCE)])              # (B,P,D)
         return [rearrange(own, "b p d -> (b p) d")[:math.ceil(len(audio) / (2 * config.hop))]
                 for own, audio in zip(encoded.split([*map(len, chunks)]), audios, strict=True)]

@@ -1,39 +1,18 @@
 """llama.py against transformers' LlamaForCausalLM (tiny and at full width, every parameter random)
-and itself: padding, cache and batch change nothing.  Its tokenizers: test_tokenizers.py."""
+and itself: padding, cache and batch change nothing.  Its tokenizers: test_tokenizers.py; scaled
+RoPE and compiled decoding: runtime/test_rope.py, runtime/test_fast.py."""
 
 import copy
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from parity import check, randomise
+from parity import check
+from tiny_llama import EOS, LLAMA3, VOCAB, some_ids, speak, theirs, tiny_oracle
 
-from llama import KVCache, Llama, LlamaConfig, SwiGLU, rotary_angles
+from llama import KVCache, Llama, LlamaConfig
 from runtime import hub
-
-VOCAB = 37
-EOS = 2
-
-
-def tiny_oracle(seed=0, kv_heads=6, **settings):
-    """heads != layers, heads * head_dim != width, ffn and vocabulary no multiple of 8."""
-    from transformers import LlamaConfig as HubConfig
-    from transformers import LlamaForCausalLM
-    settings = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 70, "head_dim": 10,
-                "num_hidden_layers": 2, "num_attention_heads": 6, "rms_norm_eps": 1e-6,
-                "num_key_value_heads": kv_heads, "pad_token_id": 0,
-                "attn_implementation": "eager"} | settings
-    return randomise(LlamaForCausalLM(HubConfig(**settings)), seed).eval()
-
-
-def speak(oracle):
-    """A sharper head, in which the end token is likely: answers of many lengths."""
-    oracle.lm_head.weight.data.mul_(2)
-    oracle.lm_head.weight.data[EOS] *= 4
-    return oracle
 
 
 @pytest.fixture(scope="module", params=[6, 2], ids=["multi-head", "grouped-query"])
@@ -59,10 +38,6 @@ def speakers(tmp_path_factory):
 @pytest.fixture
 def model(speakers):
     return speakers[0][1]
-
-
-def some_ids(rows=2, length=9, seed=0):
-    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 # ---- forward ------------------------------------------------------------------------------------
@@ -139,29 +114,6 @@ def test_the_future_cannot_change_the_past(pair):
     changed[:, 5] = (ids[:, 5] + 1) % VOCAB
     assert torch.equal(ours(ids)[:, :5], ours(changed)[:, :5])
     assert not torch.equal(ours(ids)[:, 5:], ours(changed)[:, 5:])
-
-
-def test_swiglu_keeps_two_tensors():
-    """Its value and gradients are autograd's to the bit, with one wide tensor fewer until then."""
-    def step(function, dtype):
-        random = torch.Generator().manual_seed(0)
-        gate, up = (torch.randn(3, 5, 7, generator=random, dtype=dtype).requires_grad_()
-                    for _ in range(2))
-        kept = []
-
-        def keep(tensor):
-            kept.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = function(gate, up)
-        return y, *torch.autograd.grad(y.square().sum(), (gate, up)), len(kept)
-
-    for dtype in (torch.float32, torch.bfloat16):
-        *ours, kept = step(SwiGLU.apply, dtype)
-        *plain, kept_plain = step(lambda gate, up: torch.nn.functional.silu(gate) * up, dtype)
-        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
-        assert (kept, kept_plain) == (2, 3)
 
 
 @torch.no_grad()
@@ -305,130 +257,6 @@ def test_missing_unknown_and_wrong_tensors(tmp_path):
     assert not Llama.from_pretrained(tmp_path).training
 
 
-# ---- rotary scaling -----------------------------------------------------------------------------
-
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-YARN = {"rope_type": "yarn", "factor": 4.0}
-ROPES = {             # every type, with and without its optional fields
-    "default": {"rope_type": "default"}, "linear": {"rope_type": "linear", "factor": 2.5},
-    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
-    "llama3": LLAMA3 | {"original_max_position_embeddings": 64}, "llama3, no original": LLAMA3,
-    "yarn": YARN | {"original_max_position_embeddings": 8}, "yarn, no original": YARN,
-    "yarn, factor null": YARN | {"original_max_position_embeddings": 8, "factor": None},
-    "yarn, attention": YARN | {"attention_factor": 1.3},
-    "yarn, betas": YARN | {"beta_fast": 4.0, "beta_slow": 0.5, "truncate": False},
-    "yarn, mscale": YARN | {"mscale": 0.7, "mscale_all_dim": 1.1},
-    "yarn, half of mscale": YARN | {"mscale": 0.7}}
-SIZES = {"tiny": {"hidden_size": 36, "num_attention_heads": 4, "num_key_value_heads": 2,
-                  "head_dim": 10, "max_position_embeddings": 16},
-         "8b": {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
-                "max_position_embeddings": 8192}}
-
-
-def config_json(rope, style, theta=5e5, **settings):
-    """A config.json of one of the two styles; "oldest" says type instead of rope_type."""
-    if style == "new":
-        return settings | {"rope_parameters": rope | {"rope_theta": theta}}
-    if style == "oldest":
-        rope = {"type" if key == "rope_type" else key: value for key, value in rope.items()}
-    return settings | {"rope_theta": theta, "rope_scaling": rope}
-
-
-def same_angles(what, config, positions):
-    """Ours and the oracle's cos and sin at `positions` (1,T), from one config.json."""
-    from transformers import LlamaConfig as HubConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-    oracle = LlamaRotaryEmbedding(HubConfig(**copy.deepcopy(config)))
-    wanted = oracle(torch.zeros(1), positions)
-    ours = LlamaConfig.from_dict(config)
-    assert LlamaConfig.from_dict(ours.to_dict()) == ours == LlamaConfig.from_dict(config)
-    assert hash(ours) == hash(LlamaConfig.from_dict(json.loads(json.dumps(ours.to_dict()))))
-    for name, got, want in zip(("cos", "sin"), rotary_angles(ours, positions), wanted, strict=True):
-        # Angles up to 1e4 are known to 1e-3 in fp32; these differ by the rounding of a frequency.
-        check(f"{name}, {what}", got[:, 0], want.chunk(2, dim=-1)[0],
-              2e-7 * max(10, positions.max()), 1e-4)
-    return ours
-
-
-@pytest.mark.parametrize("style", ["old", "oldest", "new"])
-@pytest.mark.parametrize("rope", ROPES)
-def test_rotary_angles(rope, style):
-    config = config_json(ROPES[rope], style, **SIZES["tiny"])
-    ours = same_angles(f"{rope}, {style}", config, torch.arange(40)[None])
-    same_angles(f"{rope}, short", config, torch.arange(9)[None])
-    at = torch.tensor([[0, 1, 100, 1000, 8191, 10000]])
-    same_angles(f"{rope} at 8b's size", config_json(ROPES[rope], style, **SIZES["8b"]), at)
-    plain = LlamaConfig.from_dict(config_json({}, style, **SIZES["tiny"]))
-    changed = any((a - b).abs().max() > 0.05 for a, b in zip(
-        *(rotary_angles(c, torch.arange(40)[None]) for c in (ours, plain)), strict=True))
-    assert changed == (rope != "default")
-
-
-def test_rope_fields_in_odd_places():
-    """What transformers makes of them: the original length beside rope_scaling counts for more than
-    the one inside, rope_scaling for more than rope_parameters, and strange fields for nothing."""
-    tiny, positions = SIZES["tiny"], torch.arange(40)[None]
-    outside = {"original_max_position_embeddings": 32}
-    for rope in (LLAMA3, LLAMA3 | {"original_max_position_embeddings": 64}, YARN):
-        for style in ("old", "new"):
-            ours = same_angles("outside", config_json(rope, style, **tiny | outside), positions)
-            assert dict(ours.rope_scaling)["original_max_position_embeddings"] == 32
-    both = config_json({"type": "linear", "factor": 2.0}, "old", **tiny) | {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
-    assert dict(same_angles("both styles", both, positions).rope_scaling)["factor"] == 2.0
-    strange = config_json(YARN | {"finetuned": True, "type": "linear"}, "old", **tiny)
-    assert dict(same_angles("strange fields", strange, positions).rope_scaling) == YARN | {
-        "original_max_position_embeddings": 16}
-    no_theta = {"rope_scaling": {"type": "linear", "factor": 2.0}} | tiny
-    assert same_angles("no theta", no_theta, positions).rope_theta == 10000.0
-
-
-@pytest.mark.parametrize("rope, missing", [
-    ({"type": "linear"}, "factor"), ({"rope_type": "dynamic", "factor": None}, "factor"), (
-        {"rope_type": "yarn"}, "factor"),
-    ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor, high_freq_factor")])
-def test_rope_fields_that_must_be_there(rope, missing):
-    with pytest.raises(ValueError, match=f"rope_type='.*' without {missing}; add it"):
-        LlamaConfig.from_dict({"rope_scaling": rope})
-    with pytest.raises(ValueError, match=f"without {missing}; add it"):
-        LlamaConfig(rope_scaling=rope)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("rope", [r for r in ROPES if r not in (
-    "yarn, no original", "yarn, factor null", "llama3, no original", "yarn, half of mscale")])
-def test_scaled_logits_and_answers(rope, tmp_path):
-    """Grouped-query attention, odd sizes, texts of more than twice the trained length."""
-    from transformers import LlamaForCausalLM
-    oracle = tiny_oracle(intermediate_size=53, num_hidden_layers=3, **SIZES["tiny"],
-                         rope_parameters=ROPES[rope] | {"rope_theta": 100.0})
-    oracle.lm_head.weight.data.mul_(3)
-    oracle.save_pretrained(tmp_path / "theirs")
-    ours, ids = Llama.from_pretrained(tmp_path / "theirs"), some_ids(2, 40)
-    logits = ours(ids)
-    check(f"logits, {rope}", logits, oracle(ids).logits)
-    ours.save_pretrained(tmp_path / "ours")
-    again = LlamaForCausalLM.from_pretrained(tmp_path / "ours").eval()
-    check(f"saved by us, {rope}", again(ids).logits, logits)
-
-    answer = {"max_new_tokens": 25, "min_new_tokens": 25}
-    assert ours.generate(ids[:, :7], **answer) == theirs(oracle, ids[:, :7], **answer)
-
-    cache = KVCache(2, 40)
-    cached = torch.cat([ours(part, cache=cache) for part in ids.split([11, 20, 1, 8], 1)], dim=1)
-    if rope == "dynamic":           # keys keep the angles that they were rotated with
-        check("cached, dynamic, the first part", cached[:, :11], ours(ids[:, :11]))
-        assert (cached - logits).abs().max() > 1e-3
-    else:
-        check(f"cached, {rope}", cached, logits)
-
-    mask = torch.ones(2, 40, dtype=torch.bool)
-    mask[0, :13] = False            # also a dynamic row does not ask how long the others are
-    check(f"padded, {rope}", ours(ids, mask=mask)[:1, 13:], ours(ids[:1, 13:]))
-    half = Llama.from_pretrained(tmp_path / "ours", dtype=torch.bfloat16)(ids)
-    check(f"bf16, {rope}", half, logits, 1.0, 2e-2)
-
-
 # ---- full width ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -475,14 +303,6 @@ def test_full_width(wide_weights, kv_heads, rope):
 
 # ---- generation ---------------------------------------------------------------------------------
 
-def theirs(oracle, ids=None, mask=None, **settings):
-    """transformers' new ids, without the end token and what follows it."""
-    out = oracle.generate(ids, attention_mask=None if mask is None else mask.long(),
-                          do_sample=False, eos_token_id=EOS, pad_token_id=0, **settings)
-    rows = (out if ids is None else out[:, ids.shape[1]:]).tolist()
-    return [row[:row.index(EOS)] if EOS in row else row for row in rows]
-
-
 @pytest.mark.parametrize("settings", [
     {}, {"repetition_penalty": 1.5}, {"min_new_tokens": 4}, {"num_beams": 3},
     {"num_beams": 3, "repetition_penalty": 1.5}, {"num_beams": 4, "length_penalty": 2.0},
@@ -513,64 +333,6 @@ def test_a_batch_equals_its_singles(model, settings):
     batch = model.generate(ids, mask=mask, **settings)
     singles = [model.generate(ids[r:r + 1, mask[r]], **settings)[0] for r in range(3)]
     assert batch == singles
-
-
-@pytest.mark.parametrize("settings", [
-    {}, {"repetition_penalty": 1.5}, {"min_new_tokens": 4},
-    {"temperature": 1.0, "top_p": 0.8}, {"num_beams": 3}],
-    ids=lambda s: ",".join(f"{k}={v}" for k, v in s.items()) or "greedy")
-def test_steps_of_fixed_shape_say_the_same(speakers, settings, monkeypatch):
-    """What `compiled` compiles, as it is: a cache that is longer than needed, left padding, one
-    shape for all steps; the second answer uses the stores of the first."""
-    shapes = []
-    for seed, (_, ours) in enumerate(speakers):
-        ids, mask = some_ids(3, 7, seed), torch.ones(3, 7, dtype=torch.bool)
-        mask[0, :3], ids[0, :3] = False, 0
-        embeds = ours.embed(ids)
-
-        def answers(ours=ours, embeds=embeds, mask=mask):
-            own = {"generator": torch.Generator().manual_seed(1)} if "top_p" in settings else {}
-            return ours.generate(embeds=embeds, mask=mask, max_new_tokens=12, **settings, **own)
-        wanted = answers()
-
-        def step(token, position, mask, cache, ours=ours):
-            shapes.append((*token.shape, *mask.shape))
-            return ours._fixed_step(token, position, mask, cache)
-        monkeypatch.setattr(ours, "compiled", True)
-        monkeypatch.setitem(ours.__dict__, "step", step)
-        monkeypatch.delitem(ours.__dict__, "steps", raising=False)
-        assert answers() == wanted
-        steps = ours.__dict__.get("steps")
-        assert answers() == wanted and ours.__dict__.get("steps") is steps
-    assert set(shapes) == (set() if "num_beams" in settings else {(3, 1, 3, 128)})
-
-
-COMPILE = """
-import torch, llama
-torch.manual_seed(0)
-model = llama.Llama(llama.LlamaConfig(vocab_size=60, width=32, layers=2, heads=4, kv_heads=2,
-                                      ffn=48, eos_id=2)).eval()
-for p in model.parameters():
-    torch.nn.init.normal_(p, std=0.4)
-ids = torch.randint(3, 60, (2, 5))
-wanted = model.generate(ids, max_new_tokens=9)
-model.compiled, seen = True, []
-def backend(graph, inputs):
-    seen.append(graph)
-    return graph.forward
-model.step = torch.compile(model._fixed_step, backend=backend, fullgraph=True, dynamic=False)
-assert model.generate(ids, max_new_tokens=9) == wanted
-assert model.generate(ids.flip(0), max_new_tokens=9) == wanted[::-1]
-assert len(seen) == 1, f"{len(seen)} compilations"
-"""
-
-
-def test_a_step_is_one_graph_compiled_once():
-    """As dynamo sees it, without the C++ compiler behind it.  In a process of its own: dynamo
-    starts autograd's threads, after which other tests could not fork."""
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True,
-                          cwd=Path(__file__).parent.parent, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_one_beam_is_greedy(model, monkeypatch):

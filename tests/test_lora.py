@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import lora
 from llama import Llama
 from lora import LoraConfig
+from runtime import fast
 
 OURS = LoraConfig(r=4, alpha=6, dropout=0.0)
 VOCAB = 37
@@ -150,18 +151,18 @@ def test_adapters_of_one_input_share_its_dropout(model):
     bare = torch.nn.Linear(48, 7)
     linears, x = [attention.q_proj, attention.k_proj, bare], torch.randn(2, 5, 48)
     alone = [linear(x) for linear in linears]
-    for got, wanted in zip(lora.apply_all(x, *linears), alone, strict=True):
+    for got, wanted in zip(fast.apply_all(x, *linears), alone, strict=True):
         check("together", got, wanted)
     lora.merge(attention.k_proj)
-    for got, wanted in zip(lora.apply_all(x, *linears), alone, strict=True):
+    for got, wanted in zip(fast.apply_all(x, *linears), alone, strict=True):
         check("one merged", got, wanted)
     lora.unmerge(attention.k_proj)
     twins = [attention.q_proj, attention.q_proj]
     twins[0].config = dataclasses.replace(OURS, dropout=0.5)
     model.train()
-    inner = lora.down(torch.ones(1, 48), twins)
+    inner = fast.stacked_down(torch.ones(1, 48), twins)
     assert torch.equal(inner[0], inner[1])
-    assert not torch.allclose(inner[0], lora.down(torch.ones(1, 48), twins)[0])
+    assert not torch.allclose(inner[0], fast.stacked_down(torch.ones(1, 48), twins)[0])
 
 
 def test_a_merged_adapter_does_not_train_silently(model):

@@ -71,7 +71,7 @@ def random_part(cls, source, dtype=None, device=None, vocab_size=None):
         part = cls(*settings)
     part = part.to(dtype or torch.float32).to_empty(device=device or "cpu")
     if part.__class__ is Llama:
-        part._tie()
+        part.tie_weights()
     return fill(part).eval().requires_grad_(False)
 
 

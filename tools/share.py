@@ -380,8 +380,8 @@ def write_shards(root, shapes, read, limit):
         shards[-1][name], room = tensor, room - tensor.nbytes
     places = {}
     for i, tensors in enumerate(shards, 1):
-        shard = hub._shard_name(i, len(shards))
-        os.replace(hub._write(root / shard, tensors, read=read), root / shard)
+        shard = hub.shard_name(i, len(shards))
+        hub.save_tensors(root / shard, {name: read(name) for name in tensors})
         places |= dict.fromkeys(tensors, shard)
     if len(shards) > 1:
         hub.write_json(root / hub.INDEX, {"weight_map": places, "metadata": {

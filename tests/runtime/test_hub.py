@@ -4,7 +4,6 @@ folder here, from which huggingface_hub's functions, replaced, copy."""
 
 import errno
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -43,7 +42,7 @@ def save_shards(root, shards, config=None, **index_changes):
 def in_shards(tensors, n):
     """The tensors in their order -> {shard: tensors}, n of about one size."""
     names = list(tensors)
-    return {hub._shard_name(i + 1, n): {name: tensors[name].contiguous() for name in part}
+    return {hub.shard_name(i + 1, n): {name: tensors[name].contiguous() for name in part}
             for i in range(n) for part in [names[i * len(names) // n:(i + 1) * len(names) // n]]}
 
 
@@ -195,7 +194,7 @@ def test_each_part_fetches_its_files_once(remote, instructblip):
     assert remote.fetched == ["config.json", "qformer_tokenizer/vocab.txt"]
     remote.fetched.clear()
     VisualEncoder.from_pretrained("owner/blip")
-    shards = [hub._shard_name(i, 4) for i in (1, 2, 3, 4)]
+    shards = [hub.shard_name(i, 4) for i in (1, 2, 3, 4)]
     assert remote.fetched == [hub.INDEX, *shards[:3]]
     remote.fetched.clear()
     assert equal(Llama.from_pretrained(hub.folder(
@@ -272,7 +271,7 @@ def test_repos_without_weights_or_with_odd_names(remote):
     for name in ("config.json", "pytorch_model.bin"):
         (repo / name).write_text("{}")
     with pytest.raises(FileNotFoundError, match=(
-            "has no model.safetensors;.*hf download lmsys/vicuna.*runtime.hub convert")):
+            "has no model.safetensors;.*hf download lmsys/vicuna.*tools.convert")):
         hub.folder("lmsys/vicuna")
     for source in ("/nowhere", "./nowhere/x", "nowhere", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no such folder; wanted a folder in the Hub's"):
@@ -293,7 +292,7 @@ def test_the_real_library_offline(tmp_path, monkeypatch, instructblip):
     (root / "refs" / "main").write_text(commit)
     encoder, _, tensors, config = instructblip
     save_shards(root / "snapshots" / commit, in_shards(tensors, 4), config)
-    (root / "snapshots" / commit / hub._shard_name(4, 4)).unlink()
+    (root / "snapshots" / commit / hub.shard_name(4, 4)).unlink()
     assert equal(VisualEncoder.from_pretrained("owner/blip"), encoder)
     with pytest.raises(FileNotFoundError, match=r"cache .*: model-00004-of-00004.*--offline"):
         hub.folder("owner/blip", (), LLM)
@@ -393,7 +392,7 @@ def broken(case, root):
     ("only a header", "truncated or damaged"), ("longer", "truncated or damaged"),
     ("empty", r"empty \(0 bytes\).*download it again"), ("noise", "truncated or damaged"),
     ("pointer", "a git-lfs pointer.*git lfs pull"), ("page", "a web page.*download it again"),
-    ("pickle", r"a pickle under the name of safetensors.*pytorch_model.bin.*runtime.hub convert"),
+    ("pickle", r"a pickle under the name of safetensors.*pytorch_model.bin.*tools.convert"),
     ("old pickle", "a pickle under the name of safetensors")])
 def test_what_is_no_safetensors_file_is_named(tmp_path, case, message):
     broken(case, tmp_path)
@@ -420,7 +419,7 @@ def test_index_and_shards_that_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model.safetensors and no model.*index.json"):
         hub.open_tensors(tmp_path)
     (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
-    with pytest.raises(FileNotFoundError, match=f"python -m runtime.hub convert {tmp_path} "):
+    with pytest.raises(FileNotFoundError, match=f"python -m tools.convert {tmp_path} "):
         hub.open_tensors(tmp_path)
 
 
@@ -432,117 +431,6 @@ def test_saving_replaces_shards_and_leaves_nothing_half_done(tmp_path, monkeypat
     with pytest.raises(TypeError):
         hub.save_folder(tmp_path, {"a": torch.ones(1)}, {})
     assert hub.open_tensors(tmp_path)["a"]() == 0
-    with pytest.raises(KeyError):
-        hub.save_folder(tmp_path / "new", {"a": torch.ones(1), "b": torch.ones(1).cfloat()}, {})
+    with pytest.raises(KeyError, match="complex128"):
+        hub.save_folder(tmp_path / "new", {"a": torch.ones(1), "b": torch.ones(1).cdouble()}, {})
     assert not list((tmp_path / "new").iterdir())
-
-
-# ---- .bin -> safetensors ------------------------------------------------------------------------
-
-@pytest.fixture
-def vicuna(tmp_path):
-    """(LLM, folder with its two .bin files as transformers 4.31 wrote them)."""
-    llm = randomise(Llama(LlamaConfig(vocab_size=20, width=8, layers=3, heads=2, kv_heads=2,
-                                      ffn=12)))
-    tensors = llm.state_dict() | {
-        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(3)}
-    names, root = list(tensors), tmp_path / "bin"
-    root.mkdir()
-    places = {}
-    for i, part in enumerate((names[:9], names[9:]), 1):
-        file = f"pytorch_model-{i:05}-of-00002.bin"
-        torch.save({name: tensors[name] for name in part}, root / file)
-        places |= dict.fromkeys(part, file)
-    hub.write_json(root / hub.BIN_INDEX, {"metadata": {}, "weight_map": places})
-    hub.write_json(root / "config.json", llm.config.to_dict())
-    (root / "tokenizer.model").write_text("pieces")
-    (root / "README.md").touch()
-    return llm, root
-
-
-def test_convert(vicuna, tmp_path, capsys):
-    llm, source = vicuna
-    with pytest.raises(FileNotFoundError, match="runtime.hub convert"):
-        Llama.from_pretrained(source)
-    hub.main(["convert", str(source), str(tmp_path / "out")])
-    shown = capsys.readouterr().out
-    assert "pytorch_model-00002-of-00002.bin -> model-00002-of-00002.safetensors: " in shown
-    assert "--llm" in shown
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
-        "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-        hub.INDEX, "tokenizer.model"]
-    assert equal(Llama.from_pretrained(tmp_path / "out"), llm)
-    assert set(hub.open_tensors(tmp_path / "out")) == set(llm.state_dict())     # no inv_freq
-    from transformers import LlamaForCausalLM
-    oracle = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert torch.equal(oracle.model.norm.weight, llm.model.norm.weight)
-    hub.main(["convert", str(source), str(tmp_path / "half"), "--dtype", "float16"])
-    assert {t.dtype for t in hub.open_tensors(tmp_path / "half").values()} == {torch.float16}
-    with pytest.raises(SystemExit, match="out: holds .*already; name another folder"):
-        hub.main(["convert", str(source), str(tmp_path / "out")])
-
-
-def test_convert_in_place_one_old_file_with_tied_tensors(tmp_path):
-    llm = randomise(Llama(LlamaConfig(vocab_size=20, width=8, layers=1, heads=2, kv_heads=2, ffn=12,
-                                      tie_embeddings=True)))
-    torch.save(llm.state_dict(), tmp_path / hub.BIN_SINGLE, _use_new_zipfile_serialization=False)
-    hub.write_json(tmp_path / "config.json", llm.config.to_dict())
-    hub.convert(tmp_path, tmp_path)
-    assert "lm_head.weight" in load_file(tmp_path / hub.SINGLE)
-    assert equal(Llama.from_pretrained(tmp_path), llm)
-    with pytest.raises(FileExistsError, match="name another folder"):
-        hub.convert(tmp_path, tmp_path)
-
-
-def test_convert_cut_off_starts_again(vicuna, tmp_path):
-    llm, source = vicuna
-    second = source / "pytorch_model-00002-of-00002.bin"
-    whole = second.read_bytes()
-    second.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="00002.bin: truncated or no file of torch's"):
-        hub.convert(source, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="no model.safetensors and no"):
-        hub.open_tensors(tmp_path / "out")
-    second.write_bytes(whole)
-    hub.convert(source, tmp_path / "out")
-    assert equal(Llama.from_pretrained(tmp_path / "out"), llm)
-    assert not list((tmp_path / "out").glob("*.tmp"))
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("/tmp/this-must-never-be-made",)
-
-
-def test_pickles_that_are_refused(vicuna, tmp_path):
-    _, source = vicuna
-    second, out = source / "pytorch_model-00002-of-00002.bin", tmp_path / "out"
-    page = b"<html>Sign in"
-    for value, message in [
-            ({"a": Malicious()}, "no plain pickle of tensors, and not run .*mkdir"),
-            ({"a": torch.ones(1), "steps": 3}, r"holds steps \(1\); wanted {name: tensor}"),
-            ([torch.ones(1)], "holds list; wanted"), (page, "a web page"), (b"", "empty"),
-            ({"a": torch.ones(1)}, r"lacks lm_head.weight, .*download it again"),
-            (None, "listed in pytorch_model.bin.index.json but missing")]:
-        second.unlink()
-        if isinstance(value, bytes):
-            second.write_bytes(value)
-        elif value is not None:
-            torch.save(value, second)
-        with pytest.raises((ValueError, FileNotFoundError), match=f"00002-of-00002.bin: {message}"):
-            hub.convert(source, out)
-    second.write_bytes(pickle.dumps({"a": Malicious()}, protocol=2))
-    with pytest.raises(ValueError, match="no plain pickle of tensors, and not run"):
-        hub.convert(source, out)
-    assert not Path("/tmp/this-must-never-be-made").exists()
-    assert not list(out.glob("*.safetensors")) and not (out / hub.INDEX).exists()
-    with pytest.raises(FileNotFoundError, match="no pytorch_model.bin and no"):
-        hub.convert(tmp_path / "nothing", out)
-
-
-def test_convert_help_teaches(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        hub.main(["convert", "--help"])
-    shown = capsys.readouterr().out
-    for part in ("SOURCE_FOLDER", "OUT_FOLDER", "--dtype", "hf download lmsys/vicuna-7b-v1.5"):
-        assert part in shown
