@@ -22,7 +22,6 @@ diversity_loss, prompt_ids, Favor."""
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -428,8 +426,7 @@ class Favor(nn.Module):
         if lora.layers(self.llm):
             lora.save(self.llm, root / "lora")
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.aligner().state_dict().items()}
-        save_file(tensors, root / "model.safetensors.tmp", metadata={"format": "pt"})
-        os.replace(root / "model.safetensors.tmp", root / "model.safetensors")
+        hub.save_tensors(root / "model.safetensors", tensors)
         hub.write_json(root / "favor.json", {"system": self.system,
                                              "config": dataclasses.asdict(self.config), **facts})
 
