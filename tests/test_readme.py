@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "miniature" / "weights" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [README, ROOT / "miniature" / "weights" / "README.md",
+         *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = ("aveb", "baselines", "experiments", "miniature", "runtime", "tools")
 CODE = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
 
