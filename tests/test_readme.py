@@ -1,54 +1,169 @@
-"""What the README says stays true: links, equation lines, commands, departures."""
+"""What the README and the pages in docs/ say stays true: links, equation lines, commands, flags,
+sizes, differences from the paper, and the results that the README repeats."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "miniature" / "weights" / "README.md",
+         *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = ("aveb", "baselines", "experiments", "miniature", "runtime", "tools")
+CODE = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
 
 
-def test_every_linked_file_exists():
-    links = re.findall(r"\]\(([^)#\s]+)", README)
-    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
-    assert len(links) > 10 and not missing, f"the README links to {missing}"
+def links(text):
+    """The targets of all links of a page, without those to the web."""
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+
+
+def rows(text):
+    """The cells of every table row of a page."""
+    return [[cell.strip() for cell in line.strip().strip("|").split(" | ")]
+            for line in text.splitlines() if line.startswith("| ")]
+
+
+def anchor(heading):
+    """The name that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip("# ").lower()).replace(" ", "-")
+
+
+# ---------------------------------------------------------------- pages
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    for link in links(page.read_text()):
+        name, _, fragment = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), f"{page} links to {link}, which does not exist"
+        if fragment and target.suffix == ".md":
+            headings = re.findall(r"^#+ .*", target.read_text(), re.MULTILINE)
+            assert fragment in map(anchor, headings), f"{page} links to {link}: no such heading"
+
+
+def test_the_readme_is_a_front_page_that_leads_to_every_page():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 185 and len(text.split()) <= 2050
+    linked = {link.partition("#")[0] for link in links(text)}
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    assert len(pages) >= 8 and pages <= linked, f"the README does not link {pages - linked}"
 
 
 def test_each_equation_link_points_at_its_line():
-    rows = re.findall(r"\| (\(\d\)) .*?\]\((\w+\.py)#L(\d+)\)", README)
-    assert {number for number, _, _ in rows} == {"(1)", "(2)", "(3)", "(4)", "(5)"}
-    for number, file, line in rows:
+    found = re.findall(r"\| (\(\d\)) .*?\]\((\w+\.py)#L(\d+)\)", README.read_text())
+    assert {number for number, _, _ in found} == {"(1)", "(2)", "(3)", "(4)", "(5)"}
+    for number, file, line in found:
         lines = (ROOT / file).read_text().splitlines()
         near = "\n".join(lines[int(line) - 1:int(line) + 6])
         assert f"Eq. {number}" in near, (
             f"{file}:{line} does not show Eq. {number}; it shows\n{near}")
 
 
-def test_every_departure_in_the_code_has_its_row():
-    """Each DIFF names a subject that the README's table of departures has a row for."""
+def test_the_lines_of_code_that_the_readme_states():
+    """Within a tenth, of each file of the core and of all nine together."""
+    total = 0
+    for cells in rows(README.read_text()):
+        names = re.findall(r"\[(\w+\.py)\]", cells[0])
+        if names and cells[1].isdigit():
+            lines = sum(len((ROOT / name).read_text().splitlines()) for name in names)
+            total += lines
+            assert abs(int(cells[1]) - lines) <= 0.1 * lines, (
+                f"the README says that {', '.join(names)} has {cells[1]} lines; it is {lines}")
+    core = sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py"))
+    assert total == core, "the README's table does not list every Python file at the root"
+    stated = re.search(r"about ([\d,]+)\s+lines", README.read_text())
+    assert stated, "the README does not state the lines of the core"
+    assert abs(int(stated[1].replace(",", "")) - core) <= 0.1 * core, f"the core has {core} lines"
+
+
+def test_every_field_of_a_record_has_its_row():
+    """In the README and in docs/own_data.md; and the README's manifest line can be read."""
+    from data import WANTED, parse_line
+
+    for page in (README, ROOT / "docs" / "own_data.md"):
+        named = {name for cells in rows(page.read_text())
+                 for name in re.findall(r"`(\w+)", cells[0])}
+        assert set(WANTED) <= named, f"{page} does not describe {set(WANTED) - named}"
+        examples = re.findall(r"^\{.*\}$", page.read_text(), re.MULTILINE)
+        assert examples
+        for example in examples:
+            parse_line(example.encode(), page)
+    whole = json.loads(re.search(r"^\{.*\}$", README.read_text(), re.MULTILINE)[0])
+    assert set(WANTED) - {"image", "audio"} <= set(whole)
+
+
+# ---------------------------------------------------------------- differences from the paper
+def test_every_difference_in_the_code_has_its_row():
+    """Each DIFF names a subject that has a row in the table of docs/differences.md."""
     subjects = {"lora": "LoRA", "order": "order of the joint", "future": "causal mask",
                 "layer": "causal attention", "key": "padded positions", "kept": "padded positions",
                 "mean": "diversity loss", "projection": "audio width", "1280": "audio width",
                 "dropout": "frozen Q-Former", "30 s": "length of audio",
                 "at most": "length of clips"}
-    found = [line for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-su-z]*/*.py")]
+    found = [(path.name, line) for path in CODE
              for line in path.read_text().splitlines() if "DIFF" in line]
     assert len(found) >= 8
-    table = README[README.index("departures"):]
-    for line in found:
-        rows = {row for word, row in subjects.items() if word in line.lower() or word in line}
-        assert rows and any(row in table for row in rows), (
-            f"no row of the README covers: {line.strip()}")
+    table = [cells[0] for cells in rows((ROOT / "docs" / "differences.md").read_text())
+             if len(cells) >= 3]
+    for file, line in found:
+        wanted = {row for word, row in subjects.items() if word in line.lower() or word in line}
+        assert wanted and any(first.startswith(row) for row in wanted for first in table), (
+            f"no row of docs/differences.md covers {file}: {line.strip()}")
 
 
+# ---------------------------------------------------------------- results
+def test_the_synchronisation_table_is_that_of_the_committed_results():
+    """The means over five seeds after 1100 steps, with and without Eq. (1)."""
+    scores = {}
+    for line in (ROOT / "docs" / "ablate" / "results.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["step"] == 1100 and row["part"] == "" and row["system"] in ("complete", "no-sync"):
+            scores.setdefault((row["task"], row["system"]), []).append(row["score"])
+    shown = {cells[0].partition(":")[0]: cells for cells in rows(README.read_text())
+             if len(cells) == 4 and " ± " in cells[3]}
+    assert set(shown) == {"avsd", "avssd", "avm", "avsr"}
+    for task, cells in shown.items():
+        both = [scores[task, system] for system in ("complete", "no-sync")]
+        assert [len(values) for values in both] == [5, 5]
+        with_it, without = map(mean, both)
+        stated = [float(cells[1]), float(cells[2]), float(cells[3].split(" ± ")[0])]
+        assert stated == pytest.approx([with_it, without, without - with_it], abs=0.06)
+
+
+def test_the_main_results_of_the_readme_are_those_of_the_results_page():
+    page = rows((ROOT / "docs" / "results.md").read_text())
+    table = [cells for cells in rows(README.read_text()) if len(cells) == 12]
+    tasks = [cell.removesuffix(" ↓") for cell in table[0][1:]]
+    assert len(tasks) == 11 and len(table) == 3
+    for k, (_, *scores) in enumerate(table[1:]):
+        for task, score in zip(tasks, scores, strict=True):
+            found = [cells[3].split()[0] for cells in page if cells[0].startswith(f"**{task}**")]
+            assert len(found) == 2 and found[k] == score, f"{task}: {score}, {found}"
+
+
+# ---------------------------------------------------------------- commands
 def test_ci_runs_the_readme_command():
-    line = next(line for line in README.splitlines() if line.endswith("python -m pytest"))
+    line = next(line for line in README.read_text().splitlines()
+                if line.endswith("python -m pytest"))
     assert line.startswith("python3 -m venv .venv && ")
     script = (ROOT / ".ci" / "run").read_text()
     assert "grep -m1 'python -m pytest$' README.md" in script
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_names_a_program(page):
+    text = page.read_text()
+    for name in set(re.findall(r"python -m ([\w.]+)", text)) - {"venv", "pytest", "doctest"}:
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), (
+            f"{page}: there is no module {name}")
+    for name in re.findall(r"(?:python|torchrun)(?: --\S+(?: \d+)?)* (\w+\.py)", text):
+        assert (ROOT / name).exists(), f"{page}: there is no {name}"
 
 
 @pytest.mark.parametrize("command", ["train.py", "eval.py", "demo.py", "-m miniature", "-m aveb",
@@ -73,14 +188,16 @@ for words in sys.argv[1:]:
 """
 
 
-def test_the_flags_in_the_readme_exist():
-    """Every --flag that the README mentions is one of our scripts'."""
+def test_the_flags_on_the_pages_exist():
+    """Every --flag that a page mentions belongs to one of our programs."""
     commands = [f"{s} --help" for s in (
         "train.py", "eval.py", "demo.py", "aveb.judge", "miniature", "experiments.ablate",
-        "experiments.bench", "aveb prepare", "aveb.speech isqa")]
+        "experiments.bench", "aveb prepare", "aveb subset", "aveb.speech isqa")]
     known = subprocess.run([sys.executable, "-c", HELP, *commands], cwd=ROOT, check=True,
                            capture_output=True, text=True, timeout=120).stdout
     assert known.count("usage: ") == len(commands)
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {
-            "--nproc_per_node", "--nproc", "--max-restarts"}:
-        assert flag in known, f"the README mentions {flag}, which no script knows"
+    known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", known))
+    for page in PAGES:
+        for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())) - {
+                "--nproc", "--max-restarts"}:                       # torchrun's
+            assert flag in known, f"{page} mentions {flag}, which no program knows"
