@@ -349,7 +349,8 @@ class QFormerTokenizer:
                                 "qformer_tokenizer of the InstructBLIP repo")
 
     def __call__(self, texts, max_length=128):
-        """List of B texts -> ids (B,T) long, mask (B,T) bool, padded on the right. A longer text
+        """List of B texts -> ids (B,T) long, mask (B,T) bool, padded on the right; T <= max_length,
+        which must be 2 or more. A longer text
         loses its beginning (the question is at its end) but keeps [CLS] and [SEP]."""
         if isinstance(texts, str):
             raise ValueError("texts is one str; wanted a list of str")
