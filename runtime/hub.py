@@ -48,6 +48,7 @@ def offline(on=True):
 
 
 def is_offline():
+    """Whether HF_HUB_OFFLINE forbids downloads."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
