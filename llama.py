@@ -171,11 +171,13 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(config, positions):
-    """positions (B,T) -> cos, sin (B,1,T,d/2) of position * theta^(-2i/d), for the pairs i < d/2.
+    """positions (B,T) -> cos, sin (B,1,T,d/2) of the angle position * theta^(-2i/d) of pair i.
     Always fp32, and no buffer: that would be cast to bf16 with the weights."""
-    d, theta = config.head_dim, rope.scaled_theta(config, positions)     # or config.rope_theta
+    d = config.head_dim
+    theta = rope.scaled_theta(config, positions)                # rope_theta, unless config scales
     two_i = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32)         # (d/2,)
-    inverse, factor = rope.scaled_frequencies(config, 1 / theta ** (two_i / d))   # or unchanged, 1
+    inverse = 1 / theta ** (two_i / d)                     # theta^(-2i/d), radians per position
+    inverse, factor = rope.scaled_frequencies(config, inverse)  # inverse and 1, unless it scales
     angles = positions[:, None, :, None].float() * inverse[..., None, None, :]        # (B,1,T,d/2)
     return angles.cos() * factor, angles.sin() * factor
 
