@@ -176,7 +176,7 @@ def rotary_angles(config, positions):
     d = config.head_dim
     theta = rope.scaled_theta(config, positions)                # rope_theta, unless config scales
     two_i = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32)         # (d/2,)
-    inverse = 1 / theta ** (two_i / d)                     # theta^(-2i/d), radians per position
+    inverse = 1 / theta ** (two_i / d)                          # theta^(-2i/d), rad per position
     inverse, factor = rope.scaled_frequencies(config, inverse)  # inverse and 1, unless it scales
     angles = positions[:, None, :, None].float() * inverse[..., None, None, :]        # (B,1,T,d/2)
     return angles.cos() * factor, angles.sin() * factor
