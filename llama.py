@@ -160,20 +160,24 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight."""
+
     def __init__(self, width, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
-    def forward(self, x):         # the mean square in fp32; on a GPU one kernel
+    def forward(self, x):         # torch computes the mean in fp32, on a GPU in one kernel
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def rotary_angles(config, positions):
-    """positions (B,T) -> cos, sin (B,1,T,d/2) of position * theta^(-2i/d), for the pairs i < d/2.
+    """positions (B,T) -> cos, sin (B,1,T,d/2) of the angle position * theta^(-2i/d) of pair i.
     Always fp32, and no buffer: that would be cast to bf16 with the weights."""
-    d, theta = config.head_dim, rope.scaled_theta(config, positions)     # or config.rope_theta
+    d = config.head_dim
+    theta = rope.scaled_theta(config, positions)                # rope_theta, unless config scales
     two_i = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32)         # (d/2,)
-    inverse, factor = rope.scaled_frequencies(config, 1 / theta ** (two_i / d))   # or unchanged, 1
+    inverse = 1 / theta ** (two_i / d)                          # theta^(-2i/d), rad per position
+    inverse, factor = rope.scaled_frequencies(config, inverse)  # inverse and 1, unless it scales
     angles = positions[:, None, :, None].float() * inverse[..., None, None, :]        # (B,1,T,d/2)
     return angles.cos() * factor, angles.sin() * factor
 
@@ -185,6 +189,8 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
+    """Causal self-attention with rotary positions; kv_heads < heads: grouped queries."""
+
     def __init__(self, config, index):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
@@ -198,8 +204,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask, cache):
         """x (B,T,D), mask (B,1,T,past+T) bool or None: plain causal -> (B,T,D)."""
         q, k, v = (rearrange(part, "b t (h d) -> b h t d", d=self.head_dim)
-                   # q_proj(x), k_proj(x), v_proj(x)
                    for part in fast.apply_all(x, self.q_proj, self.k_proj, self.v_proj))
+        # fast.apply_all(x, f, g) is [f(x), g(x)], with the work that LoRA adapters share done once
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.index, k, v)
@@ -210,6 +216,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU: down_proj(silu(gate_proj(x)) * up_proj(x))."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.width, config.ffn, bias=False)
@@ -217,11 +225,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.ffn, config.width, bias=False)
 
     def forward(self, x):
-        gate, up = fast.apply_all(x, self.gate_proj, self.up_proj)   # gate_proj(x), up_proj(x)
-        return self.down_proj(fast.swiglu(gate, up))                 # silu(gate) * up (B,T,ffn)
+        gate, up = fast.apply_all(x, self.gate_proj, self.up_proj)          # (B,T,ffn) each
+        # silu(gate) * up, without storing silu(gate) for the backward pass
+        return self.down_proj(fast.swiglu(gate, up))
 
 
 class Block(nn.Module):
+    """Pre-norm transformer block."""
+
     def __init__(self, config, index):
         super().__init__()
         self.input_layernorm = RMSNorm(config.width, config.eps)
@@ -245,6 +256,7 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
+    """The whole LLM: embeddings, decoder, lm_head, generation."""
     checkpointing = False         # in training, store only the input of each block for backward
     compiled = False              # decode by compiled steps of fixed shape (not with beams)
 
@@ -398,13 +410,13 @@ class Llama(nn.Module):
         cache.reorder(repeat)
         logits, seen = logits[repeat], seen[repeat]                            # (B*count,vocab)
         sums = logits.new_full((B, count), -1e9, dtype=torch.float)
-        sums[:, 0] = 0.0                  # all beams are the same prompt: only the first may branch
+        sums[:, 0] = 0.0                  # all beams are equal at first, so only one may branch
         prompts = [Beams(count, length_penalty, eos) for _ in range(B)]
         for step in range(max_new_tokens):
             scores = adjust(logits.float().log_softmax(-1), seen, step) + sums.view(-1, 1)
-            # An end token can take one place a beam, so this many leave `count` that run on.
+            # Each beam may end in one of len(eos) ways; so many candidates leave `count` to go on.
             best, index = scores.view(B, -1).topk(count * max(2, 1 + len(eos)), dim=1)
-            beam, token = index // vocab, index % vocab                        # (B,2*count)
+            beam, token = index // vocab, index % vocab                 # (B,candidates)
             last = step + 1 == max_new_tokens
             on = [beams.step(*candidates, last) for beams, *candidates in zip(
                 prompts, best.tolist(), beam.tolist(), token.tolist(), strict=True)]
@@ -420,8 +432,8 @@ class Llama(nn.Module):
 
 
 class Beams:
-    """The beam search of one prompt, on the host: the ids of the beams that run, and the best
-    answers so far as (score, ids). The rules of Hugging Face's early_stopping=False
+    """The beam search of one prompt, on the host: the ids of its running beams, and the best
+    finished answers so far as (score, ids), by the rules of Hugging Face's early_stopping=False
     (test_llama.py)."""
 
     def __init__(self, count, length_penalty, eos):
@@ -429,9 +441,10 @@ class Beams:
         self.running, self.answers, self.open = [[]] * count, [], True
 
     def step(self, sums, beams, tokens, last):
-        """Candidates, best first: sum of log-probabilities, the beam it continues, its new id ->
-        the places of the `count` best that run on. An end among the first `count` is an answer;
-        open turns False when no beam that runs can beat the worst of `count` answers any more."""
+        """Lists over the candidates, best first: sums of log-probabilities, the beams that they
+        continue, their new ids -> the places of the `count` best unfinished ones, the next running
+        beams. A candidate among the first `count` that ends is an answer. `open` becomes False
+        when no running beam can beat the worst of `count` answers any more."""
         scale = (len(self.running[0]) + 1) ** self.length_penalty
         ends = [last or token in self.eos for token in tokens]
         on = [place for place, end in enumerate(ends) if not end][:self.count]
@@ -490,10 +503,10 @@ def pick_token(scores, temperature, top_p, generator):
 # ---- text <-> ids -------------------------------------------------------------------------------
 
 class Tokenizer:
-    """The LLaMA sentencepiece model. Ids only of the text: nothing adds <s> or </s>."""
+    """LLaMA's sentencepiece model. It gives ids of the text alone: nothing adds <s> or </s>."""
 
     def __init__(self, path):
-        from sentencepiece import SentencePieceProcessor  # only now: training from ids needs none
+        from sentencepiece import SentencePieceProcessor  # imported here: ids alone need none
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: missing; wanted LLaMA's sentencepiece model, which "
                                     "lies beside config.json in the Hub's repos")
@@ -507,8 +520,7 @@ class Tokenizer:
 
     @staticmethod
     def from_pretrained(source):
-        """Of a folder or Hub repo: from tokenizer.model, or from tokenizer.json if there is none.
-        """
+        """From tokenizer.model of a folder or Hub repo, or from its tokenizer.json."""
         root = hub.folder(source, ("tokenizer.model", "*.json"), tensors=())
         for name, kind in (("tokenizer.model", Tokenizer), ("tokenizer.json", JsonTokenizer)):
             if (root / name).is_file():
@@ -517,26 +529,27 @@ class Tokenizer:
                                 "them there from the LLM's repo")
 
     def encode(self, text):
-        """Ids of `text`. Every call starts with its own word boundary, also in mid-sentence: the
-        prompt is encoded in segments, and the LLM was trained with one in front of each.
-        "</s>" inside the text is spelt out, not id 2: append eos_id yourself."""
+        """Ids of `text`. Each call starts with a word boundary, even in mid-sentence, because the
+        LLM was trained on prompts whose segments were encoded one by one.
+        "</s>" in the text is spelt out and not id 2: append eos_id yourself."""
         return self.pieces.encode(text)
 
     def decode(self, ids):
-        """Text of `ids`, without control ids (<s>, </s>, padding) and without ids that are no
-        pieces (an LLM with random weights says such)."""
+        """Text of `ids`, without control ids (<s>, </s>, padding) and without ids beyond the
+        vocabulary, which an LLM with random weights generates."""
         return self.pieces.decode([i for i in map(int, ids) if i < self.vocab_size
                                    and not self.pieces.is_control(i)])
 
     def stream_decoder(self):
-        """A function push(id) -> the text that this id completes, "" while it is half a character
-        (rare ones are spelt in bytes); push() at the end returns what was held back."""
+        """-> a function push(id) that returns the text which this id completes, or "" as long as a
+        character is incomplete (rare ones are spelt in bytes). push() at the end returns the rest.
+        """
         ids, shown = [], 0
 
         def push(token_id=None):
             nonlocal shown
             ids.extend([] if token_id is None else [token_id])
-            text = self.decode(ids)       # of all: spaces and bytes depend on their neighbours
+            text = self.decode(ids)       # of all ids, as spaces and bytes need their neighbours
             if token_id is not None and text.endswith("\N{REPLACEMENT CHARACTER}"):
                 return ""
             new, shown = text[shown:], len(text)
@@ -546,8 +559,8 @@ class Tokenizer:
 
 
 class JsonTokenizer(Tokenizer):
-    """The same from a tokenizer.json: LLaMA-3's byte-level BPE, which has no word boundaries of its
-    own.  Which ids begin and end a text is said by config.json and generation_config.json."""
+    """The same from a tokenizer.json: LLaMA-3's byte-level BPE, which adds no word boundaries.
+    The ids that begin and end a text come from config.json and generation_config.json."""
 
     def __init__(self, path):
         from tokenizers import Tokenizer as Pieces
@@ -568,7 +581,7 @@ class JsonTokenizer(Tokenizer):
                 f"{path}: bos_token_id or eos_token_id {sorted(wrong)} is ordinary text there; "
                 "correct config.json (or generation_config.json)")
         self.bos_id, self.eos_id = config.bos_id, ends[0]
-        if (root / "tokenizer_config.json").exists():             # says which of several is usual
+        if (root / "tokenizer_config.json").exists():          # names the usual one of several ends
             usual = hub.read_json(root / "tokenizer_config.json").get("eos_token")
             usual = usual["content"] if isinstance(usual, dict) else usual
             usual_id = self.pieces.token_to_id(usual) if usual else None

@@ -30,14 +30,15 @@ UNSUPPORTED = ("use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Rank r, scale alpha / r, dropout before A, and the last parts of the names of the layers."""
+    """Defaults: the layers of the authors' released code."""
     r: int = 32
     alpha: float = 32
-    dropout: float = 0.1
-    target_modules: tuple = ("q_proj", "k_proj", "v_proj", "o_proj")
+    dropout: float = 0.1          # before A
+    target_modules: tuple = ("q_proj", "k_proj", "v_proj", "o_proj")     # ends of module names
 
     @property
     def scale(self):
+        """alpha / r, the factor of an update."""
         return self.alpha / self.r
 
 

@@ -92,6 +92,7 @@ class Norm(nn.LayerNorm):
 # ---- EVA ViT: pixels -> patch tokens ------------------------------------------------------------
 
 class PatchEmbedding(nn.Module):
+    """One vector per patch of 14 x 14 pixels, CLS in front, learnt positions."""
     def __init__(self, config):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.randn(1, 1, config.width) * 0.02)
@@ -107,6 +108,7 @@ class PatchEmbedding(nn.Module):
 
 
 class ViTAttention(nn.Module):
+    """Every patch attends to every other one."""
     def __init__(self, config):
         super().__init__()
         self.heads = config.heads
@@ -155,6 +157,7 @@ class ViT(nn.Module):
 # ---- Q-Former: queries and text look at the patch tokens ----------------------------------------
 
 class TextEmbedding(nn.Module):
+    """The queries and, behind them, BERT's word and position embeddings of the text."""
     def __init__(self, config):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
@@ -226,6 +229,7 @@ class QFormerLayer(nn.Module):
 
 
 class QFormer(nn.Module):
+    """BERT whose queries read the question and the image and become the image's vectors."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -256,6 +260,7 @@ class QFormer(nn.Module):
 # ---- both ---------------------------------------------------------------------------------------
 
 class VisualEncoder(nn.Module):
+    """ViT, Q-Former and the Q-Former's learnt queries."""
     def __init__(self, vit=None, qformer=None, n_queries=32):
         super().__init__()
         vit, qformer = vit or ViTConfig(), qformer or QFormerConfig()
@@ -349,8 +354,9 @@ class QFormerTokenizer:
                                 "qformer_tokenizer of the InstructBLIP repo")
 
     def __call__(self, texts, max_length=128):
-        """List of B texts -> ids (B,T) long, mask (B,T) bool, padded on the right. A longer text
-        loses its beginning (the question is at its end) but keeps [CLS] and [SEP]."""
+        """List of B texts -> ids (B,T) long, mask (B,T) bool, padded on the right; T <= max_length
+        (at least 2). A longer text loses its beginning, because the question is at its end, but it
+        keeps [CLS] and [SEP]."""
         if isinstance(texts, str):
             raise ValueError("texts is one str; wanted a list of str")
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]

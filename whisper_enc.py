@@ -42,11 +42,13 @@ class WhisperConfig:
 
     @property
     def chunk_samples(self):
-        return self.max_source_positions * 2 * self.hop      # 1500 * 2 * 160 = 480000 = 30 s
+        """Samples per chunk: 1500 * 2 * 160 = 480000 = 30 s."""
+        return self.max_source_positions * 2 * self.hop
 
     @property
     def positions_hz(self):
-        return self.sample_rate // (2 * self.hop)            # 16000 / (2 * 160) = 50
+        """Encoder positions per second: 16000 / (2 * 160) = 50."""
+        return self.sample_rate // (2 * self.hop)
 
     @classmethod
     def from_folder(cls, root):
@@ -173,6 +175,7 @@ def sinusoids(positions, width):
 
 
 class WhisperEncoder(nn.Module):
+    """Two convolutions, fixed positions, transformer blocks, a last norm."""
     def __init__(self, config=None):
         super().__init__()
         self.config = config = config or WhisperConfig()

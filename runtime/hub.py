@@ -48,6 +48,7 @@ def offline(on=True):
 
 
 def is_offline():
+    """Whether HF_HUB_OFFLINE forbids downloads."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
@@ -144,7 +145,7 @@ def _known_failure(error, repo, wanted):
             f"https://huggingface.co/{repo}, then `hf auth login`, or set HF_TOKEN")
     local = isinstance(error, errors.LocalEntryNotFoundError)
     if isinstance(error, errors.EntryNotFoundError) and not local and "favor.json" in wanted:
-        return FileNotFoundError(f"{repo}: the repo has no favor.json; it is no FAVOR checkpoint")
+        return FileNotFoundError(f"{repo}: the repo has no favor.json, it is no checkpoint of ours")
     if isinstance(error, errors.EntryNotFoundError) and not local:
         return FileNotFoundError(
             f"{repo}: the repo has no {', '.join(wanted)}; where it has pytorch_model*.bin: `hf "

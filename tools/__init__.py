@@ -1,1 +1,1 @@
-"""Commands around a checkpoint: share, the authors' file, sizes and memory."""
+"""Commands around a checkpoint: share, convert, the authors' file, sizes and memory."""

@@ -4,7 +4,7 @@
      python -m tools.convert vicuna-bin vicuna                     as much again for the copy
      python train.py --model 7b --llm vicuna ...
 
-   This repository reads no pickles elsewhere. The command runs once, needs no GPU, holds one shard
+   Models are read from safetensors alone. The command runs once, needs no GPU, holds one shard
    in memory at a time, and executes nothing that is in a pickle.
    Public: convert, main."""
 

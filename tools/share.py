@@ -287,7 +287,7 @@ def _known_failure(error, repo_id, card):
 def merge(folder, out, dtype="bfloat16", shard_gb=5, llm=None):
     """The LLM with LoRA merged into it -> `out`, a LLaMA folder in the Hub's layout with tokenizer
     and chat template, which answers text as the checkpoint does; the audio-visual parts are not in
-    it.  llm: where the LLM is, if not where favor.json says.  One tensor at a time is in memory,
+    it.  llm: where the LLM is, if not where favor.json says.  One shard at a time is in memory,
     and `out` appears when it is whole."""
     out, (root, saved, files) = Path(out), read_checkpoint(folder)
     if dtype not in DTYPES or not shard_gb > 0:
@@ -463,7 +463,7 @@ nor predictions.  favor.json holds the command line and the paths of this machin
     new.add_argument("--private", action="store_true", help="nobody else sees it")
     new = command("merge", "the LLM with LoRA merged in, as a LLaMA folder", """\
 Writes the LLM with LoRA merged into it as a LLaMA in the Hub's layout, with tokenizer and our
-prompt as chat template: for text alone, without the audio-visual parts.  On the CPU, one tensor at
+prompt as chat template: for text alone, without the audio-visual parts.  On the CPU, one shard at
 a time.
 
   python -m tools.share merge runs/7b/best vicuna-favor && vllm serve vicuna-favor""")

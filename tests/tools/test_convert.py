@@ -85,6 +85,7 @@ def test_convert_cut_off_starts_again(vicuna, tmp_path):
     with pytest.raises(FileNotFoundError, match="no model.safetensors and no"):
         hub.open_tensors(tmp_path / "out")
     second.write_bytes(whole)
+    (tmp_path / "out" / ".99.model-00001-of-00002.safetensors").write_text("of a killed one")
     convert.convert(source, tmp_path / "out")
     assert equal(Llama.from_pretrained(tmp_path / "out"), llm)
     assert not list((tmp_path / "out").glob(".*"))

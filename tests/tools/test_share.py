@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -524,11 +525,11 @@ def test_what_is_in_the_folder(run, small_parts, tmp_path):
         "eos_token_id": 2, "tie_word_embeddings": False}
     tensors, index = hub.open_tensors(out), hub.read_json(out / hub.INDEX)
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
-    assert index["metadata"]["total_size"] == sum(t.size for t in tensors.values())
+    assert index["metadata"]["total_size"] == sum(t().nbytes for t in tensors.values())
     shards = sorted(out.glob("*.safetensors"))
     assert len(shards) > 2 and shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
     for shard in shards:                       # no larger than asked for, but a tensor at least
-        sizes = [t.size for t in tensors.values() if t.path == shard]
+        sizes = [t().nbytes for t in tensors.values() if t.path == shard]
         assert sum(sizes) <= 3e4 or len(sizes) == 1
     card = (out / "README.md").read_text()
     assert head_of(card)["pipeline_tag"] == "text-generation" and "abc123" in card
@@ -542,7 +543,7 @@ def test_bfloat16_is_rounded_once(run, small_parts, tmp_path):
     assert all(torch.equal(tensor().bfloat16(), half[name]()) for name, tensor in whole.items())
 
 
-def test_one_tensor_at_a_time(run, tmp_path, monkeypatch):
+def test_one_shard_at_a_time(run, tmp_path, monkeypatch):
     made, most, inner = [], [], share.merged_tensors
 
     def watched(*args):
@@ -555,8 +556,10 @@ def test_one_tensor_at_a_time(run, tmp_path, monkeypatch):
             return tensor
         return *rest, counting
     monkeypatch.setattr(share, "merged_tensors", watched)
-    share.merge(run, tmp_path / "out", "float32")
-    assert len(made) == 21 and max(most) <= 1       # the one before, until it has a successor
+    share.merge(run, tmp_path / "out", "float32", shard_gb=1e-5)
+    shards = Counter(hub.read_json(tmp_path / "out" / hub.INDEX)["weight_map"].values())
+    assert len(made) == 21 and len(shards) > 4
+    assert max(most) < max(shards.values())         # the other tensors of its shard
 
 
 def test_merge_refuses(run, tmp_path):
