@@ -20,10 +20,10 @@
      config, given = cli.parse(TrainConfig, __doc__)
 
 The help of a flag is the comment behind its field; comment lines below it that are indented further
-continue it.  A first word in <> names the value's unit or kind; otherwise the help shows INT, FLOAT,
-STR or the choices of a Literal, where "" means that the flag is not given.  Booleans become --x and
---no-x, tuples take several words, and the default is shown unless it is None, "" or ().  Fields
-above the first group are in the group "options".
+continue it.  A first word in <> names the value's unit or kind; otherwise the help shows INT,
+FLOAT, STR or the choices of a Literal, where "" means that the flag is not given.  Booleans become
+--x and --no-x, tuples take several words, and the default is shown unless it is None, "" or ().
+Fields above the first group are in the group "options".
 
 Public: parse, check_choices, cores, parallel."""
 

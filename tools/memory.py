@@ -7,8 +7,6 @@ On the device "meta" a model has shapes only: `python train.py --model 13b --dry
 
 Public: PUBLISHED, random_part, table, memory_plan, empty_sample, peak_memory."""
 
-import resource
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 
 import lora
 from llama import Llama, LlamaConfig
+from runtime.log import GIB, in_words, peak_memory  # noqa: F401
 from vit_qformer import FRAMES_AT_ONCE, QFormerConfig, VisualEncoder, ViTConfig, read_config
 from whisper_enc import WhisperConfig, WhisperEncoder
 
@@ -34,7 +33,6 @@ FROM_FOLDER = {
     VisualEncoder: read_config,
     Llama: lambda root: (LlamaConfig.from_folder(root),),
 }
-GIB = 2 ** 30
 
 
 # ---------------------------------------------------------------- random weights
@@ -99,18 +97,6 @@ def row(name, parameters):
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
     return (f"| {name} | {sum(p.numel() for p in parameters):,} | {trained:,} | "
             f"{in_words(size(parameters))} | {', '.join(dtypes)} |")
-
-
-def peak_memory(device):
-    """Most bytes that this process has had at once: on its GPU, else of the machine's memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def in_words(n_bytes):
-    return f"{n_bytes / GIB:.2f} GiB" if n_bytes > GIB / 10 else f"{n_bytes / 2 ** 20:.2f} MiB"
 
 
 def parts_of(model):
