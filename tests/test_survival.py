@@ -316,7 +316,7 @@ def test_what_is_a_full_disk(tmp_path, error, full):
 
 
 def test_a_run_whose_end_could_not_be_saved_says_so(command, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(checkpoints, "save_or_say", lambda *_: False)
+    monkeypatch.setattr(checkpoints, "save_unless_full", lambda *_: False)
     with pytest.raises(SystemExit, match="last could not be saved, the disk was full; make room"):
         run(command(tmp_path, "--test", steps=2, val_every=2, show=0))
 
@@ -342,12 +342,12 @@ def test_a_best_that_was_not_saved_is_not_the_best(command, tmp_path, monkeypatc
     """The disk is full for the first best/: a later, here worse, one takes its place."""
     scores, whole, refused = iter([1.0, 2.0, 3.0]), checkpoints.save_unless_full, []
 
-    def save_or_say(folder, *rest):
+    def save_unless_full(folder, *rest):
         if folder.name == "best" and not refused:
             refused.append(folder)
             return False
         return whole(folder, *rest)
-    monkeypatch.setattr(checkpoints, "save_or_say", save_or_say)
+    monkeypatch.setattr(checkpoints, "save_unless_full", save_unless_full)
     monkeypatch.setattr(train, "validate", lambda *_: next(scores))
     run(command(tmp_path, steps=6, val_every=2, show=0))
     facts = json.loads((tmp_path / "best" / "favor.json").read_text())

@@ -481,7 +481,8 @@ def test_the_space_is_told_first(small_model, records, tmp_path, monkeypatch):
             ("all", records, {}), ("short", records, {"max_seconds": 1.5}),
             *((task, [r], {}) for task, r in one.items())):
         logged = []
-        cache_features(small_model, chosen, tmp_path / name, log=logged.append, clip_options=options)
+        cache_features(small_model, chosen, tmp_path / name, log=logged.append,
+                       clip_options=options)
         told = re.match(rf"feature cache: {len(clips_of(chosen))} clips to encode, about (\S+) "
                         rf"kB in {tmp_path / name}, \S+ kB free", logged[0])
         took = sum(f.stat().st_size for f in (tmp_path / name).rglob("*.bin")) / 1e3
