@@ -24,13 +24,14 @@ import torch
 import data
 import lora
 from aveb import captions, judge
-from aveb.answers import HISTORIES, VIEWS, Journal, answer_all, short_hash
+from aveb.answers import HISTORIES, VIEWS, Journal, answer_all
 from aveb.tables import TASKS, report_text, write_report
 from baselines.instructblip import SYSTEMS
 from favor import preset
 from miniature import world as miniature
 from runtime import cli, distributed, hub
-from runtime.feature_cache import keep_features
+from runtime.checkpoint import find_checkpoint, short_hash, weights_hash
+from runtime.feature_cache import cache_features
 from tools import memory
 
 
@@ -110,19 +111,6 @@ def views_of(system, mask="", chosen=()):
     return tuple(chosen) or (tuple(VIEWS) if system == "favor" else ("both",))
 
 
-def find_checkpoint(path, model="tiny"):
-    """The given folder, else the last own run, else the committed one."""
-    places = [Path(path)] if path else [Path(f"runs/{model}/best")]
-    if model == "tiny" and not path:
-        places.append(Path(hub.local_source("miniature/weights/favor")))
-    for place in places:
-        if (place / "favor.json").exists():
-            return place
-    raise SystemExit(f"no checkpoint in {' or '.join(map(str, places))} (wanted favor.json there); "
-                     "make one with: python train.py"
-                     + (f" --model {model}" if model != "tiny" else ""))
-
-
 def resolve_config(config):
     """The same with the preset that its checkpoint was trained with.  SystemExit where there is no
     checkpoint."""
@@ -154,16 +142,15 @@ def load_model(config, dtype=None, device=None):
 def find_manifest(path, split):
     """A manifest file, or <folder>/<split>.jsonl; the miniature's folder is filled when empty, or
     anew when an older version of the generator filled it."""
-    path = Path(path)
-    manifest = path if path.suffix == ".jsonl" else path / f"{split}.jsonl"
-    stamp = path / f"{split}.made.json"
+    folder = Path(path)
+    stamp = folder / f"{split}.made.json"
     older = stamp.exists() and hub.read_json(stamp)["version"] != miniature.VERSION
-    if path == Path(EvalConfig.data) and (older or not manifest.exists()):
-        miniature.make(path, splits=(split,))
-    if not manifest.exists():
-        raise SystemExit(f"{manifest}: no such manifest; name a .jsonl file or a folder with "
-                         f"{split}.jsonl (the miniature: python -m miniature make)")
-    return manifest
+    if folder == Path(EvalConfig.data) and (older or not (folder / f"{split}.jsonl").exists()):
+        miniature.make(folder, splits=(split,))
+    try:
+        return data.find_manifest(path, split)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 def find_manifests(path, tasks):
@@ -272,8 +259,8 @@ def main(config, argv):
     views, store = views_of(config.system, config.mask, config.views), None
     if config.keep_features and config.model == "tiny" and config.system != "whisper":
         with distributed.main_process_first():
-            store = keep_features(model, records, manifests[0].parent / "features", log=say)
-    own = checkpoint and checkpoint.resolve() != (Path(hub.local_source("miniature/weights/favor"))).resolve()
+            store = cache_features(model, records, manifests[0].parent / "features", log=say)
+    own = checkpoint and checkpoint.resolve() != Path(hub.local_source("miniature/weights/favor")).resolve()
     folder = checkpoint if own else Path("runs") / (
         "tiny-committed" if checkpoint else f"{config.model}-{config.system}")
     out = Path(config.out or folder / "predictions.jsonl")
@@ -301,12 +288,6 @@ def main(config, argv):
         print(f"predictions: {out}, report: {out.with_suffix('.json')}")
     journal.remove()
     distributed.shutdown()
-
-
-def weights_hash(checkpoint):
-    """Of the trained parts."""
-    files = sorted(checkpoint.rglob("*.safetensors")) if checkpoint else []
-    return short_hash(*files) if files else None
 
 
 def sources_of(model):

@@ -34,6 +34,7 @@ import eval as evaluation
 from aveb import tables
 from aveb.answers import readable_samples
 from baselines.instructblip import SYSTEMS
+from data import Mixing
 from favor import Sample, preset
 from miniature import world as miniature
 from runtime import checkpoint as checkpoints
@@ -41,7 +42,6 @@ from runtime import cli, distributed, flops, hub, loader
 from runtime import log as runlog
 from runtime.feature_cache import FeatureCache
 from runtime.manifests import IMAGE, VIDEO, Corpus, Index, Order, split_weight
-from runtime.mixing import Mixing
 from tools import memory as sizes
 
 NOTHING_READ = 20                   # so many steps in a row without a readable clip end a run
@@ -244,7 +244,7 @@ def log_samples(model, records, store, mask, say):
     read, samples = readable_samples(model, records, store, mask)
     if samples:
         texts = model.generate([dataclasses.replace(s, target=None) for s in samples])
-        runlog.show_answers([(r.task, r.prompt, text, r.target)
+        runlog.log_answers([(r.task, r.prompt, text, r.target)
                              for r, text in zip(read, texts, strict=True)], say)
     model.train()
 
@@ -366,10 +366,10 @@ def prepare(config, argv, device, dtype, why, say):
     log = runlog.RunLog(out, config.steps, at["step"], main_process, config.log_every, config.tensorboard,
                         config.wandb, peak and peak * world, say, facts)
     if found:
-        log.note("resumed", folder=str(found[0]))
+        log.log_event("resumed", folder=str(found[0]))
     return Run(out, say, corpus, corpus.records(corpus.held_out[chosen]), model,
                model if world == 1 or config.shard else DistributedDataParallel(model), store,
-               optimiser, log, loader.Skipped(out / "skipped.jsonl", at["step"], main_process, say), facts,
+               optimiser, log, loader.SkippedLog(out / "skipped.jsonl", at["step"], main_process, say), facts,
                at["step"], at["best"], nonfinite=at["nonfinite"])
 
 
@@ -417,7 +417,7 @@ def main(config, argv):
             row = train_step(run.ddp, drawn, config, device, autocast)
             everyone = distributed.all_gather_object({
                 "ids": [d.id for d in drawn], "task_ce": row.pop("task_ce", {}), "stop": stop.name,
-                "work": row.pop("work", None), "notes": loader.notes_of(drawn, done)})
+                "work": row.pop("work", None), "notes": loader.skip_rows(drawn, done)})
             update(run, config, row, everyone, done)
 
             # what is told, validated and saved
@@ -443,7 +443,7 @@ def main(config, argv):
 
     # end: the curve and the table
     log.close()
-    if run.skipped.lines:
+    if run.skipped.rows:
         say(str(run.skipped))
     if rank == 0:
         say(curve := runlog.draw_curve(log.rows))
@@ -473,7 +473,7 @@ def update(run, config, row, everyone, done):
     else:
         run.nonfinite += 1
         what = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
-        run.log.note("nonfinite", step=done, loss=row["loss"], grad_norm=row["grad_norm"],
+        run.log.log_event("nonfinite", step=done, loss=row["loss"], grad_norm=row["grad_norm"],
                      ids=sorted(name for part in everyone for name in part["ids"]))
         if run.nonfinite > config.max_skips:
             raise SystemExit(f"step {done}: {what}; the batch's ids are in {run.out}/events.jsonl, "
@@ -496,10 +496,10 @@ def tell(run, config, row, everyone, done, clock):
            "skipped": sum("reason" in note for part in everyone for note in part["notes"])}
     operations = run.log.main_process and flops.step_flops(
         run.model, **work, encoded=run.store is not None)
-    run.log.step({name: value for name, value in row.items() if value is not None}, clips,
+    run.log.log_step({name: value for name, value in row.items() if value is not None}, clips,
                  sum(work["llm_tokens"]), operations, waited, seconds)
     if "val_ce" in row:
-        run.log.note("validation", ce=row["val_ce"])
+        run.log.log_event("validation", ce=row["val_ce"])
 
 
 def save(run, config, done, validated, last):
@@ -520,9 +520,9 @@ def save(run, config, done, validated, last):
     with distributed.full_parameters(run.model):
         for folder in folders if distributed.rank() == 0 else ():
             facts = {**run.facts, "step": done, "val_ce": run.val_ce}
-            if checkpoints.save_or_say(run.out / folder, run.model, facts,
+            if checkpoints.save_unless_full(run.out / folder, run.model, facts,
                                        state if folder == "last" else None, run.say):
-                run.log.note("checkpoint", folder=folder)
+                run.log.log_event("checkpoint", folder=folder)
                 run.unsaved = ""
                 continue
             run.unsaved = folder
@@ -575,7 +575,7 @@ def test(run, config):
         model, tested, store, views, 4 * val_batch(config, distributed.world()), log=run.say)
     if distributed.rank() == 0:
         facts = {"checkpoint": str(run.out / "best"), "mixture": run.facts["mixture"],
-                 "weights": evaluation.weights_hash(run.out / "best")}
+                 "weights": checkpoints.weights_hash(run.out / "best")}
         if write_or_note(run, tables.write_report, "predictions.jsonl", predictions, views,
                          missing, facts):
             run.say((run.out / "predictions.md").read_text())
@@ -598,7 +598,7 @@ if __name__ == "__main__":
     if settings.dry_run:
         sys.exit(dry_run(settings))
     if settings.start_from:                         # what is missing is said before the processes
-        evaluation.find_checkpoint(settings.start_from)                # start, not once by each
+        checkpoints.find_checkpoint(settings.start_from)                # start, not once by each
     try:
         for path, _ in settings.manifests:
             if Path(path) != Path(TrainConfig.data[0]):

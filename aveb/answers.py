@@ -6,10 +6,9 @@ The journal is written as answers are made; a run that was killed answers only t
 does not hold.  A batch holds the same questions however many processes there are and however often
 the run was killed, so its answers are the same to the bit.
 
-Public: VIEWS, HISTORIES, Journal, answer_all, readable_samples, short_hash."""
+Public: VIEWS, HISTORIES, Journal, answer_all, readable_samples."""
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
@@ -75,20 +74,11 @@ class Journal:
                 shutil.rmtree(self.folder)
 
 
-def short_hash(*things):
-    """Short hash of strings and of files' contents (Path)."""
-    whole = hashlib.sha256()
-    for thing in things:
-        whole.update(thing.read_bytes() if isinstance(thing, Path) else str(thing).encode())
-        whole.update(b"\0")
-    return whole.hexdigest()[:12]
-
-
 def readable_samples(model, records, store, mask=None, skipped=None):
     """Records and their kept features (where there are none: their decoded clips) -> the records
     whose clip can be read, their Samples; (id, reason) of the others joins the list `skipped`."""
     skipped, read, samples = [] if skipped is None else skipped, [], []
-    reading = model.clip_options() if store is None else store.reading
+    reading = model.clip_options() if store is None else store.clip_options
     for r in records:
         features, clip = store.get(r) if store is not None else None, None
         if features is None and store is not None and (why := store.reason(r)):

@@ -29,6 +29,7 @@ import torch
 import data
 from aveb.sets import SETS, Files
 from runtime import cli
+from runtime.media import MediaError
 
 SHOWN = 10                  # samples, and broken files, that a check prints
 
@@ -111,7 +112,7 @@ def check_clip(record):
         warnings.simplefilter("always")
         try:
             clip = data.load_clip(record, size=32)
-        except data.MediaError as error:
+        except MediaError as error:
             return {"error": str(error)}
         except Exception as error:            # one odd file must not end the check of 100 000
             return {"error": f"{record.id}: {type(error).__name__}: {error}"}

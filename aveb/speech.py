@@ -28,8 +28,9 @@ from pathlib import Path
 
 from aveb.prepare import Bar, ids_hash, subset
 from aveb.sets import METRICS
-from data import Record, read_audio, read_manifest, write_manifest, write_wav
+from data import Record, read_manifest, write_manifest
 from runtime import cli
+from runtime.media import read_audio, write_wav
 
 ISQA_PROMPT = "Answer the question in the audio about the image."
 AVM_PROMPTS = {  # those of the authors' later release

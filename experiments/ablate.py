@@ -55,7 +55,7 @@ from experiments.tables import (
 from favor import Favor
 from miniature import world as miniature
 from runtime import cli, distributed, hub
-from runtime.feature_cache import keep_features
+from runtime.feature_cache import cache_features
 from runtime.log import duration
 
 HERE = Path(__file__).parent.parent
@@ -294,7 +294,7 @@ def prepare(config, say=print):
     model = load(train_config(config, "complete", 0, 1))
     records = [r for split in ("train", "test")
                for r in data.read_manifest(evaluation.find_manifest(config.data, split))]
-    keep_features(model, records, Path(config.data) / "features", log=say)
+    cache_features(model, records, Path(config.data) / "features", log=say)
 
 
 def train_config(config, system, seed, round):
@@ -347,7 +347,7 @@ def score(config, system, seed, round, say=print):
     view = evaluation.views_of("favor", trained.mask, ("both",))[0]
     records = limited(data.read_manifest(evaluation.find_manifest(config.data, "test")),
                       config.limit)
-    read = partial(keep_features, folder=Path(config.data) / "features", workers=1, log=say)
+    read = partial(cache_features, folder=Path(config.data) / "features", workers=1, log=say)
     before, steps = steps_of(config, round)
     for step in (steps // 2, steps) if round == 1 else (steps,):
         checkpoint = job.folder / f"step-{step:06d}"

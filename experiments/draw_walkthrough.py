@@ -23,6 +23,7 @@ import torch
 import data
 from experiments import figures
 from miniature import world as miniature
+from runtime.media import write_video
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "walkthrough.md"
@@ -41,7 +42,7 @@ def draw_clip(page):
     """Frames, spectrogram and, below them, where the queries look -> Figure."""
     with tempfile.TemporaryDirectory() as folder:
         path, inside = Path(folder) / "clip.mp4", Path(folder) / "inside.npz"
-        data.write_video(path, page["video"], miniature.VIDEO_FPS, page["audio"])
+        write_video(path, page["video"], miniature.VIDEO_FPS, page["audio"])
         record = data.Record("walkthrough", "avsd", page["question"], "pink", video=str(path))
         figures.look_inside(page["model"], [record], None, None, {}, inside)
         held = dict(np.load(inside))

@@ -231,7 +231,7 @@ def voices(split):
 @functools.cache
 def voice_words(split, voice):
     """{word: float32 (S,)} of one voice."""
-    from data import read_audio
+    from runtime.media import read_audio
     entry = voices(split)[voice]
     audio = read_audio(VOICES / entry["file"]).numpy()
     return {word: audio[a:b] for word, (a, b) in entry["words"].items()}
@@ -589,7 +589,8 @@ TEST_CLIPS = {"speech": 500, "sounds": 500, "still": 500, "number": 500, "parade
 def _make_one(job):
     """(folder, split, scene, index, seed) -> records.  Each clip has its own random stream, so the
     number of workers changes nothing."""
-    from data import Record, write_png, write_video, write_wav
+    from data import Record
+    from runtime.media import write_png, write_video, write_wav
     folder, split, scene, index, seed = job
     rng = np.random.default_rng(
         [seed, ("train", "test").index(split), list(SCENES).index(scene), index])

@@ -1,15 +1,17 @@
-"""Checkpoints that survive: whole or not there, whatever happens while they are written.
+"""Checkpoints that survive: whole or absent, whatever happens while they are written.
 
-     RUN/last/   where to go on: trained parts, optimiser, position     every --val-every steps
-     RUN/best/   lowest held-out loss so far: trained parts
-     RUN/step-000500/   kept snapshots (--save-every), the older ones pruned (--keep)
-Written beside the old one, fsynced, then swapped by renaming: a kill at any moment leaves a whole
-one, a full disk the one before.  What a run needs to go on exactly is small: the seeds of every
-rank and step follow from --seed, the data's position from the step.
+     RUN/last/          where to continue: trained parts, optimiser, step, every --val-every steps
+     RUN/best/          trained parts with the lowest held-out loss so far
+     RUN/step-000500/   snapshots (--save-every), of which the newest stay (--keep)
+A checkpoint is written beside the old one, flushed to the disk and swapped in by renaming.  So a
+kill at any moment leaves a whole one, and a full disk leaves the one before.  An exact resume needs
+little: random seeds follow from --seed, rank and step, and the position in the data from the step.
 
-Public: save, save_or_say, latest, load_state, resume, prune, StopSignal."""
+Public: save, save_unless_full, disk_full, latest, load_state, resume, prune, find_checkpoint,
+weights_hash, short_hash, StopSignal."""
 
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -18,10 +20,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+ROOT = Path(__file__).parent.parent
+COMMITTED = ROOT / "miniature" / "weights" / "favor"       # the tiny checkpoint in this repository
+
+# Fields of TrainConfig that were renamed: name in an old state.pt -> name now.
+RENAMED = {"windows": "window_frames", "clip": "grad_clip"}
+
+
+# ---------------------------------------------------------------- writing
 
 def save(folder, model, facts, state=None):
-    """Favor.save_pretrained, and state.pt where `state` is given, in the place of `folder`.
-    OSError when it cannot be written; then the old one is as it was."""
+    """Replaces `folder` by a new checkpoint: model.save_pretrained(**facts), and state.pt if
+    `state` is given.  Raises OSError when it cannot be written; then the old one is unchanged."""
     folder = Path(folder)
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
@@ -32,9 +42,9 @@ def save(folder, model, facts, state=None):
         for path in (*new.rglob("*"), new):
             _sync(path)
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)             # its space may be what others need
+        shutil.rmtree(new, ignore_errors=True)             # frees its space on a full disk
         raise
-    if folder.exists():                                    # else .old is the only whole one
+    if folder.exists():                                    # otherwise .old is the only whole one
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     new.rename(folder)
@@ -43,7 +53,7 @@ def save(folder, model, facts, state=None):
 
 
 def _sync(path):
-    """Onto the disk, also if the machine loses its power next."""
+    """Flushes a file or folder to the disk, in case the machine loses its power next."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -51,8 +61,9 @@ def _sync(path):
         os.close(handle)
 
 
-def save_or_say(folder, model, facts, state=None, say=print):
-    """save() -> whether saved: a full disk is told, and the run goes on with the older one."""
+def save_unless_full(folder, model, facts, state=None, log=print):
+    """save() -> True, or False when the disk is full; that is logged, and the older checkpoint
+    stays.  Other errors are raised."""
     try:
         save(folder, model, facts, state)
         return True
@@ -60,40 +71,44 @@ def save_or_say(folder, model, facts, state=None, say=print):
         if not disk_full(error):
             raise
         older = latest(Path(folder).parent)
-        say(f"{folder} was NOT saved, the disk is full ({error}); "
+        log(f"{folder} was NOT saved, the disk is full ({error}); "
             + (f"{older} is the last checkpoint. " if older else "there is no checkpoint yet. ")
             + "Make room: the next one is tried as planned")
         return False
 
 
 def disk_full(error):
-    """OSError with its number; safetensors has it in words only, torch.save none at all."""
+    """Whether an exception means that the disk is full.  OSError has a number for that, safetensors
+    only a text, and torch.save neither."""
     return (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             or any(words in str(error) for words in (
                 "No space left", "quota exceeded", "PytorchStreamWriter failed writing")))
 
 
+# ---------------------------------------------------------------- reading
 def latest(run):
-    """last/, or its predecessor when a kill came between the two renames; None in a fresh run."""
+    """RUN/last, or RUN/last.old after a kill between the two renames; None in a new run."""
     run = Path(run)
     return next((f for f in (run / "last", run / "last.old") if (f / "state.pt").exists()), None)
 
 
 def load_state(folder):
-    """state.pt; tensors and plain values only, no pickled code runs."""
+    """The dict in state.pt: tensors and plain values only, so that no pickled code runs."""
     return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
 
 
-def resume(run, settings, free):
-    """(folder, state) of the checkpoint that a run goes on from, None in a fresh run.  SystemExit
-    where it is of other settings (a dict) than now; `free` ones may differ."""
+def resume(run, settings, resumable):
+    """-> folder and state of the checkpoint from which a run continues; None in a new run.
+
+    settings: dict of the current settings; those named in `resumable` may have changed.  Settings
+    of an older version are compared under their new names.  SystemExit when others differ."""
     folder = latest(run)
     if not folder:
         return None
     state = load_state(folder)
-    then = {k: v for k, v in state["config"].items() if k not in free}
-    different = {k: (then[k], settings[k]) for k in {*then} & {*settings}
-                 if then[k] != settings[k]}
+    then = {RENAMED.get(name, name): value for name, value in state["config"].items()}
+    different = {name: (then[name], settings[name]) for name in then
+                 if name in settings and name not in resumable and then[name] != settings[name]}
     if different:
         raise SystemExit(f"{run} holds a run with other settings, (then, now): {different}; "
                          "choose another --out or remove the folder")
@@ -101,25 +116,55 @@ def resume(run, settings, free):
 
 
 def prune(run, keep):
-    """Removes all snapshots RUN/step-* but the newest `keep` (0: none is removed)."""
+    """Removes all snapshots RUN/step-* except the newest `keep` (0: removes none)."""
     snapshots = sorted(path for path in Path(run).glob("step-*")
                        if path.name.removeprefix("step-").isdigit())
     for path in snapshots[:-keep] if keep else ():
         shutil.rmtree(path)
 
 
+def find_checkpoint(path, model="tiny"):
+    """Folder of a checkpoint: `path` if given, else runs/<model>/best, else for the tiny model the
+    committed one.  Raises SystemExit when there is none."""
+    places = [Path(path)] if path else [Path(f"runs/{model}/best")]
+    if model == "tiny" and not path:
+        places.append(COMMITTED)
+    for place in places:
+        if (place / "favor.json").exists():
+            return place
+    raise SystemExit(f"no checkpoint in {' or '.join(map(str, places))} (wanted favor.json there); "
+                     "make one with: python train.py"
+                     + (f" --model {model}" if model != "tiny" else ""))
+
+
+def weights_hash(checkpoint):
+    """Short hash of the trained weights in a checkpoint folder; None without folder or weights."""
+    files = sorted(Path(checkpoint).rglob("*.safetensors")) if checkpoint else []
+    return short_hash(*files) if files else None
+
+
+def short_hash(*things):
+    """Hash of 12 hex digits of strings and of the contents of files (Path)."""
+    whole = hashlib.sha256()
+    for thing in things:
+        whole.update(thing.read_bytes() if isinstance(thing, Path) else str(thing).encode())
+        whole.update(b"\0")
+    return whole.hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- stopping
 class StopSignal:
-    """Inside `with StopSignal() as stop:` the first SIGTERM or SIGINT sets stop.name, and the run
-    saves and leaves at its next step; a second one acts at once."""
+    """In `with StopSignal() as stop:` the first SIGTERM or SIGINT sets stop.name, so that the run
+    can save and end after its current step.  A second one acts at once."""
 
     def __enter__(self):
         self.name = ""
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def _note(self, number, _):
+    def _stop(self, number, _):
         self.name = signal.Signals(number).name
-        self.__exit__()                                    # the next one is not waited for
+        self.__exit__()                                    # restores the handlers for the next one
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -1,9 +1,14 @@
-"""Several processes, one run: each has its share of a batch or of the questions.
+"""Several processes, one run: each has its share of a batch, or of the questions.
 
-     torchrun --nproc_per_node 8 train.py     processes as torchrun starts them, nccl on GPUs
-     python train.py                          on a CPU one a core, started by `launch_local`, gloo
-The first process makes files and speaks.  Public: launch_local, places, join, leave,
-precision, rank, world, main_process_first, summed, gathered."""
+     torchrun --nproc_per_node 8 train.py     torchrun starts the processes; nccl on GPUs
+     python train.py                          on a CPU `launch_local` starts one per core; gloo
+The main process (rank 0) writes files and prints.  The second half of this file spreads one model
+over the GPUs of several processes (PyTorch's FSDP2).
+
+Public: launch_local, environment_ranks, init_distributed, shutdown, precision, rank, world,
+local_world, log, main_process_first, one_rank_at_a_time, all_reduce_sum, all_gather_object;
+checkpoint_activations, shard, accumulating, grad_norm_and_clip, full_parameters,
+full_optimiser_state, load_optimiser_state, fingerprint."""
 
 import atexit
 import hashlib
@@ -17,7 +22,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401  here: imported later, its functions keep the group alive
+import torch.distributed.nn  # noqa: F401  imported later, its functions would keep the group alive
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -26,18 +31,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from runtime import cli
 
-# cuDNN's attention plans each new shape anew, up to a second; clips differ in length.  Here, as all
-# programs import this file.
+# cuDNN's attention spends up to a second on each new shape, and clips differ in length.  This line
+# stands here because all programs import this file.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def launch_local(wanted=0, most=4):
-    """Call first in a program's __main__: on a CPU starts this same command line `wanted` - 1 more
-    times (0: a process a core, `most` at most), as torchrun would; they end when this process does,
-    however it ends."""
+    """Starts this command line `wanted` - 1 more times, as torchrun would, so that a run on a CPU
+    uses its cores.  wanted 0: one process per core, at most `most`.  Starts nothing on a machine
+    with GPUs or under torchrun.  The other processes end when this one does, however it ends.  Call
+    it first in a program's __main__."""
     if "PARENT_HOLDS_STDIN" in os.environ:
         def end_with_parent():
-            os.read(0, 1)                            # returns when the parent is gone
+            os.read(0, 1)                            # returns when the parent has ended
             os._exit(1)
         threading.Thread(target=end_with_parent, daemon=True).start()
         return
@@ -50,42 +56,44 @@ def launch_local(wanted=0, most=4):
     os.environ |= {"WORLD_SIZE": str(wanted), "RANK": "0", "LOCAL_RANK": "0",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")    # whatever the machine's name means
+        # The machine's name may resolve to an address that cannot be reached.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     for rank in map(str, range(1, wanted)):
         subprocess.Popen([sys.executable, *sys.orig_argv[1:]], stdin=subprocess.PIPE, env={
             **os.environ, "RANK": rank, "LOCAL_RANK": rank, "PARENT_HOLDS_STDIN": "yes"})
 
 
 def environment_ranks():
-    """(rank, world, rank on this machine) as the environment has them, before any have met."""
+    """-> rank, world, rank on this machine: from the environment, before init_distributed."""
     return tuple(int(os.environ.get(k, d)) for k, d in
                  (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
 def init_distributed():
-    """(rank, world, device) of this process, after all have met.  gloo on the CPU, nccl on GPUs."""
+    """Connects all processes, with gloo on CPUs or nccl on GPUs -> rank, world, device."""
     rank, world, local = environment_ranks()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
-    if rank > 0:                                     # all wait for one download, one shows it
+    if rank > 0:                                     # only the main process shows downloads
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if world > 1:
-        # Long: all wait while the first process makes clips and features.  When a process dies,
-        # the others end at once: torchrun and gloo both see to that.
+        # The timeout is long, because all wait while the main process makes clips and features.
+        # When a process dies, torchrun or gloo ends the others at once.
         store, rank, world = next(dist.rendezvous("env://"))
-        # What an earlier start left in torchrun's store (--max-restarts) leads to dead processes.
+        # The prefix hides what an earlier start left in torchrun's store (--max-restarts): the
+        # addresses there belong to processes that have ended.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=timedelta(hours=24))
         if not cuda:
-            atexit.register(_part)
+            atexit.register(_destroy_group)
     return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
 def precision(name, model, device):
-    """(dtype of the frozen weights, autocast for training, the reason in words).  name: a dtype's,
-    or "" for bfloat16 on a GPU and for the large models, float32 else."""
+    """-> dtype of the frozen weights, autocast context for training, the reason as text.
+    name: "bfloat16", "float32", or "": bfloat16 on a GPU and for the large models, else float32."""
     reason = "asked for" if name else f"{device.type}, {model}"
     name = name or ("bfloat16" if device.type == "cuda" or model != "tiny" else "float32")
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
@@ -94,31 +102,39 @@ def precision(name, model, device):
 
 
 def rank():
+    """Number of this process, from 0; 0 is the main process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world():
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_world():
-    """Processes on this machine."""
+    """Number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
 
 
-def _part():
-    """At the end of a program that did not leave, as after an error.  Gloo's threads may still have
-    tensors to drop; in Python's last moments that aborts the process."""
+def log(*words):
+    """Prints, on the main process only."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def _destroy_group():
+    """Runs at the end of a program that did not call shutdown, as after an error.  If gloo's
+    threads freed their last tensors while Python itself ends, the process would abort."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def shutdown(model=None):
-    """All wait for all, then part.  model: the one in DDP, which is of no use afterwards."""
+    """Waits for all processes, then disconnects.  model: the one in DDP, unusable afterwards."""
     if dist.is_initialized():
         dist.barrier()
-        # DDP's reducer, the last to hold the group, would end it with Python's lock held, and wait
-        # for gloo's threads, which may be waiting for that lock to drop their tensors.
+        # DDP's reducer would be the last to hold the group.  It would end it while it holds
+        # Python's lock, and wait for gloo's threads, which may need that lock to free tensors.
         if isinstance(model, DistributedDataParallel):
             del model.reducer, model.logger
         dist.destroy_process_group()
@@ -126,7 +142,7 @@ def shutdown(model=None):
 
 @contextmanager
 def main_process_first():
-    """The first process does what is inside, makes files say; then the others, who find them."""
+    """The main process runs the block first, to make files for example; then the others run it."""
     if rank() > 0:
         dist.barrier()
     yield
@@ -135,7 +151,7 @@ def main_process_first():
 
 
 def all_reduce_sum(values, device="cpu"):
-    """Sums of a few numbers over all processes."""
+    """List of numbers -> list of their sums over all processes."""
     if not dist.is_initialized():
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
@@ -144,7 +160,7 @@ def all_reduce_sum(values, device="cpu"):
 
 
 def all_gather_object(part):
-    """Any Python value -> list of everybody's, in the order of the processes."""
+    """Any Python value -> list of the values of all processes, in the order of their ranks."""
     if not dist.is_initialized():
         return [part]
     parts = [None] * dist.get_world_size()
@@ -152,28 +168,23 @@ def all_gather_object(part):
     return parts
 
 
-# ---------------------------------------------------------------- one model over several processes
-# One model over several processes, for GPUs that cannot hold a 13B LLM: PyTorch's FSDP2.
+# ---------------------------------------------------------------- one model over several GPUs
+# FSDP2, for GPUs that cannot hold a 13B LLM.  Each of n processes keeps 1/n of the rows of every
+# tensor of the LLM, of LoRA and of the aligner, and of their gradients and Adam's moments.  A LLaMA
+# block is gathered whole just before it runs, forward and backward, and dropped afterwards; 13B on
+# 8 GPUs is 3.3 of 26 GB each, plus one or two whole blocks of 0.6 GB and 0.9 GB of the rest.
+# Frozen Whisper, ViT and Q-Former (3.6 GB) stay whole everywhere, because how often they run
+# depends on a process's own clips, and gathering waits for all processes.
 #
-#      process r of n keeps the r-th n-th of the rows of every tensor of
-#        each LLaMA block: frozen weights (bf16) and LoRA (fp32)     a group: whole while it runs
-#        embeddings, lm_head, last norm, aligner                     a group: whole in the forward
-#      and of their gradients and of Adam's two moments
-#      group --all-gather--> whole --forward, later again backward--> dropped
-#        gradients --reduce-scatter, averaged as DDP's are--> each process its rows
-# 13B on 8 GPUs: 3.3 of 26 GB of LLM each, one block or two (0.6 GB each) and the rest (0.9 GB) whole.
-# Frozen Whisper, ViT and Q-Former (3.6 GB) stay whole everywhere: how often they run depends on a
-# process's own clips, and a gathering waits until all processes take part.
-#
-# So all processes call model(samples), model.generate and every function here equally often; where
-# one has nothing left it repeats something at weight 0.  The order: `one_rank_at_a_time` load on the CPU (frozen
-# parts, then load_trained) and `shard`; make the optimiser; load its state.  Plain models and DDP are
-# taken as well, and checkpoints are the same files: any number of processes goes on from them,
-# sharded or not (test_sharding.py).
+# So every process must call model(samples), model.generate and the functions below equally often; a
+# process without samples repeats one with weight 0.  The order is: one_rank_at_a_time() around
+# loading on the CPU and shard(); make the optimiser; load its state.  All functions also take plain
+# and DDP models.  Checkpoints do not depend on sharding or on the number of processes
+# (tests/runtime/test_distributed.py).
 
 def checkpoint_activations(model):
-    """From now on LLaMA blocks and causal Q-Former layers keep only their inputs in training and
-    compute the rest again in the backward pass: a third more time, a fraction of the memory."""
+    """Makes LLaMA blocks and causal Q-Former layers keep only their inputs in training and compute
+    the rest again in the backward pass: a third more time, a fraction of the memory."""
     for part in model.modules():
         if hasattr(part, "checkpointing"):
             part.checkpointing = True
@@ -181,8 +192,8 @@ def checkpoint_activations(model):
 
 @contextmanager
 def one_rank_at_a_time():
-    """One process after the other: around loading and `shard`, a machine's memory holds no more
-    than one whole model."""
+    """One process after the other runs the block.  Around loading and `shard`, so that the memory
+    of a machine holds at most one whole model."""
     for turn in range(world()):
         if turn == rank():
             yield
@@ -190,119 +201,115 @@ def one_rank_at_a_time():
             dist.barrier()
 
 
-# ---------------------------------------------------------------- sharding
 def shard(model, device):
-    """Spreads a Favor, which may lie on the CPU, over the processes' devices, block by block; one
-    process alone just takes it.  -> the same object with new parameters."""
+    """Spreads a Favor, which may lie on the CPU, over the devices of all processes, block by block.
+    With one process the model just moves to `device`.  -> the same object, with new parameters."""
     if world() == 1:
         return model.to(device)
     mesh = init_device_mesh(device.type, (world(),))
     replicated = {p for p in model.parameters() if not p.requires_grad} - {*model.llm.parameters()}
     for parameter in replicated:
         parameter.data = parameter.data.to(device)
-    # A group may mix dtypes as long as all its trained parameters have one.  No policy of FSDP's:
-    # it would cast LoRA to bf16; autocast decides, as without sharding.
+    # A group may mix dtypes if its trained parameters share one.  We set no mixed-precision policy,
+    # which would cast LoRA to bf16; autocast decides, as without sharding.
     for block in model.llm.model.layers:
         fully_shard(block, mesh=mesh)
-    # Embeddings are in the root's group: they run once a sample, and lm_head may be the same tensor
-    # (tied).  reshard_after_forward: else validation, a forward without backward, would leave whole
-    # copies where the shards belong.
+    # Embeddings belong to the root's group, because lm_head may be the same tensor.  Without
+    # reshard_after_forward, validation (a forward without backward) would leave whole copies.
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
     for part in model.modules():
-        if isinstance(part, FSDPModule):          # a sum, then a division: gloo has no average
+        if isinstance(part, FSDPModule):          # gloo cannot average: sum, then divide
             part.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "generate")
-    model.generate = all_asked_the_same(model, model.generate)
+    model.generate = _same_samples(model, model.generate)
     return model
 
 
-def all_asked_the_same(model, generate):
-    """Every process runs every token of every answer, as each needs the others' weights: a question
-    more on one of them would be a wait without end."""
-    def together(samples, **settings):
+def _same_samples(model, generate):
+    """generate() that checks that all processes got the same samples.  Each token of each answer
+    needs the weights of all processes, so one question more on one of them would wait forever."""
+    def checked(samples, **settings):
         samples = [model.encode_sample(sample) for sample in samples]
         asked = [(s.prompt, s.history, s.mask, model.length(s)) for s in samples]
         if any(other != asked for other in all_gather_object(asked)):
-            raise ValueError("sharded processes generate together, and were asked different things;"
-                             " give all of them the same samples, or load the checkpoint unsharded")
+            raise ValueError("sharded processes generate together, but got different samples; "
+                             "give all of them the same samples, or load the checkpoint unsharded")
         return generate(samples, **settings)
-    return together
+    return checked
 
 
-# ---------------------------------------------------------------- one step
 def accumulating(model, waits):
-    """Around forward and backward of a micro-batch; waits: others follow.  DDP exchanges gradients
-    only once a step.  FSDP does each time: LoRA's gradients are a hundredth of the weights that it
-    gathers anyway, and to keep them whole until the last would cost memory."""
+    """Context for forward and backward of a micro-batch; waits: further ones follow in this step.
+    DDP exchanges gradients only after the last.  FSDP does so each time: LoRA's gradients are a
+    hundredth of the weights that it gathers anyway, and to hold them whole would cost memory."""
     if waits and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return nullcontext()
 
 
 def grad_norm_and_clip(model, most):
-    """Scales the gradients to a norm of `most` at most -> their norm before, over all shards."""
-    norm = nn.utils.clip_grad_norm_([p for _, p in trained(model)], most)
+    """Scales the gradients so that their norm is at most `most` -> the norm before that."""
+    norm = nn.utils.clip_grad_norm_([p for _, p in _trained(model)], most)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-# ---------------------------------------------------------------- checkpoints
 @contextmanager
 def full_parameters(model):
-    """Inside, the trained parameters are whole tensors on the CPU of every process, to be saved by
-    save_pretrained or read by load_trained; at the end each process takes its rows of them."""
+    """In the block the trained parameters are whole tensors on the CPU of every process, for
+    save_pretrained or load_trained; afterwards each process has its rows of them again."""
     sharded = [(part, name, p) for part in model.modules()
                for name, p in part.named_parameters(recurse=False)
                if p.requires_grad and isinstance(p, DTensor)]
     for part, name, p in sharded:
-        setattr(part, name, nn.Parameter(full(p)))
+        setattr(part, name, nn.Parameter(_full(p)))
     try:
         yield
     finally:
         for part, name, p in sharded:
             with torch.no_grad():
-                p.copy_(rows_of(getattr(part, name), p))
+                p.copy_(_rows_of(getattr(part, name), p))
             setattr(part, name, p)
 
 
 def full_optimiser_state(optimiser):
     """optimiser.state_dict() as it would be without sharding."""
     state = optimiser.state_dict()
-    return state | {"state": {i: {name: full(t) for name, t in of.items()}
+    return state | {"state": {i: {name: _full(t) for name, t in of.items()}
                               for i, of in state["state"].items()}}
 
 
 def load_optimiser_state(optimiser, state):
-    """Takes what full_optimiser_state gave, here or in a run with other processes."""
+    """Loads the result of full_optimiser_state, also that of a run with other processes."""
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     optimiser.load_state_dict(state | {"state": {
-        i: {name: rows_of(t, parameters[i]) for name, t in of.items()}
+        i: {name: _rows_of(t, parameters[i]) for name, t in of.items()}
         for i, of in state["state"].items()}})
 
 
 def fingerprint(model):
-    """Hash of the trained parameters, to the bit; the same on all processes and however the model
-    is sharded, or something went wrong."""
+    """Hash of all bits of the trained parameters.  It must be the same on all processes, sharded or
+    not."""
     found = hashlib.sha256()
-    for name, p in trained(model):
-        found.update(name.encode() + full(p.detach()).cpu().contiguous().numpy().tobytes())
+    for name, p in _trained(model):
+        found.update(name.encode() + _full(p.detach()).cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 
-def trained(model):
-    """[(name, parameter)] of what learns."""
+def _trained(model):
+    """[(name, parameter)] of the trained parameters."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     return [(name, p) for name, p in bare.named_parameters() if p.requires_grad]
 
 
-def full(tensor):
-    """A sharded tensor whole, on the CPU; any other as it is."""
+def _full(tensor):
+    """A sharded tensor gathered whole on the CPU; any other tensor unchanged."""
     return tensor.detach().full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def rows_of(tensor, like):
-    """This process's share of a whole tensor, laid out as the sharded parameter `like`; what does
-    not belong row by row to it (Adam's step), or to a parameter that is whole, stays as it is."""
+def _rows_of(tensor, like):
+    """This process's share of a whole tensor, laid out as the sharded parameter `like`.  A tensor
+    of another shape (Adam's step) or of a parameter that is not sharded stays unchanged."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.detach().to(like.device), like.device_mesh, like.placements,
-                             src_data_rank=None)               # all hold the same: nothing is sent
+                             src_data_rank=None)           # all have the same: nothing is sent

@@ -1,16 +1,16 @@
-"""How many floating-point operations a training step is, and how fast a GPU could be.
+"""Floating-point operations of a training step, and the peak of known GPUs, for MFU.
 
-A matrix of N weights costs a position 2N operations, a multiplication and an addition a weight:
+A matrix of N weights costs 2N operations per position, a multiplication and an addition per weight:
     forward                    y = W x         2N
-    gradient of the input      dx = W' dy      2N      wherever something before it learns
-    gradient of the weights    dW = dy x'      2N      only where the matrix itself learns
-so that what learns costs 6N, the frozen LLM behind the aligner 4N, the frozen encoders 2N.
-Attention has no weights: each of n queries times each of m keys, and the shares times the values.
-Forward, 2 products of 2 n m width; backward, as both factors of both need a gradient, twice that.
-Masked pairs (the causal half) count, as in PaLM's MFU (Chowdhery et al. 2022, Appendix B).
-Not counted: padding, what activation checkpointing does twice, norms, softmax, optimiser, the
-lm_head (at the answer's few tokens only), the question in the visual Q-Former.  MFU says how much
-of the peak did work that the model needs.
+    gradient of the input      dx = W' dy      2N      if something before it learns
+    gradient of the weights    dW = dy x'      2N      if the matrix itself learns
+So what learns costs 6N, the frozen LLM behind the aligner 4N and the frozen encoders 2N.  Attention
+of n queries over m keys costs 2 products of 2 n m width forward, and twice that backward.  Masked
+pairs count, as in PaLM's MFU (Chowdhery et al. 2022, Appendix B).  Padding, recomputation, norms,
+softmax, the optimiser, the lm_head and the question in the visual Q-Former do not count.
+
+torch.utils.flop_counter finds the same numbers (tests/runtime/test_log.py), but it intercepts every
+operation: a step of the tiny preset took 0.53 s instead of 0.17 s on one core.
 
      encoded samples --work_of--> tokens, windows, frames --step_flops--> operations
      operations / seconds / peak_flops(device) = MFU, the share of the GPU's published peak
@@ -24,19 +24,19 @@ import torch
 
 
 def attention(queries, keys, width):
-    """Forward operations of all heads, whose widths add up to `width`."""
+    """Forward operations of all heads together; `width` is the sum of their widths."""
     return 2 * (2 * queries * keys * width)
 
 
 def weights(*modules, named=""):
-    """N: weights of the matrices, also of convolutions, whose names hold `named`; no embeddings
-    are among the modules that are asked about, no norms and biases counted."""
+    """Number of weights in the matrices and convolutions whose names contain `named`, without norms
+    and biases.  The modules that are passed contain no embeddings."""
     return sum(p.numel() for module in modules for name, p in module.named_parameters()
                if p.ndim >= 2 and named in name)
 
 
 def work_of(model, samples):
-    """What step_flops wants to know about Samples that are encoded (model.encode_sample)."""
+    """Encoded Samples (model.encode_sample) -> the arguments of step_flops, as a dict."""
     features = [sample.features for sample in samples]
     return {"llm_tokens": [model.length(sample) for sample in samples],
             "windows": sum(model.window_count(sample) for sample in samples),
@@ -47,9 +47,9 @@ def work_of(model, samples):
 
 def step_flops(model, llm_tokens, windows, frames, audio_seconds, encoded):
     """Operations of one training step, forward and backward, of a Favor or an InstructBlip of any
-    size, also on the device "meta".  llm_tokens: L of each sample; windows: W of all together;
-    frames: pictures of all; audio_seconds: of each clip that sounds; encoded: whether features were
-    kept, so that ViT, Q-Former and Whisper did not run."""
+    size, also on the device "meta".  llm_tokens: L of each sample; windows, frames: of all samples
+    together; audio_seconds: of each clip with sound; encoded: whether the features were cached, so
+    that ViT, Q-Former and Whisper did not run."""
     return sum(flops_by_part(model, llm_tokens, windows, frames, audio_seconds, encoded).values())
 
 
@@ -64,7 +64,7 @@ def flops_by_part(model, llm_tokens, windows, frames, audio_seconds, encoded):
         "LoRA": 6 * adapters * tokens}
     if not encoded:
         parts["ViT"] = frames * vit_flops(model.visual.vit)
-    if model.system == "instructblip":                  # its Q-Former learns
+    if model.system == "instructblip":                  # here the visual Q-Former learns
         parts["visual Q-Former"] = 3 * frames * visual_qformer_flops(model.visual)
         parts["language projection"] = (
             6 * weights(model.language_projection) * frames * model.visual.n_queries)
@@ -73,7 +73,7 @@ def flops_by_part(model, llm_tokens, windows, frames, audio_seconds, encoded):
         parts["visual Q-Former"] = frames * visual_qformer_flops(model.visual)
         parts["Whisper"] = sum(whisper_flops(model.whisper, seconds) for seconds in audio_seconds)
     steps = sum(audio_seconds) * model.whisper.config.positions_hz
-    K = model.config.window_frames                            # frames a window; 0: all of a clip
+    K = model.config.window_frames                  # frames per window; 0: one window per clip
     if not K and windows:
         K = max(frames, steps / model.audio_steps) / windows
     parts["audio projection"] = 6 * weights(model.audio_proj) * steps
@@ -83,11 +83,11 @@ def flops_by_part(model, llm_tokens, windows, frames, audio_seconds, encoded):
 
 
 def causal_qformer_flops(model, K):
-    """Forward, of one window of K frames."""
+    """Forward operations of one window of K frames."""
     Q, N, total = model.config.queries, max(model.visual.n_queries, model.audio_steps), 0
     for layer in model.qformer.layers:
         cross, D = layer.cross_attention, model.config.width
-        of_frames = weights(cross.key, cross.value)                   # at K*N joint vectors
+        of_frames = weights(cross.key, cross.value)           # applied to K*N joint vectors
         of_queries = weights(layer.self_attention, cross, layer.up, layer.down) - of_frames
         total += attention(Q, Q, D) + attention(Q, K * N, D)
         if model.config.causal != "none":
@@ -98,14 +98,14 @@ def causal_qformer_flops(model, K):
 
 
 def vit_flops(vit):
-    """Forward, of one picture of P patches with CLS."""
+    """Forward operations of one frame: P patches, the CLS token included."""
     P, layers = vit.config.n_patches + 1, vit.encoder.layers
     return (2 * weights(vit.embeddings.patch_embedding) * (P - 1) + 2 * weights(layers) * P
             + len(layers) * attention(P, P, vit.config.width))
 
 
 def visual_qformer_flops(visual):
-    """Forward, of V queries that look at one picture of P patches."""
+    """Forward operations of V queries over one frame of P patches."""
     V, P, total = visual.n_queries, visual.vit.config.n_patches + 1, 0
     for layer in visual.qformer.encoder.layer:
         of_queries = weights(layer.attention, layer.intermediate_query, layer.output_query)
@@ -120,7 +120,7 @@ def visual_qformer_flops(visual):
 
 
 def whisper_flops(whisper, seconds):
-    """Forward, of one clip: whole chunks of 30 s, as silence is input that it was trained on."""
+    """Forward operations of one clip, which is padded to whole chunks of 30 s."""
     config, P = whisper.config, whisper.config.max_source_positions
     chunks = max(1, math.ceil(round(seconds * config.positions_hz) / P))
     convolutions = 2 * weights(whisper.conv1) * 2 * P + 2 * weights(whisper.conv2) * P
@@ -128,8 +128,8 @@ def whisper_flops(whisper, seconds):
                      + config.layers * attention(P, P, config.width))
 
 
-# What NVIDIA's data sheets give for dense bf16 matrices ("with sparsity" is twice that); GeForce
-# with sums in fp32; V100 and T4, which have no bf16, in fp16.  The first name that fits counts.
+# FLOP/s for dense bf16 matrices in NVIDIA's data sheets ("with sparsity" is twice that); GeForce
+# with fp32 accumulation; V100 and T4, which lack bf16, in fp16.  The first matching pattern counts.
 PEAKS = ((r"\bB200\b", 2250e12), (r"\b(H100|H200)\b.* NVL", 835e12),
          (r"\b(H100|H800)\b.* PCIe", 756e12), (r"\b(H100|H200|GH200|H800)\b", 989e12),
          (r"\bH20\b", 148e12), (r"\b(A100|A800)\b", 312e12), (r"\bA30\b", 165e12),
@@ -140,8 +140,8 @@ PEAKS = ((r"\bB200\b", 2250e12), (r"\b(H100|H200)\b.* NVL", 835e12),
 
 
 def peak_flops(device):
-    """Published operations a second of one GPU (a torch.device, or its name); None for a CPU, for a
-    GPU that is not in the table and for a slice of one (MIG)."""
+    """Published FLOP/s of one GPU (a torch.device, or its name); None for a CPU, for a GPU that is
+    not in the table and for a slice of a GPU (MIG)."""
     if isinstance(device, torch.device):
         if device.type != "cuda":
             return None

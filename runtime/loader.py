@@ -1,11 +1,12 @@
-"""From a step's number to this process's share of its batch, decoded ahead by worker processes.
+"""The number of a step -> this process's share of its batch, decoded ahead by worker processes.
 
-     step --Order--> rows --Corpus--> records --decode, or kept features--> mix --> list of TrainItem
-     samples --micro_batches--> parts of like length, each of bounded memory
+     step --Order--> rows --Corpus--> records --decode, or cached features--> mix --> TrainItems
+     samples --micro_batches--> parts of similar length, each of bounded memory
 Sample g of the run belongs to process g mod world.  A clip that cannot be read leaves its place
-empty and its reason in TrainItem: no other sample moves, so none is lost or seen twice.
+empty, with the reason in its TrainItem.  No other sample moves, so none is lost or seen twice.
 
-Public: TrainItem, TrainSet, load_ahead, worker_errors, default_workers, micro_batches, notes_of, Skipped."""
+Public: TrainItem, TrainSet, load_ahead, worker_errors, default_workers, micro_batches, skip_rows,
+SkippedLog."""
 
 import dataclasses
 import signal
@@ -19,13 +20,13 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 import data
 from data import Sample
 from runtime import cli
-from runtime import log as runlog
-from runtime import mixing as mixes
+from runtime.log import JsonLines, rows_until
 
 
 @dataclass
 class TrainItem:
-    """Sample number g of the run, or why there is none; cut: what --max-seconds left out."""
+    """Sample number g of the run, or the reason why there is none.  cut: what max_seconds left out
+    of its clip."""
     g: int
     id: str
     task: str
@@ -35,157 +36,130 @@ class TrainItem:
 
 
 class TrainSet(Dataset):
-    """steps[k]: this process's share of the batch of step k, a list of TrainItem.
+    """train_set[k]: list of the TrainItems of step k that belong to process `rank` of `world`.
 
-    rows: those to learn; reading: options of data.load_clip; store: a FeatureCache or None."""
+    rows: row numbers of `corpus` to learn; order: manifests.Order over them; mixing: data.Mixing;
+    clip_options: those of data.load_clip; batch: samples per step, over all processes; cache: a
+    FeatureCache, or None to decode each clip."""
 
-    def __init__(self, corpus, rows, order, mixing, reading, batch, rank=0, world=1, store=None):
+    def __init__(self, corpus, rows, order, mixing, clip_options, batch, rank=0, world=1,
+                 cache=None):
         self.corpus, self.rows, self.order, self.mixing = corpus, rows, order, mixing
-        self.reading, self.batch, self.rank, self.world = reading, batch, rank, world
-        self.store = store
+        self.clip_options, self.cache = clip_options, cache
+        self.batch, self.rank, self.world = batch, rank, world
 
     def __getitem__(self, step):
-        drawn = [self.draw(g) for g in range(step * self.batch + self.rank,
-                                             (step + 1) * self.batch, self.world)]
-        return [as_numpy(d) for d in drawn] if get_worker_info() else drawn
+        first, end = step * self.batch + self.rank, (step + 1) * self.batch
+        items = [self.item(g) for g in range(first, end, self.world)]
+        in_worker = get_worker_info() is not None
+        return [_convert(item, torch.Tensor.numpy) for item in items] if in_worker else items
 
-    def draw(self, g):
+    def item(self, g):
+        """TrainItem number g."""
         record = self.corpus.record(int(self.rows[self.order(g)]))
-        drawn = TrainItem(g, record.id, record.task)
-        if self.store is not None and self.store.reason(record):
-            drawn.reason = self.store.reason(record)
-            return drawn
-        kept = self.store.get(record) if self.store is not None else None
-        if kept is not None:
-            drawn.cut = self.store.cut(record)
-            prompt, target, kept = mixes.mix(self.mixing, g, record, kept, self.kept_sound)
-            if prompt != record.prompt and kept.visual is not None:
-                kept = None                  # the Q-Former has to read this question: from the clip
-        if kept is None:
-            clip, drawn.reason, drawn.cut = self.decode(record)
+        item, features, clip = TrainItem(g, record.id, record.task), None, None
+        if self.cache is not None:
+            if reason := self.cache.reason(record):
+                item.reason = reason
+                return item
+            features = self.cache.get(record)
+        if features is not None:
+            item.cut = self.cache.cut(record)
+            prompt, target, features = data.mix(self.mixing, g, record, features, self.cached_sound)
+            if prompt != record.prompt and features.visual is not None:
+                features = None      # the visual Q-Former has to read the new question: decode
+        if features is None:
+            clip, item.reason, item.cut = self.decode(record)
             if clip is None:
-                return drawn
-            prompt, target, clip = mixes.mix(self.mixing, g, record, clip, self.decoded_sound)
-        drawn.sample = Sample(prompt, target, clip if kept is None else None, kept, record.history,
-                              mixes.drawn_mask(self.mixing, g))
-        return drawn
+                return item
+            prompt, target, clip = data.mix(self.mixing, g, record, clip, self.decoded_sound)
+        item.sample = Sample(prompt, target, clip, features, record.history,
+                             data.drawn_mask(self.mixing, g))
+        return item
 
     def decode(self, record):
-        """-> Clip or None, the reason, what was cut."""
+        """-> Clip or None, the reason why there is none, what max_seconds left out."""
         skipped = []
-        clip = data.load_or_skip(record, skipped, **self.reading)
+        clip = data.load_or_skip(record, skipped, **self.clip_options)
         return clip, "".join(reason for _, reason in skipped), clip.cut if clip else ""
 
     def sound_record(self, rng):
         pool = self.corpus.sound_only
         return self.corpus.record(int(pool[int(rng.integers(len(pool)))]))
 
-    def kept_sound(self, rng):
-        """A record that is sound only, and its vectors."""
+    def cached_sound(self, rng):
+        """A random record that is sound only, and its audio features; see data.mix."""
         record = self.sound_record(rng)
-        found = self.store.get(record)
-        return record, None if found is None else found.audio
+        features = self.cache.get(record)
+        return record, None if features is None else features.audio
 
     def decoded_sound(self, rng):
-        """A record that is sound only, and its samples."""
+        """A random record that is sound only, and its decoded sound; see data.mix."""
         record = self.sound_record(rng)
-        return record, getattr(data.load_or_skip(record, [], **self.reading), "audio", None)
+        return record, getattr(self.decode(record)[0], "audio", None)
 
 
-def as_numpy(drawn):
-    """Tensors -> arrays, which travel from a worker by value: shared memory is small in containers
-    and leaves files behind when a run is killed."""
-    clip = drawn.sample and drawn.sample.clip
-    return drawn if not clip else dataclasses.replace(drawn, sample=dataclasses.replace(
-        drawn.sample, clip=_converted(clip, torch.Tensor.numpy)))
-
-
-def as_tensors(drawn):
-    clip = drawn.sample and drawn.sample.clip
-    return drawn if not clip else dataclasses.replace(drawn, sample=dataclasses.replace(
-        drawn.sample, clip=_converted(clip, torch.from_numpy)))
-
-
-def _converted(clip, convert):
-    return dataclasses.replace(clip, **{name: convert(value) for name in ("frames", "audio")
-                                        if (value := getattr(clip, name)) is not None})
+def _convert(item, convert):
+    """Converts the tensors of an item's clip to numpy arrays, or back.  Arrays travel from a worker
+    by value.  Tensors would need shared memory, which is small in containers and leaves files
+    behind when a run is killed."""
+    clip = item.sample and item.sample.clip
+    if not clip:
+        return item
+    parts = {name: convert(value) for name in ("frames", "audio")
+             if (value := getattr(clip, name)) is not None}
+    sample = dataclasses.replace(item.sample, clip=dataclasses.replace(clip, **parts))
+    return dataclasses.replace(item, sample=sample)
 
 
 def _start_worker(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is the run's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # the main process handles Ctrl-C
     torch.set_num_threads(1)
 
 
-def _as_it_is(batch):
+def _unchanged(batch):
     return batch
 
 
-def load_ahead(steps, first, last, workers=0):
-    """Yields steps[first], ... steps[last - 1]; with workers, decoded two steps ahead by each."""
+def load_ahead(train_set, first, last, workers=0):
+    """Yields train_set[first], ... train_set[last - 1].  With workers, each decodes two steps
+    ahead."""
     if not workers:
         for step in range(first, last):
-            yield steps[step]
+            yield train_set[step]
         return
-    loader = DataLoader(steps, batch_size=None, sampler=range(first, last), num_workers=workers,
-                        prefetch_factor=2, collate_fn=_as_it_is, worker_init_fn=_start_worker,
+    loader = DataLoader(train_set, batch_size=None, sampler=range(first, last), num_workers=workers,
+                        prefetch_factor=2, collate_fn=_unchanged, worker_init_fn=_start_worker,
                         multiprocessing_context="spawn")
-    for drawn in loader:
-        yield [as_tensors(d) for d in drawn]
+    for items in loader:
+        yield [_convert(item, torch.from_numpy) for item in items]
 
 
 @contextmanager
 def worker_errors():
-    """SystemExit where a worker dies.  PyTorch's handler of SIGCHLD raises wherever the program is,
-    so this belongs around the whole loop."""
+    """Raises SystemExit with advice when a worker dies.  It must enclose the whole loop, because
+    PyTorch's SIGCHLD handler raises wherever the program happens to be."""
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise SystemExit(f"a worker that decodes clips died ({error}); out of memory, mostly: try "
-                         "fewer --workers. The same command goes on from the last checkpoint"
-                         ) from error
+        raise SystemExit(f"a worker that decodes clips died ({error}); it probably ran out of "
+                         "memory: try fewer --workers. The same command continues from the last "
+                         "checkpoint") from error
 
 
-def notes_of(drawn, step):
-    """Lines of skipped.jsonl."""
-    return [{"step": step, "id": d.id, "reason": d.reason} for d in drawn if d.sample is None] + [
-        {"step": step, "id": d.id, "cut": d.cut} for d in drawn if d.sample is not None and d.cut]
-
-
-class Skipped:
-    """skipped.jsonl: a line for each sample that could not be read, {"step", "id", "reason"}, or
-    that --max-seconds cut, {"step", "id", "cut"}; lines of steps after `first` are done again."""
-
-    def __init__(self, path, first, main_process, say=print):
-        self.path, self.lines = Path(path), list(runlog.read_rows(path, first))
-        self.file = runlog.JsonLines(self.path, say, first) if main_process else None
-
-    def add(self, rows):
-        self.lines += rows
-        for row in rows if self.file else ():
-            self.file.write(row)
-
-    def __str__(self):
-        lost = [row for row in self.lines if "reason" in row]
-        clips = {row["id"]: row["reason"] for row in lost}
-        cut = {row["id"] for row in self.lines if "cut" in row}
-        shown = "; ".join(f"{name}: {why}" for name, why in [*clips.items()][:3])
-        text = (f"skipped {len(lost)} samples of {len(clips)} clips that cannot be read"
-                + (f": {shown}" if clips else ""))
-        return text + (f"; --max-seconds cut {len(cut)} clips" if cut else "") + (
-            f" (all: {self.path})" if self.lines else "")
-
-
-def default_workers(store, processes_here):
-    """0 where features are kept; else the cores, shared by this machine's processes."""
-    return 0 if store is not None else max(1, cli.cores() // max(1, processes_here) - 1)
+def default_workers(cache, processes_here):
+    """0 with a feature cache; otherwise this machine's cores, shared by its processes."""
+    return 0 if cache is not None else max(1, cli.cores() // max(1, processes_here) - 1)
 
 
 def micro_batches(samples, length, frames, most=0, most_tokens=0, most_frames=0):
-    """Samples -> parts of like length, so that little is padding and a part's memory is bounded:
-    at most `most` samples, `most_tokens` LLM positions with the padding and `most_frames` frames
-    (0: no limit; a single sample above a limit is a part of its own)."""
+    """Samples -> list of parts of similar length, so that there is little padding.
+
+    length(sample), frames(sample): its LLM positions and its video frames.  A part has at most
+    `most` samples, `most_tokens` LLM positions with padding and `most_frames` frames (0: no limit).
+    A sample that is above a limit alone becomes a part of its own."""
     parts, frames_here = [], 0
     for sample in sorted(samples, key=length, reverse=True):
         n = len(parts[-1]) + 1 if parts else 0
@@ -197,3 +171,38 @@ def micro_batches(samples, length, frames, most=0, most_tokens=0, most_frames=0)
         parts[-1].append(sample)
         frames_here += frames(sample)
     return parts
+
+
+# ---------------------------------------------------------------- skipped.jsonl
+def skip_rows(items, step):
+    """TrainItems of a step -> rows of skipped.jsonl, for the clips that could not be read and for
+    those that were cut."""
+    return [{"step": step, "id": item.id, "reason": item.reason}
+            for item in items if item.sample is None] + [
+        {"step": step, "id": item.id, "cut": item.cut}
+        for item in items if item.sample is not None and item.cut]
+
+
+class SkippedLog:
+    """skipped.jsonl: a row {"step", "id", "reason"} for each sample that could not be read, and
+    {"step", "id", "cut"} for each that max_seconds cut.  Rows of an earlier start after step
+    `first_step` are removed, because those steps run again.  str(): a summary for the log."""
+
+    def __init__(self, path, first_step, main_process, log=print):
+        self.path, self.rows = Path(path), list(rows_until(path, first_step))
+        self.file = JsonLines(self.path, log, first_step) if main_process else None
+
+    def add(self, rows):
+        self.rows += rows
+        for row in rows if self.file else ():
+            self.file.write(row)
+
+    def __str__(self):
+        lost = [row for row in self.rows if "reason" in row]
+        clips = {row["id"]: row["reason"] for row in lost}
+        cut = {row["id"] for row in self.rows if "cut" in row}
+        examples = "; ".join(f"{name}: {why}" for name, why in [*clips.items()][:3])
+        text = f"skipped {len(lost)} samples of {len(clips)} clips that cannot be read"
+        text += f": {examples}" if clips else ""
+        text += f"; --max-seconds cut {len(cut)} clips" if cut else ""
+        return text + (f" (all: {self.path})" if self.rows else "")

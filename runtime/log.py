@@ -1,14 +1,14 @@
-"""What a training run tells: its log, how fast it is and how fast it could be, where it ran.
+"""The log of a training run: what it reports, how fast it is, and where it ran.
 
-     a step's row --RunLog--> log.jsonl, a line every few steps, TensorBoard, Weights & Biases
-     events (validation, checkpoint, ...) --RunLog.note--> events.jsonl and the same back ends
-     operations of a step (flops.py) / seconds / the GPU's peak--> MFU
-     the machine, the code, the command --write_run_facts--> config, environment, commands
-No logging ends a run: a back end that fails is switched off, a full disk costs rows, each with one
-printed line.
+     a step's row --RunLog.log_step--> log.jsonl, a printed line every few steps, TensorBoard, wandb
+     an event (validation, checkpoint) --RunLog.log_event--> events.jsonl and the same back ends
+     operations of a step (flops.py) / seconds / peak of the GPUs --> MFU
+     machine, code and command --write_run_facts--> config.json, environment.json, commands.log
+Logging never ends a run: a back end that fails is switched off, and a full disk costs rows.  Either
+prints one line.
 
-Public: RunLog, Clock, write_run_facts, environment, git_facts, check_wandb, read_rows, draw_curve,
-show_answers, duration."""
+Public: RunLog, Clock, JsonLines, rows_until, write_run_facts, environment, git_facts, check_wandb,
+draw_curve, log_answers, progress, duration, peak_memory, in_words, GIB."""
 
 import importlib.util
 import json
@@ -16,9 +16,11 @@ import math
 import os
 import platform
 import re
+import resource
 import shlex
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from contextlib import contextmanager, suppress
@@ -27,25 +29,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from runtime import cli, distributed, hub
-from tools import memory as sizes
+from runtime import cli, distributed
+from runtime.files import atomic, read_json, read_jsonl, write_json
 
+GIB = 2 ** 30
 PACKAGES = ("torchaudio", "av", "numpy", "safetensors", "tokenizers")
 VARIABLES = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT",
              "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE",
              "CUDA_VISIBLE_DEVICES")
 
 
-# ---------------------------------------------------------------- where and what is run
+# ---------------------------------------------------------------- machine, code and command
 def git_facts(folder=Path(__file__).parent.parent):
-    """{"commit", "dirty"} of a folder; without git, or outside a checkout, both say so."""
+    """{"commit": hash, "dirty": bool} of a folder; {"commit": "not a git checkout", "dirty": None}
+    when git does not know it."""
     def git(*words):
         done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True,
                               timeout=30, check=True)
         return done.stdout.strip()
     try:
-        # An installed copy may lie in another project's checkout (.venv), which does not track it.
+        # An installed copy may lie in the .venv of another project, whose commit is not ours.
         git("ls-files", "--error-unmatch", ".")
         return {"commit": git("rev-parse", "HEAD"),
                 "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
@@ -54,13 +59,13 @@ def git_facts(folder=Path(__file__).parent.parent):
 
 
 def environment():
-    """What may change a number or a speed: machine, versions, processes, code.  JSON as it is."""
+    """What may change a result or a speed: machine, versions, processes, code.  A dict for JSON."""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "hostname": socket.gethostname(), "platform": platform.platform(),
         "python": platform.python_version(), "cpu": cpu_name(), "cores": cli.cores(),
-        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / sizes.GIB, 1),
-        "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / sizes.GIB, 1)}
+        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+        "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / GIB, 1)}
                  for gpu in gpus],
         "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if gpus else None,
         "packages": {name: version(name) for name in PACKAGES} | {"torch": torch.__version__},
@@ -70,6 +75,7 @@ def environment():
 
 
 def version(package):
+    """The installed version of a package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -85,17 +91,17 @@ def cpu_name():
 
 
 def write_run_facts(out, facts, argv, first_step=0):
-    """config.json (`facts`: "train", "method", "mixture", ...; with the commit and the command) and
-    environment.json of the start of a run; commands.log gets a line at every start, with what is
-    another than in environment.json.  Of a run that goes on, first_step > 0, the two files stay.
+    """Writes config.json (`facts`: "train", "method", "mixture", ...; with commit and command) and
+    environment.json at the start of a run; a run that continues (first_step > 0) keeps both.  Every
+    start appends a line to commands.log, with what differs from environment.json.
     Returns the facts that each checkpoint should carry, too."""
     out, now, command = Path(out), environment(), shlex.join(["train.py", *argv])
     out.mkdir(parents=True, exist_ok=True)
     facts = {**facts, "commit": now["commit"], "dirty": now["dirty"], "command": command}
     for name, value in (("config.json", facts), ("environment.json", now)):
         if not first_step or not (out / name).exists():
-            hub.write_json(out / name, value)
-    then = hub.read_json(out / "environment.json")
+            write_json(out / name, value)
+    then = read_json(out / "environment.json")
     changed = {key: value for key, value in now.items() if value != then.get(key)}
     with open(out / "commands.log", "a") as file:
         file.write(f"{timestamp()} from step {first_step}: {command}"
@@ -104,14 +110,30 @@ def write_run_facts(out, facts, argv, first_step=0):
 
 
 def timestamp():
+    """Now, as 2025-01-31T23:59:59+0100."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-# ---------------------------------------------------------------- times and words
+# ---------------------------------------------------------------- time, memory, text
+def peak_memory(device):
+    """Largest number of bytes that this process has used: on its GPU, otherwise of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def in_words(n_bytes):
+    """1.25 GiB, 12.00 MiB."""
+    return f"{n_bytes / GIB:.2f} GiB" if n_bytes > GIB / 10 else f"{n_bytes / 2 ** 20:.2f} MiB"
+
+
 class Clock:
-    """Seconds of each step, and how many of them it waited for its batch:
-     with clock.waiting(): batch = next(loader)
-     ...; seconds, waited = clock.lap();   with clock.aside(): validate()        # in no step"""
+    """Measures the seconds of each step, and how many of them it waited for its batch:
+
+         with clock.waiting(): batch = next(loader)
+         with clock.aside(): validate()                     # counts for no step
+         seconds, waited = clock.lap()"""
 
     def __init__(self, now=time.perf_counter):
         self.now, self.begun, self.waited = now, now(), 0.0
@@ -133,7 +155,7 @@ class Clock:
             self.begun += self.now() - began
 
     def lap(self):
-        """(seconds, seconds waited) since the last lap."""
+        """-> seconds since the last lap, and how many of them were spent waiting."""
         end = self.now()
         lap = end - self.begun, self.waited
         self.begun, self.waited = end, 0.0
@@ -161,22 +183,23 @@ def short(number):
 
 
 def one_line(text, width=60):
+    """Text without line breaks, shortened to `width` characters."""
     text = " ".join(str(text).split())
     return text if len(text) <= width else text[:width - 1] + "…"
 
 
-def show_answers(rows, say=print):
-    """A line for each (task, prompt, answer, reference); several references may be a list."""
+def log_answers(rows, log=print):
+    """Prints a line for each (task, prompt, answer, reference or list of references)."""
     for task, prompt, answer, reference in rows:
         if isinstance(reference, (list, tuple)):
             reference = " / ".join(map(str, reference))
-        say(f"  {task}: {one_line(prompt)} -> {one_line(answer) or '(nothing)'} "
+        log(f"  {task}: {one_line(prompt)} -> {one_line(answer) or '(nothing)'} "
             f"| wanted: {one_line(reference)}")
 
 
 def draw_curve(rows, height=10, width=72):
-    """Text picture of the training loss over the steps, log scale; rows without one do not count.
-    """
+    """Rows with "step" and "ce" -> a text plot of the loss over the steps on a logarithmic scale.
+    Rows without a finite loss are left out."""
     points = [(row["step"], row["ce"]) for row in rows
               if row.get("ce") is not None and math.isfinite(row["ce"])]
     if not points:
@@ -196,39 +219,56 @@ def draw_curve(rows, height=10, width=72):
     return "\n".join(lines)
 
 
+def progress(items, total, description, unit):
+    """Yields the items and shows on stderr how many of `total` are done: a bar on a terminal, a
+    line every 10 s in a log file.  Only the main process shows it, and only after 5 s."""
+    terminal = sys.stderr.isatty()
+    with tqdm(total=total, desc=description, unit=f" {unit}", disable=distributed.rank() != 0,
+              delay=5, mininterval=0.2 if terminal else 10, file=None if terminal else _Lines(),
+              bar_format=None if terminal else PROGRESS_LINE) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+PROGRESS_LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} so far, {remaining} left"
+
+
+class _Lines:
+    """stderr for tqdm where it is a file: each state becomes a line of its own."""
+
+    def write(self, text):
+        if text := text.strip("\r\n "):
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 # ---------------------------------------------------------------- log.jsonl, events.jsonl
-def read_rows(path, last_step=None):
-    """Rows of a file of ours up to a step, one by one; lines that a kill or a full disk tore are
-    left out."""
-    if not Path(path).exists():
-        return
-    with open(path, errors="replace") as file:
-        for line in file:
-            with suppress(ValueError, TypeError, KeyError):
-                row = json.loads(line)
-                if last_step is None or row["step"] <= last_step:
-                    yield row
+def rows_until(path, last_step=None):
+    """Yields the rows of a JSONL file whose "step" is at most `last_step` (None: all rows).  Lines
+    that a kill or a full disk cut off are left out."""
+    for row in read_jsonl(path):
+        if last_step is None or row.get("step", math.inf) <= last_step:
+            yield row
 
 
 class JsonLines:
-    """Rows appended to a file and flushed one by one.  OSErrors (a full disk) are said once and
-    cost rows; the file is tried again where write() is told to.  Opening it rewrites it atomically:
-    without torn lines and, where last_step is no None, without what comes after that step."""
+    """A file to which rows are appended; each is on disk at once.
 
-    def __init__(self, path, say, last_step=None):
-        self.path, self.say, self.last_step = path, say, last_step
+    Opening rewrites the file atomically, without lines that were cut off and, unless last_step is
+    None, without rows after that step.  An OSError (a full disk) is reported once and costs rows.
+    write() opens the file again unless try_again is False."""
+
+    def __init__(self, path, log, last_step=None):
+        self.path, self.log, self.last_step = path, log, last_step
         self.file, self.failed = None, False
-        self._unless_full(self._open)
+        self._report_errors(self._open)
 
     def _open(self):
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        try:
-            with open(temporary, "w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in read_rows(
-                    self.path, self.last_step))
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic(self.path) as temporary, open(temporary, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows_until(self.path, self.last_step))
         self.file = open(self.path, "a")
 
     def write(self, row, try_again=True):
@@ -240,27 +280,28 @@ class JsonLines:
             if self.last_step is not None:
                 self.last_step = row["step"]
         if self.file is not None or try_again:
-            self._unless_full(append)
+            self._report_errors(append)
 
-    def _unless_full(self, action):
+    def _report_errors(self, action):
         try:
             action()
         except OSError as error:
             self.close()
             if not self.failed:
-                self.say(f"{self.path} cannot be written ({error.strerror or error}); rows are "
-                         "lost until it can, the run goes on")
+                self.log(f"{self.path} cannot be written ({error.strerror or error}); rows are "
+                         "lost until it can, the run continues")
             self.failed = True
 
     def close(self):
         if self.file is not None:
-            with suppress(OSError):                      # what could not be flushed still cannot
+            with suppress(OSError):                # rows that could not be flushed are lost already
                 self.file.close()
             self.file = None
 
 
 def plain(value):
-    """Any row as JSON: tensors and numpy's numbers as Python's, NaN and infinity as null."""
+    """A row as plain values for JSON: tensors and numpy numbers become Python's, NaN and infinity
+    become None."""
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -273,7 +314,7 @@ def plain(value):
 
 
 def scalars(row, prefix=""):
-    """{name: number} of a plain row; of {"task_ce": {"asr": 1}} task/asr."""
+    """The numbers of a plain row as {name: float}; {"task_ce": {"asr": 1}} gives task/asr."""
     found = {}
     for name, value in row.items():
         if isinstance(value, dict):
@@ -285,23 +326,24 @@ def scalars(row, prefix=""):
 
 # ---------------------------------------------------------------- back ends
 def installed(package):
-    """Whether it can be imported; a folder of that name in sys.path (wandb/) is none."""
+    """Whether a package can be imported.  A plain folder of that name, such as an older run's
+    wandb/, is no package."""
     found = importlib.util.find_spec(package)
     return found is not None and found.origin is not None
 
 
 def check_wandb(project):
-    """Raises ValueError when a project is named but nothing there to send to it."""
+    """Raises ValueError when a project is named but wandb is not installed."""
     if project and not installed("wandb"):
         raise ValueError(f"--wandb {project}: not installed; pip install wandb, or leave the flag")
 
 
 class TensorBoard:
-    """Beside log.jsonl: tensorboard --logdir runs"""
+    """The run's numbers for `tensorboard --logdir runs`."""
 
     def __init__(self, out, first_step):
         from torch.utils.tensorboard import SummaryWriter
-        # Steps from purge_step on, of a run that was killed after its last checkpoint, are hidden.
+        # Hides steps after the last checkpoint of a run that was killed, because they run again.
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1,
                                     flush_secs=30)
 
@@ -314,16 +356,16 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run there for one run folder, however often it is stopped: its id is kept in wandb-id."""
+    """One wandb run per run folder, however often it is stopped; the file wandb-id holds its id."""
 
     def __init__(self, out, project, first_step, config):
         import wandb
-        kept = out / "wandb-id"
-        if not first_step or not kept.exists():
-            kept.write_text(uuid.uuid4().hex[:8])
-        self.run = wandb.init(project=project, id=kept.read_text(), resume="allow", name=out.name,
+        file = out / "wandb-id"
+        if not first_step or not file.exists():
+            file.write_text(uuid.uuid4().hex[:8])
+        self.run = wandb.init(project=project, id=file.read_text(), resume="allow", name=out.name,
                               dir=str(out), config=config)
-        # wandb's own step may not go back, as ours does when a run goes on from its checkpoint.
+        # wandb's own step cannot go back, but ours does when a run continues from a checkpoint.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -335,7 +377,7 @@ class WeightsAndBiases:
 
 
 # ---------------------------------------------------------------- the log of a run
-# what a line shows of a row, in this order, where it is there
+# What the printed line shows of a row, in this order.
 LINE = (("loss", "loss {:.4f}".format), ("ce", "ce {:.4f}".format),
         ("diversity", "diversity {:.4f}".format), ("cosine", "query cosine {:+.3f}".format),
         ("lr", "lr {:.1e}".format), ("grad_norm", "grad {:.2f}".format),
@@ -349,17 +391,19 @@ TASKS_SHOWN = 6
 
 
 class RunLog:
-    """A row a step in out/log.jsonl, events in out/events.jsonl, every log_every steps a line, and
-    TensorBoard and wandb.  Only the main_process writes and speaks; for the others all methods do nothing.
+    """Writes a row per step to out/log.jsonl and events to out/events.jsonl, prints a line every
+    log_every steps, and feeds TensorBoard and wandb.  On other processes than the main one all
+    methods do nothing.
 
-    first_step: how many steps are done; later rows of an earlier start are cut off.  wandb: a
-    project; config: what wandb shows as the run's.  peak: operations a second of all devices
-    together (peak_flops * world), None: operations a second instead of MFU.  now: the clock.
-    last: the newest row, also of an earlier start, or None.
-    Raises ValueError, on every process, when wandb is named and not installed."""
+    first_step: number of steps already done; later rows of an earlier start are removed.  wandb:
+    the project's name; config: settings that wandb shows.  peak: FLOP/s of all devices together
+    (peak_flops * world); None reports FLOP/s instead of MFU.  log: prints a line; now: the clock.
+    Attribute last: the newest row, also of an earlier start, or None.
+    Raises ValueError, on every process, when wandb is named but not installed."""
 
-    def __init__(self, out, total_steps, first_step=0, main_process=True, log_every=20, tensorboard=True,
-                 wandb="", peak=None, say=print, config=None, now=time.monotonic):
+    def __init__(self, out, total_steps, first_step=0, main_process=True, log_every=20,
+                 tensorboard=True, wandb="", peak=None, log=print, config=None,
+                 now=time.monotonic):
         check_wandb(wandb)
         self.out, self.total_steps, self.main_process, self.log_every = (
             Path(out), total_steps, main_process, log_every)
@@ -368,19 +412,19 @@ class RunLog:
         self.back_ends, self.begun, self.in_steps = {}, None, 0.0
         self._new_window()
 
-        def safely(text):
+        def safe_log(text):
             with suppress(OSError):            # stdout may be a file on the same full disk
-                say(text)
-        self.say = safely
+                log(text)
+        self.log = safe_log
         if not main_process:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        for row in read_rows(self.out / "log.jsonl", first_step):
+        for row in rows_until(self.out / "log.jsonl", first_step):
             self.last = row
-        self.log = JsonLines(self.out / "log.jsonl", self.say, first_step)
-        self.events = JsonLines(self.out / "events.jsonl", self.say)
+        self.steps = JsonLines(self.out / "log.jsonl", self.log, first_step)
+        self.events = JsonLines(self.out / "events.jsonl", self.log)
         if tensorboard and not installed("tensorboard"):
-            self.say("TensorBoard is not installed: pip install tensorboard")
+            self.log("TensorBoard is not installed: pip install tensorboard")
         elif tensorboard:
             self._start("TensorBoard", TensorBoard, self.out, first_step)
         if wandb:
@@ -388,16 +432,16 @@ class RunLog:
 
     @property
     def rows(self):
-        """[{"step", "ce"}] of all steps so far, from the file: all that draw_curve wants."""
-        return [{"step": row["step"], "ce": row.get("ce")} for row in read_rows(
+        """[{"step", "ce"}] of all steps so far, read from the file, for draw_curve."""
+        return [{"step": row["step"], "ce": row.get("ce")} for row in rows_until(
             self.out / "log.jsonl", self.at)] if self.main_process else []
 
     # ---- a step
-    def step(self, row, clips=0, tokens=0, flops=0, waited_s=0.0, seconds=0.0):
-        """row: {"step": how many are done, "loss", "ce", ..., "task_ce": {task: ce}, "skipped"}.
-        clips, tokens (LLM positions) and flops: of all processes together in this step, which took
-        so many seconds, waited_s of them for its batch.  Returns the row with rates over the steps
-        since the last printed line."""
+    def log_step(self, row, clips=0, tokens=0, flops=0, waited_s=0.0, seconds=0.0):
+        """row: {"step": number of steps done, "loss", "ce", ..., "task_ce": {task: ce}, "skipped"}.
+        clips, tokens (LLM positions), flops: of this step, summed over all processes.  It took
+        `seconds`, waited_s of them waiting for its batch.
+        -> the row with rates, which are means over the steps since the last printed line."""
         if not self.main_process:
             return row
         self.at = row["step"]
@@ -414,10 +458,10 @@ class RunLog:
         row = {**row, **self._rates()}
         due = self.at % self.log_every == 0 or self.at == self.total_steps
         self.last = written = plain(row)
-        self.log.write(written, try_again=due)
+        self.steps.write(written, try_again=due)
         self._send(scalars(written))
         if due:
-            self.say(self._line(row))
+            self.log(self._line(row))
             self._new_window()
         return row
 
@@ -435,9 +479,9 @@ class RunLog:
         elif sums["flops"]:
             rates["tflops"] = sums["flops"] / seconds / 1e12
         device = "cuda" if torch.cuda.is_initialized() else "cpu"
-        rates["memory_gib"] = sizes.peak_memory(torch.device(device)) / sizes.GIB
+        rates["memory_gib"] = peak_memory(torch.device(device)) / GIB
         rates["wait_share"] = sums["waited"] / seconds
-        # Of the steps to come: their time as now, and what validations took between those so far.
+        # Each remaining step takes as long as now, plus the mean time between steps (validation).
         between = max(0.0, self.now() - self.begun - self.in_steps)
         rates["eta_s"] = (self.total_steps - self.at) * (
             sums["seconds"] / sums["steps"] + between / max(1, self.at - self.first_step))
@@ -455,10 +499,10 @@ class RunLog:
                 + (f" | {shown}{more}" if shown else ""))
 
     # ---- events, back ends
-    def note(self, kind, **facts):
-        """An event (validation, checkpoint, skipped step, resumed) with its time and step; numbers
-        among its facts go to the back ends as kind/name.  step=: of a step that step() has not
-        been told yet."""
+    def log_event(self, kind, **facts):
+        """Logs an event (validation, checkpoint, nonfinite step, resumed) with its time and step.
+        The numbers among its facts go to the back ends as kind/name.  Pass step= for a step that
+        log_step has not logged yet."""
         if self.main_process:
             facts = plain(facts)
             self.events.write({"time": timestamp(), "step": self.at, "event": kind, **facts})
@@ -469,7 +513,7 @@ class RunLog:
             for name, back_end in [*self.back_ends.items()]:
                 self._unless_broken(name, back_end.close)
             self.back_ends = {}
-            self.log.close()
+            self.steps.close()
             self.events.close()
 
     def _start(self, name, back_end, *settings):
@@ -484,7 +528,7 @@ class RunLog:
     def _unless_broken(self, name, action, *settings):
         try:
             action(*settings)
-        except Exception as error:             # whatever it is, it is no reason to lose a run
-            self.back_ends.pop(name, None)     # not closed, which could wait for ever
-            self.say(f"{name} failed ({type(error).__name__}: {one_line(error, 120)}); "
-                     "it is switched off, the run goes on")
+        except Exception as error:             # no error of a back end may end the run
+            self.back_ends.pop(name, None)     # we do not close it, which could hang
+            self.log(f"{name} failed ({type(error).__name__}: {one_line(error, 120)}); "
+                     "it is switched off, the run continues")

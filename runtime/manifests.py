@@ -1,16 +1,14 @@
 """Manifests of any size -> records in a known order.
 
-     train.jsonl --Index.of, once, every line checked--> where each line starts, and a few numbers
-     manifests with weights --Corpus--> record(row), one line read at a time
-                                 --Order(seed)--> the row of sample number g, for any g at once
-No media and no texts are held in memory: 27 bytes a row.  The order is a function of seed and epoch
-alone, so a run goes on in the middle without replaying, on any number of processes.
+     train.jsonl --Index.of: every line checked once--> where each line starts, and a few numbers
+     manifests with weights --Corpus--> record(row), read from its line when it is needed
+                                --Order(seed)--> the row of sample number g, directly for any g
+Memory holds neither media nor texts, only 27 bytes per row.  The order depends on seed and epoch
+alone, so a run can continue at any sample, on any number of processes.
 
-Public: Index, Corpus, Order, split_weight."""
+Public: Index, Corpus, Order, split_weight, IMAGE, VIDEO, AUDIO."""
 
 import json
-import os
-import time
 import zlib
 from collections import Counter
 from functools import partial
@@ -20,18 +18,22 @@ import numpy as np
 
 from data import parse_line, to_record
 from runtime import cli
+from runtime.files import atomic
+from runtime.log import progress
 
 VERSION = 1
-CHUNK = 1 << 24                        # bytes of a manifest that one worker checks at a time
-IMAGE, VIDEO, AUDIO = 1, 2, 4          # bits of `media`
+CHUNK = 1 << 24                        # bytes of a manifest that a worker checks at a time
+IMAGE, VIDEO, AUDIO = 1, 2, 4          # bits of ROW's field `media`
 ROW = np.dtype([("offset", "<u8"), ("clip", "<u4"), ("weight", "<f4"), ("answer", "<u4"),
                 ("group", "<u2"), ("media", "u1")])
 
 
 class Index:
-    """rows (n,) of ROW: offset of the line, hash of the clip's name, meta["weight"] (default 1),
-    characters of the target, number of the group, which media.  groups: (data set, task) by
-    number."""
+    """The rows of a manifest.
+
+    rows: array (n,) of ROW: offset of the line in bytes, hash of the clip's name, meta["weight"]
+    (default 1), characters of the target, number of the group, bits of the media it names.
+    groups: list of (data set, task), by number."""
 
     def __init__(self, path, rows, groups):
         self.path, self.rows, self.groups, self.file = Path(path), rows, groups, None
@@ -39,7 +41,7 @@ class Index:
     def __len__(self):
         return len(self.rows)
 
-    def __getstate__(self):                              # a file does not travel to a worker
+    def __getstate__(self):                       # an open file cannot be sent to a worker
         return self.__dict__ | {"file": None}
 
     def record(self, k):
@@ -52,45 +54,44 @@ class Index:
 
     @classmethod
     def of(cls, path, log=print):
-        """The index of a manifest; kept beside it (where that can be written), so that it is made
-        once.  ValueError names file and line of what is wrong."""
+        """The index of a manifest.  It is saved beside the manifest, where that is possible, so
+        that it is made once.  Raises ValueError that names file and line of what is wrong."""
         path = Path(path)
         try:
             stat = path.stat()
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}; wanted a JSONL manifest") from None
         stamp = [VERSION, stat.st_size, stat.st_mtime_ns]
-        kept = path.with_name(path.name + ".index.npz")
-        if kept.exists():
-            with np.load(kept, allow_pickle=False) as found:
+        file = path.with_name(path.name + ".index.npz")
+        if file.exists():
+            with np.load(file, allow_pickle=False) as found:
                 about = json.loads(str(found["about"]))
                 if about["stamp"] == stamp:
                     return cls(path, found["rows"], [tuple(g) for g in about["groups"]])
-        rows, groups = _scan(path, stat.st_size, log)
-        temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp.npz")
+        rows, groups = _scan(path, stat.st_size)
         try:
-            np.savez(temporary, rows=rows, about=json.dumps({"stamp": stamp, "groups": groups}))
-            os.replace(temporary, kept)
+            with atomic(file) as temporary:
+                np.savez(temporary, rows=rows, about=json.dumps({"stamp": stamp, "groups": groups}))
         except OSError as error:                         # a read-only folder, a full disk
-            log(f"{kept} could not be written ({error.strerror}): the next start checks again")
-            temporary.unlink(missing_ok=True)
+            log(f"{file} could not be written ({error.strerror}); the next start checks the "
+                "manifest again")
         return cls(path, rows, groups)
 
 
 def clip_hash(values):
-    """Of the last two parts of the clip's path: the same where the data lies in another folder."""
+    """Hash of the last two parts of the clip's path, so that it survives a move of the data."""
     name = values.get("video") or values.get("image") or values.get("audio") or values["id"]
     return zlib.crc32("/".join(name.rsplit("/", 2)[-2:]).encode())
 
 
 def _scan_chunk(span, path):
-    """Lines that start in [start, end) -> their rows, hashes of their ids, groups.  Of a wrong line
-    (offset, what is wrong)."""
+    """Lines that start in the bytes [start, end) -> their rows, hashes of their ids, groups; for a
+    wrong line None, None, (offset, what is wrong)."""
     start, end = span
     rows, ids, groups = [], [], {}
     with open(path, "rb") as file:
         file.seek(max(0, start - 1))
-        if start and file.read(1) != b"\n":              # the line before ends here
+        if start and file.read(1) != b"\n":              # the previous span has this line
             file.readline()
         while (offset := file.tell()) < end and (line := file.readline()):
             if offset == 0 and line.startswith(b"\xef\xbb\xbf"):
@@ -114,28 +115,26 @@ def _scan_chunk(span, path):
     return np.array(rows, ROW), np.array(ids, np.uint64), list(groups)
 
 
-def _scan(path, size, log):
-    """Every line checked, on all cores where it is worth it -> rows, groups."""
+def _scan(path, size):
+    """Checks every line of a manifest of `size` bytes, a large one on all cores -> rows, groups."""
     spans = [(at, min(at + CHUNK, size)) for at in range(0, size, CHUNK)]
     workers = min(cli.cores(), len(spans)) if len(spans) > 3 else 1
-    parts, ids, groups, started = [], [], {}, time.time()
-    for done, (rows, names, found) in enumerate(
-            cli.parallel(partial(_scan_chunk, path=path), spans, workers, chunk=1), 1):
+    checked = cli.parallel(partial(_scan_chunk, path=path), spans, workers, chunk=1)
+    parts, ids, groups = [], [], {}
+    for rows, names, found in progress(checked, len(spans), f"checking {path}",
+                                       f"parts of {CHUNK >> 20} MiB"):
         if rows is None:
             offset, wrong = found
             raise ValueError(wrong.replace("LINE", f"{path}, line {_line_number(path, offset)}", 1))
-        there = np.array([groups.setdefault(group, len(groups)) for group in found], "<u2")
+        numbers = np.array([groups.setdefault(group, len(groups)) for group in found], "<u2")
         if len(rows):
-            rows["group"] = there[rows["group"]]
+            rows["group"] = numbers[rows["group"]]
         parts.append(rows)
         ids.append(names)
-        if len(spans) > 3 and (done % 4 == 0 or done == len(spans)):
-            log(f"checking {path}: {100 * done // len(spans)} %, {sum(map(len, parts))} rows, "
-                f"{time.time() - started:.0f} s")
     rows = np.concatenate(parts) if parts else np.zeros(0, ROW)
     if not len(rows):
         raise ValueError(f"{path}: no records; wanted at least one JSON object a line")
-    _refuse_twice(path, rows, np.concatenate(ids))
+    _refuse_duplicates(path, rows, np.concatenate(ids))
     return rows, list(groups)
 
 
@@ -144,8 +143,8 @@ def _line_number(path, offset):
         return 1 + file.read(offset).count(b"\n")
 
 
-def _refuse_twice(path, rows, ids):
-    """Equal ids; equal hashes are looked up."""
+def _refuse_duplicates(path, rows, ids):
+    """Raises ValueError for two equal ids.  Only for equal hashes the ids themselves are read."""
     order = np.argsort(ids, kind="stable")
     same = np.flatnonzero(ids[order][1:] == ids[order][:-1])
     with open(path, "rb") as file:
@@ -162,7 +161,7 @@ def _refuse_twice(path, rows, ids):
 
 # ---------------------------------------------------------------- several manifests
 def split_weight(text):
-    """'train.jsonl:0.5' -> ('train.jsonl', 0.5); without a weight 1."""
+    """'train.jsonl:0.5' -> ('train.jsonl', 0.5); the weight is 1 when it is not given."""
     path, colon, weight = text.rpartition(":")
     try:
         weight = float(weight) if colon else None
@@ -176,13 +175,15 @@ def split_weight(text):
 
 
 class Corpus:
-    """The rows of several manifests behind each other.
+    """The rows of several manifests, one manifest after the other.
 
-    train, held_out: numbers of the rows to learn and of those of the clips held out (a share of all
-    clips, the same in every run: no clip is on both sides).  weights: how often a row is drawn in
-    an epoch: its manifest's weight times its own meta["weight"].  proportional "tokens": a manifest
-    is drawn so that its share of the *answers' characters* is what its share of the rows would be;
-    else sets of long answers (captions) outweigh those of short ones."""
+    manifests: [(path, weight)]; val_share: share of all clips to hold out; usable: media bits ->
+    bool, which rows a model can take.
+    train, held_out: numbers of the rows to learn, and of those whose clips are held out.  They are
+    the same in every run, and no clip is in both.  weights: how often an epoch draws each row: its
+    manifest's weight times its own meta["weight"].  proportional "tokens": a manifest's share
+    counts characters of the answers instead of rows, so that long answers (captions) do not
+    outweigh short ones."""
 
     def __init__(self, manifests, val_share=0.0, proportional="samples", usable=None, log=print):
         self.indices = [Index.of(path, log) for path, _ in manifests]
@@ -201,18 +202,19 @@ class Corpus:
         held_out = rows["clip"] < val_share * 2 ** 32
         self.train = np.flatnonzero(good & ~held_out).astype(np.int32)
         self.held_out = np.flatnonzero(good & held_out).astype(np.int32)
-        self.sound_only = self.train[self.media[self.train] == AUDIO]       # to pair pictures with
+        self.sound_only = self.train[self.media[self.train] == AUDIO]     # partners of pictures
 
     def record(self, row):
-        """Record of a row, read from its manifest."""
+        """Row number -> Record, read from its manifest."""
         k = int(np.searchsorted(self.ends, row, side="right"))
         return self.indices[k].record(row - (self.ends[k - 1] if k else 0))
 
     def records(self, rows):
+        """Row numbers -> list of Record."""
         return [self.record(row) for row in rows]
 
     def mixture(self, before=None):
-        """{data set: {task: rows to learn}}, added to what was learnt `before`."""
+        """{data set: {task: number of rows to learn}}, added to those of `before`."""
         found, offset = {name: dict(tasks) for name, tasks in (before or {}).items()}, 0
         for index in self.indices:
             mine = self.train[(self.train >= offset) & (self.train < offset + len(index))] - offset
@@ -225,14 +227,15 @@ class Corpus:
 
 
 class Order:
-    """Sample number g of a run -> position in `weights`.  Each epoch holds each row as often as its
-    weight says (fractions by lot), shuffled."""
+    """order(g): position in `weights` of sample number g of a run.  Each epoch is shuffled and
+    holds each row as often as its weight says; a fraction is drawn at random in each epoch."""
 
     def __init__(self, weights, seed):
         if not len(weights):
             raise ValueError(
                 "no training questions; lower --val-share, or look at what was skipped")
-        self.weights, self.seed, self.ends, self.kept = np.asarray(weights), seed, [0], (None, None)
+        self.weights, self.seed, self.ends = np.asarray(weights), seed, [0]
+        self.last = None, None                      # the newest epoch: its number, its positions
 
     def __call__(self, g):
         while g >= self.ends[-1]:
@@ -249,13 +252,8 @@ class Order:
 
     def epoch(self, epoch):
         """The positions of one epoch, in order."""
-        if self.kept[0] != epoch:
+        if self.last[0] != epoch:
             rng, times = self._times(epoch)
-            self.kept = epoch, rng.permutation(
+            self.last = epoch, rng.permutation(
                 np.repeat(np.arange(len(times), dtype=np.int32), times))
-        return self.kept[1]
-
-    def epoch_of(self, g):
-        """Which epoch sample g is in."""
-        self(g)
-        return int(np.searchsorted(self.ends, g, side="right")) - 1
+        return self.last[1]

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import favor
 import lora
-from data import Clip, clip_from_path, write_wav
+from data import Clip, clip_from_path
 from favor import (
     OFFICIAL,
     PRESETS,
@@ -44,6 +44,7 @@ from favor import (
 from llama import Llama, LlamaConfig, Tokenizer
 from runtime import hub
 from runtime.fast import flash_block_causal
+from runtime.media import write_wav
 from vit_qformer import QFormerConfig, QFormerTokenizer, VisualEncoder, ViTConfig
 from whisper_enc import WhisperConfig, WhisperEncoder
 

@@ -186,7 +186,8 @@ def test_two_ranks_part(tmp_path):
     assert run_forked(lambda rank: [meet_and_part(rank, k) for k in range(40)], 2) == [0, 0]
 
 
-@pytest.mark.parametrize("end, code", [("distributed.shutdown(model)", 0), ("sys.exit('no clip')", 1)])
+@pytest.mark.parametrize("end, code", [("distributed.shutdown(model)", 0),
+                                       ("sys.exit('no clip')", 1)])
 def test_no_thread_outlives_the_group(tmp_path, end, code):
     """One of gloo's that wants Python's lock while Python ends aborts the process."""
     script = tmp_path / "script.py"
@@ -307,15 +308,15 @@ def test_what_is_a_full_disk(tmp_path, error, full):
             raise error
     if full:
         said = []
-        assert not checkpoints.save_or_say(tmp_path / "last", Model(), {}, say=said.append)
+        assert not checkpoints.save_unless_full(tmp_path / "last", Model(), {}, log=said.append)
         assert "the disk is full" in said[0] and "there is no checkpoint yet" in said[0]
     else:
         with pytest.raises(type(error)):
-            checkpoints.save_or_say(tmp_path / "last", Model(), {})
+            checkpoints.save_unless_full(tmp_path / "last", Model(), {})
 
 
 def test_a_run_whose_end_could_not_be_saved_says_so(command, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(checkpoints, "save_or_say", lambda *_: False)
+    monkeypatch.setattr(checkpoints, "save_unless_full", lambda *_: False)
     with pytest.raises(SystemExit, match="last could not be saved, the disk was full; make room"):
         run(command(tmp_path, "--test", steps=2, val_every=2, show=0))
 
@@ -339,19 +340,34 @@ def test_a_disk_that_is_full_at_the_end_is_said(command, tmp_path, monkeypatch, 
 
 def test_a_best_that_was_not_saved_is_not_the_best(command, tmp_path, monkeypatch):  # noqa: F811
     """The disk is full for the first best/: a later, here worse, one takes its place."""
-    scores, whole, refused = iter([1.0, 2.0, 3.0]), checkpoints.save_or_say, []
+    scores, whole, refused = iter([1.0, 2.0, 3.0]), checkpoints.save_unless_full, []
 
-    def save_or_say(folder, *rest):
+    def save_unless_full(folder, *rest):
         if folder.name == "best" and not refused:
             refused.append(folder)
             return False
         return whole(folder, *rest)
-    monkeypatch.setattr(checkpoints, "save_or_say", save_or_say)
+    monkeypatch.setattr(checkpoints, "save_unless_full", save_unless_full)
     monkeypatch.setattr(train, "validate", lambda *_: next(scores))
     run(command(tmp_path, steps=6, val_every=2, show=0))
     facts = json.loads((tmp_path / "best" / "favor.json").read_text())
     assert (facts["step"], facts["val_ce"]) == (4, 2.0)
     assert checkpoints.load_state(tmp_path / "last")["best"] == 2.0
+
+
+def test_an_old_run_is_compared_under_the_new_names(tmp_path):
+    """state.pt of a version that called window_frames windows, and grad_clip clip."""
+    (tmp_path / "last").mkdir()
+    old = {"windows": 4, "clip": 1.0, "lr": 0.1, "gone": 3}
+    torch.save({"step": 5, "config": old}, tmp_path / "last" / "state.pt")
+    now = {"window_frames": 4, "grad_clip": 1.0, "lr": 0.1, "new": 1}
+    folder, state = checkpoints.resume(tmp_path, now, ())
+    assert folder == tmp_path / "last" and state["step"] == 5
+    for changes, shown in (({"window_frames": 5}, r"\{'window_frames': \(4, 5\)\}"),
+                           ({"grad_clip": 2.0}, r"\{'grad_clip': \(1.0, 2.0\)\}")):
+        with pytest.raises(SystemExit, match=f"other settings, .*{shown}; choose another --out"):
+            checkpoints.resume(tmp_path, now | changes, ("lr",))
+    assert checkpoints.resume(tmp_path, now | {"lr": 9}, ("lr",)) is not None
 
 
 def test_stop_signal_and_the_second_one():

@@ -485,7 +485,7 @@ def one_step(model, samples, config):
 def test_the_loss_of_a_step_is_the_batch_mean(small_model, small_miniature, limits):
     """Over answer tokens, not over samples or parts, and whatever the size of the parts."""
     records = data.read_manifest(small_miniature / "train.jsonl")[::9]
-    store = features.keep_features(small_model, records, log=quiet)
+    store = features.cache_features(small_model, records, log=quiet)
     _, samples = answers.readable_samples(small_model, records, store)
     with torch.no_grad():
         wanted = small_model(samples)
@@ -723,7 +723,7 @@ def test_views(small_model, small_miniature):
     """Each answer is what the model says with that modality masked, also where the clip has none of
     it and the answer is taken over from another view."""
     records = data.read_manifest(small_miniature / "test.jsonl")
-    store = features.keep_features(small_model, records, log=quiet)
+    store = features.cache_features(small_model, records, log=quiet)
     torch.manual_seed(0)                     # an untrained model says the same in every view
     for parameter in small_model.trained_parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -792,13 +792,14 @@ def test_eval_merges_unless_told_not_to(finished):
 def test_which_checkpoint(tmp_path, monkeypatch):
     """The last own run, else the committed one, else what to do."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "HERE", tmp_path / "repo")
+    committed = tmp_path / "repo" / "miniature" / "weights" / "favor"
+    monkeypatch.setattr(checkpoints, "COMMITTED", committed)
     with pytest.raises(SystemExit, match="python train.py"):
-        evaluation.find_checkpoint("")
-    for folder in (tmp_path / "repo" / "miniature" / "weights" / "favor", Path("runs/tiny/best")):
+        checkpoints.find_checkpoint("")
+    for folder in (committed, Path("runs/tiny/best")):
         folder.mkdir(parents=True)
         (folder / "favor.json").write_text("{}")
-        assert evaluation.find_checkpoint("") == folder
+        assert checkpoints.find_checkpoint("") == folder
 
 
 def test_table():

@@ -7,8 +7,6 @@ On the device "meta" a model has shapes only: `python train.py --model 13b --dry
 
 Public: PUBLISHED, random_part, table, memory_plan, empty_sample, peak_memory."""
 
-import resource
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import lora
 from data import Features, Sample
 from llama import Llama, LlamaConfig, Tokenizer
 from runtime import hub
+from runtime.log import GIB, in_words, peak_memory  # noqa: F401
 from vit_qformer import (
     FRAMES_AT_ONCE,
     QFormerConfig,
@@ -46,7 +45,6 @@ FROM_FOLDER = {
 # class of a tokenizer -> the files that a folder must have, the miniature's in its place
 STAND_INS = {Tokenizer: ("tokenizer.*", "miniature/weights/llama"),
              QFormerTokenizer: ("qformer_tokenizer", "miniature/weights/instructblip")}
-GIB = 2 ** 30
 
 
 # ---------------------------------------------------------------- random weights
@@ -114,18 +112,6 @@ def row(name, parameters):
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
     return (f"| {name} | {sum(p.numel() for p in parameters):,} | {trained:,} | "
             f"{in_words(size(parameters))} | {', '.join(dtypes)} |")
-
-
-def peak_memory(device):
-    """Most bytes that this process has had at once: on its GPU, else of the machine's memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def in_words(n_bytes):
-    return f"{n_bytes / GIB:.2f} GiB" if n_bytes > GIB / 10 else f"{n_bytes / 2 ** 20:.2f} MiB"
 
 
 def parts_of(model):

@@ -1,7 +1,7 @@
 """The goals of bench.py about files: the 2-fps picture reader, and the reader of 16 kHz sound.
 
      moving noise, 720p, GOP 250, 3 B-frames, AAC 48 kHz stereo --PyAV--> clip.mp4
-       --data.read_frames--> (F,3,224,224), times     against ffmpeg that only decodes
+       --media.read_frames--> (F,3,224,224), times     against ffmpeg that only decodes
        --data.read_audio--> (S,)                      against ffmpeg -ac 1 -ar 16000
 The peers are ffmpeg's command line on one thread, as a loader worker has one; where there is none,
 a plain PyAV loop, and the lines say so.
@@ -15,13 +15,13 @@ import tempfile
 import time
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
 
-from data import AUDIO_RATE, TICK, read_audio, read_frames
 from experiments.bench.measure import (
     Line,
     Run,
@@ -33,6 +33,8 @@ from experiments.bench.measure import (
     threads,
 )
 from runtime import cli
+from runtime.media import AUDIO_RATE, TICK, read_audio, read_frames
+from vit_qformer import resize
 
 GOP = 250
 FPS = Fraction(30000, 1001)
@@ -132,7 +134,7 @@ def pictures(run: Run):
             check_equal("frames that are not on screen at their time", wrong.ours, 0)
         decode, name = decoder(path)
         line = compare(run, f"{seconds} s of video: all frames at 2 fps", tuple,
-                       lambda: read_frames(path), decode, peer_name=name,
+                       lambda: read_frames(path, resize), decode, peer_name=name,
                        wanted=run.wants("ratio <= 1.10"),
                        note="one thread each; the peer only decodes, so it is the floor, too")
         line.floor = line.peer
@@ -146,7 +148,7 @@ def wrong_frames(path):
     with av.open(path) as container:
         origin = float(min(s.start_time * s.time_base for s in container.streams))
     stamps = [stamp - origin for stamp in stamps]
-    _, times = read_frames(path)
+    _, times = read_frames(path, resize)
     wanted = [stamps[max(0, bisect.bisect_right(stamps, i / 2 + TICK) - 1)]
               for i in range(len(times))]
     wrong = sum(abs(a - b) > TICK for a, b in zip(times, wanted, strict=True))
@@ -158,7 +160,7 @@ def wrong_frames(path):
 
 def pixels_of(run, path):
     """Largest difference from PIL's bicubic, of 255, on some of the frames."""
-    frames, times = read_frames(path)
+    frames, times = read_frames(path, resize)
     try:
         from PIL import Image
     except ImportError:
@@ -184,11 +186,11 @@ def seeking(run, path, seconds):
     every = run.pick(test=2, quick=8, full=8)
     targets = [i / 2 for i in range(2 * seconds)]
     some = targets[every // 2::every]
-    _, times = read_frames(path)
+    _, times = read_frames(path, resize)
     found = seek_each(path, some)
     check("frames found by seeking", torch.tensor(found),
           torch.tensor([times[targets.index(t)] for t in some]), 2 * TICK + 0.05)
-    spent = interleaved(run, "seek each", tuple, {"ours": lambda: read_frames(path),
+    spent = interleaved(run, "seek each", tuple, {"ours": lambda: read_frames(path, resize),
                                                   "peer": lambda: seek_each(path, some)},
                         run.pick(test=1, full=3))
     peer = [s * len(targets) / len(some) for s in spent["peer"]]
@@ -203,7 +205,7 @@ def fed(run, path, seconds):
     workers = min(16, cli.cores())
     jobs = [path] * (4 * workers)
     start = None
-    for _ in cli.parallel(read_frames, jobs, workers, chunk=1):
+    for _ in cli.parallel(partial(read_frames, resize=resize), jobs, workers, chunk=1):
         if start is None:
             start, done = time.perf_counter(), 0
             continue

@@ -15,6 +15,7 @@ import eval as evaluation
 from aveb import prepare as aveb
 from aveb import tables
 from favor import Favor
+from runtime.media import write_wav
 
 QUIET = {"log": lambda *_: None}
 
@@ -139,7 +140,7 @@ def test_from_an_official_folder_to_the_table(checkpoint, tmp_path, capsys):
     (chapter / "12-34.trans.txt").write_text(
         "12-34-0000 RED BALL\n12-34-0001 BLUE BOX\n12-34-0002 GONE\n")
     for n in range(2):
-        data.write_wav(chapter / f"12-34-000{n}.wav", torch.randn(8000) * 0.1)
+        write_wav(chapter / f"12-34-000{n}.wav", torch.randn(8000) * 0.1)
         (chapter / f"12-34-000{n}.wav").rename(chapter / f"12-34-000{n}.flac")   # by content
     manifest = tmp_path / "test.jsonl"
     aveb.main(["prepare", "librispeech", "--root", str(tmp_path / "LibriSpeech"), "--split",

@@ -19,6 +19,7 @@ from aveb import captions, tables
 from aveb import prepare as aveb
 from aveb.sets import SAVEBENCH, SETS, Files, narration
 from favor import Favor
+from runtime.media import write_png, write_video, write_wav
 
 HERE = None                                      # a media file belongs here
 EMPTY = b""
@@ -30,10 +31,10 @@ def clips(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
     sound = (0.1 * rng.standard_normal(32000)).astype(np.float32)                     # 2 s
     frames = rng.integers(0, 255, (8, 64, 64, 3)).astype(np.uint8)
-    data.write_wav(folder / "a.wav", sound)
-    data.write_png(folder / "a.png", frames[0])
-    data.write_video(folder / "a.mp4", frames, 4, sound)
-    data.write_video(folder / "silent.mp4", frames, 4)
+    write_wav(folder / "a.wav", sound)
+    write_png(folder / "a.png", frames[0])
+    write_video(folder / "a.mp4", frames, 4, sound)
+    write_video(folder / "silent.mp4", frames, 4)
     kinds = {"a.wav": (".wav", ".flac", ".mp3"), "a.png": (".png", ".jpg", ".gif"),
              "a.mp4": (".mp4",), "silent.mp4": (".avi",)}
     return {suffix: folder / name for name, suffixes in kinds.items() for suffix in suffixes}

@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 
 from aveb import speech
-from data import Record, read_audio, read_manifest, write_manifest
+from data import Record, read_manifest, write_manifest
+from runtime.media import read_audio
 
 FAKE = """#!{python} -S
 import sys, struct, wave

@@ -11,6 +11,7 @@ import pytest
 
 import data
 from miniature import world
+from runtime.media import write_video
 
 COLOURS, SHAPES = list(world.COLOURS), list(world.SHAPES)
 
@@ -322,7 +323,7 @@ def test_what_is_seen_and_heard_is_synchronous(tmp_path):
     """Colour on screen and sound of every half second, after H.264 and AAC, are the facts."""
     for index, scene in enumerate(scenes("concert", "test", 4)):
         path = tmp_path / f"{index}.mp4"
-        data.write_video(path, scene.media["video"](), world.VIDEO_FPS, scene.media["audio"]())
+        write_video(path, scene.media["video"](), world.VIDEO_FPS, scene.media["audio"]())
         clip = data.load_clip(data.Record("x", "t", "p", video=str(path)), size=64)
         for frame, ((colour, _), heard) in enumerate(scene.facts):
             picture = clip.frames[frame].permute(1, 2, 0).numpy().astype(int)

@@ -1,5 +1,5 @@
-"""sharding.py in two processes with gloo: one process = two sharded, to the checkpoints' files; how
-much each holds; what recomputing activations changes (nothing).
+"""distributed.py: a model sharded over two processes with gloo: one process = two sharded, to the
+checkpoints' files; how much each holds; what recomputing activations changes (nothing).
 
 Ten steps of four samples; process 0 meets sound and text, process 1 pictures and text, one of them
 text alone in most steps: nobody may wait for a branch that the other does not take."""
@@ -95,7 +95,7 @@ def steps_of(model, optimiser, first=0, last=STEPS, micro=4, autocast=False, bat
 
 
 def weights_of(model):
-    return {name: p.detach().clone() for name, p in distributed.trained(model)}
+    return {name: p.detach().clone() for name, p in distributed._trained(model)}
 
 
 def two_processes(work, folder):
@@ -285,7 +285,8 @@ def test_accumulation(build, one, tmp_path):
         for kind in ("DDP", "sharded"):
             model = build()
             distributed.checkpoint_activations(model)
-            model = DistributedDataParallel(model) if kind == "DDP" else distributed.shard(model, CPU)
+            model = (DistributedDataParallel(model) if kind == "DDP"
+                     else distributed.shard(model, CPU))
             found.append(steps_of(model, optimiser_of(model), last=2, micro=1))
         return found
     for found in two_processes(work, tmp_path):
@@ -349,7 +350,7 @@ def test_recomputing_changes_nothing(build):
         torch.manual_seed(1)
         losses = model(batch_of(0))
         losses["loss"].backward()
-        return {name: p.grad.clone() for name, p in distributed.trained(model)}, copy.copy(counts)
+        return {name: p.grad.clone() for name, p in distributed._trained(model)}, copy.copy(counts)
 
     kept, once = gradients()
     distributed.checkpoint_activations(model)

@@ -28,7 +28,8 @@ from baselines.instructblip import InstructBlip
 from favor import Favor, Features
 from runtime import distributed
 from runtime import feature_cache as features
-from runtime.feature_cache import FeatureCache, keep_features
+from runtime.feature_cache import FeatureCache, cache_features
+from runtime.media import probe
 
 quiet = lambda *_: None                                                          # noqa: E731
 pytestmark = pytest.mark.filterwarnings("ignore:.*s are read:UserWarning")     # --max-seconds
@@ -106,7 +107,7 @@ def opened_as(monkeypatch, kind, suffix=""):
 
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_kept_features_are_fresh_ones(small_model, records, tmp_path, on_disk, encoded):
-    cache = keep_features(small_model, records, tmp_path / "kept" if on_disk else None, log=quiet)
+    cache = cache_features(small_model, records, tmp_path / "kept" if on_disk else None, log=quiet)
     assert len(encoded) == len(clips_of(records)) < len(records)          # once a clip
     kinds = set()
     for r in records:
@@ -115,32 +116,29 @@ def test_kept_features_are_fresh_ones(small_model, records, tmp_path, on_disk, e
         same(kept, fresh, tolerance=2e-3)                                 # fp16
         assert r in cache and cache.reason(r) is None
         kinds.add((kept.visual is not None, kept.audio is not None, kept.is_image))
-        heard = cache.sound(r)
-        assert heard is None if kept.audio is None else torch.equal(heard, kept.audio)
         other = dataclasses.replace(r, prompt="never asked")
         # without a picture no prompt changes anything
         assert (other in cache) == (cache.get(other) is not None) == (kept.visual is None)
-        assert cache.sound(other) is None or torch.equal(cache.sound(other), kept.audio)
     assert len(kinds) == 6, kinds              # film, silent film, sound, picture, both, text
     assert cache.get(records[-1]) == Features(None, None, False)          # the text
     for unknown in (dataclasses.replace(records[0], start=0.25),
                     data.Record("?", "", "", audio="?")):
-        assert cache.get(unknown) is cache.sound(unknown) is cache.reason(unknown) is None
+        assert cache.get(unknown) is cache.reason(unknown) is None
 
 
 def test_the_kept_are_used(small_model, records, tmp_path, encoded):
     """In whatever order, by ids of any name, with what another manifest adds; numbers of today's
     cache are those that the first one returned."""
     logged = []
-    first = keep_features(small_model, records[2:], tmp_path / "kept", log=quiet)
+    first = cache_features(small_model, records[2:], tmp_path / "kept", log=quiet)
     del encoded[:]
-    again = keep_features(small_model, records[:1:-1], tmp_path / "kept", log=logged.append)
+    again = cache_features(small_model, records[:1:-1], tmp_path / "kept", log=logged.append)
     assert not encoded
-    assert logged == [f"features: {tmp_path / 'kept'}, {len(clips_of(records[2:]))} clips"]
+    assert logged == [f"feature cache: {tmp_path / 'kept'}, {len(clips_of(records[2:]))} clips"]
     for r in records[2:]:
         same(again.get(r), first.get(r))
     more = [dataclasses.replace(r, id=f"{r.id}-2", task="mine", target="x") for r in records]
-    third = keep_features(small_model, more, tmp_path / "kept", log=quiet)
+    third = cache_features(small_model, more, tmp_path / "kept", log=quiet)
     assert len(encoded) == len(clips_of(records)) - len(clips_of(records[2:])) > 0
     for r in records[2:]:
         same(third.get(r), first.get(r))
@@ -149,10 +147,10 @@ def test_the_kept_are_used(small_model, records, tmp_path, encoded):
 def test_another_question_about_a_kept_clip(small_model, records, tmp_path, encoded):
     """Only its picture is looked at again: the sound is there."""
     film = next(r for r in records if r.task == "avssd")
-    keep_features(small_model, [film], tmp_path, log=quiet)
+    cache_features(small_model, [film], tmp_path, log=quiet)
     size = sum(f.stat().st_size for f in tmp_path.rglob("*.bin"))
     asked = [dataclasses.replace(film, prompt=p) for p in ("a b", "c d", film.prompt)]
-    cache = keep_features(small_model, asked, tmp_path, log=quiet)
+    cache = cache_features(small_model, asked, tmp_path, log=quiet)
     (clip, prompts), = encoded[1:]
     assert clip.audio is None and prompts == ["a b", "c d"]
     for r in asked:
@@ -170,17 +168,17 @@ def test_another_question_about_a_kept_clip(small_model, records, tmp_path, enco
 
 def test_paths_and_moved_folders(small_model, records, tmp_path, monkeypatch, encoded):
     """A path counts as what it names, and relative to the folder of the features."""
-    keep_features(small_model, records, tmp_path / "media" / "features", log=quiet)
+    cache_features(small_model, records, tmp_path / "media" / "features", log=quiet)
     del encoded[:]
     monkeypatch.chdir(tmp_path)
     relative = [dataclasses.replace(r, **{k: os.path.relpath(getattr(r, k)) for k in data.MEDIA
                                           if getattr(r, k)}) for r in records]
     assert relative[0] != records[0]
-    keep_features(small_model, relative, "media/features", log=quiet)
+    cache_features(small_model, relative, "media/features", log=quiet)
     (tmp_path / "media").rename(tmp_path / "moved")
     moved = [dataclasses.replace(r, **{k: getattr(r, k).replace("/media/", "/moved/")
                                        for k in data.MEDIA if getattr(r, k)}) for r in records]
-    keep_features(small_model, moved, tmp_path / "moved" / "features", log=quiet)
+    cache_features(small_model, moved, tmp_path / "moved" / "features", log=quiet)
     assert not encoded
 
 
@@ -189,14 +187,14 @@ def test_what_makes_features_anew(small_parts, records, tmp_path, encoded):
         shutil.copytree(small_parts / name, tmp_path / name)
     film = next(r for r in records if r.task == "avssd")
 
-    def anew(record=film, reading=None, dtype=None, change=quiet, **changes):
+    def anew(record=film, options=None, dtype=None, change=quiet, **changes):
         """Whether a record is encoded, the second time not."""
         model = Favor.from_config(small_config(tmp_path, **changes), dtype)
         change(model)
         before = len(encoded)
-        keep_features(model, [record], tmp_path / "kept", log=quiet, reading=reading)
+        cache_features(model, [record], tmp_path / "kept", log=quiet, clip_options=options)
         once = len(encoded)
-        keep_features(model, [record], tmp_path / "kept", log=quiet, reading=reading)
+        cache_features(model, [record], tmp_path / "kept", log=quiet, clip_options=options)
         assert len(encoded) == once, "not kept"
         return once > before
 
@@ -210,8 +208,8 @@ def test_what_makes_features_anew(small_parts, records, tmp_path, encoded):
     for field, value in (("fps", 4.0), ("frame_times", "ends"), ("audio_seconds", 3.0),
                          ("antialias", False), ("max_seconds", 3.0)):
         assert anew(**{field: value}), field
-    assert not anew(reading={"max_seconds": 3.0})             # as the config had it
-    assert anew(reading={"max_seconds": 2.0}) and not anew(window_frames=2, diversity=0.5)
+    assert not anew(options={"max_seconds": 3.0})             # as the config had it
+    assert anew(options={"max_seconds": 2.0}) and not anew(window_frames=2, diversity=0.5)
     assert anew(dtype=torch.bfloat16)
     # weights that no file holds (--random-init); trained parts do not count
     assert anew(change=lambda model: model.visual.query_tokens.data.fill_(0.5))
@@ -234,36 +232,37 @@ def test_instructblip_keeps_a_clip_once(small_parts, records, tmp_path, monkeypa
     model = InstructBlip.from_config(small_config(small_parts))
     asked = [dataclasses.replace(r, id=f"{r.id} {k}", prompt=f"what {k}")
              for r in records if r.video or r.image for k in range(3)]
-    cache = keep_features(model, asked, tmp_path / "kept", log=quiet)
+    cache = cache_features(model, asked, tmp_path / "kept", log=quiet)
     clips = len(clips_of(asked))
     assert len([line for line in lines_of(tmp_path / "kept") if "seen" in line]) == clips
     for r in asked:
-        same(cache.get(r), model.encode(data.load_clip(r, **model.clip_options()), [r.prompt])[0], 2e-2)
+        clip = data.load_clip(r, **model.clip_options())
+        same(cache.get(r), model.encode(clip, [r.prompt])[0], 2e-2)
     with torch.no_grad():
         model.visual.query_tokens.add_(1)                                     # as training does
     monkeypatch.setattr(InstructBlip, "encode", None)
-    keep_features(model, asked, tmp_path / "kept", log=quiet)
+    cache_features(model, asked, tmp_path / "kept", log=quiet)
     other = Favor.from_config(small_config(small_parts))
     assert all(r not in FeatureCache(tmp_path / "kept", other) for r in asked)
 
 
 def test_features_made_by_other_processes(small_model, records, monkeypatch):
-    alone = keep_features(small_model, records, workers=1, log=quiet)
+    alone = cache_features(small_model, records, workers=1, log=quiet)
     fork = multiprocessing.get_context("fork")                    # spawned ones: test_cli.py
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
-    shared = keep_features(small_model, records, workers=2, log=quiet)
+    shared = cache_features(small_model, records, workers=2, log=quiet)
     for r in records:
         same(shared.get(r), alone.get(r), tolerance=1e-3)
     small_model.bfloat16()                                        # they know the dtype
-    halves = keep_features(small_model, records, workers=2, log=quiet)
+    halves = cache_features(small_model, records, workers=2, log=quiet)
     far = [(halves.get(r).audio.float() - alone.get(r).audio.float()).abs().max()
            for r in records if alone.get(r).audio is not None]
     assert 1e-3 < max(far) < 0.2
     with torch.no_grad():
         small_model.visual.query_tokens.add_(1)                   # what no file can tell them
-    with pytest.raises(ValueError, match="not those that its config names.*workers=1"):
-        keep_features(small_model, records, workers=2, log=quiet)
-    keep_features(small_model, records, workers=1, log=quiet)
+    with pytest.raises(ValueError, match="differ from those that its config names.*workers=1"):
+        cache_features(small_model, records, workers=2, log=quiet)
+    cache_features(small_model, records, workers=1, log=quiet)
 
 
 # ---- killed, several processes ------------------------------------------------------------------
@@ -272,7 +271,7 @@ def test_killed_at_any_moment(small_model, records, tmp_path, monkeypatch):
     """SIGKILL at random moments: what was written is whole and stays, and the next start goes on
     with what is missing."""
     started = time.time()
-    whole = keep_features(small_model, records, log=quiet)
+    whole = cache_features(small_model, records, log=quiet)
     seconds, rng, killed, kept = time.time() - started, random.Random(0), 0, 0
 
     def written():
@@ -280,7 +279,7 @@ def test_killed_at_any_moment(small_model, records, tmp_path, monkeypatch):
 
     for _ in range(8):
         before = written()
-        child = forked(lambda: keep_features(small_model, records, tmp_path / "kept", log=quiet))
+        child = forked(lambda: cache_features(small_model, records, tmp_path / "kept", log=quiet))
         while child.is_alive() and written() == before:
             time.sleep(0.002)
         child.join(rng.uniform(0, 0.1) * seconds)
@@ -294,7 +293,7 @@ def test_killed_at_any_moment(small_model, records, tmp_path, monkeypatch):
         assert held >= kept
         kept = held
     assert killed >= 2 and kept >= 3
-    keep_features(small_model, records, tmp_path / "kept", log=quiet)
+    cache_features(small_model, records, tmp_path / "kept", log=quiet)
     cache = FeatureCache(tmp_path / "kept", small_model)
     monkeypatch.setattr(Favor, "encode", None)
     cache.fill(records, log=quiet)
@@ -322,7 +321,7 @@ def test_killed_in_the_middle_of_a_write(small_model, records, tmp_path, monkeyp
 
     def work():
         opened_as(monkeypatch, Torn, kind)
-        keep_features(small_model, film, tmp_path / "kept", log=quiet)
+        cache_features(small_model, film, tmp_path / "kept", log=quiet)
 
     child = forked(work)
     child.join()
@@ -333,8 +332,8 @@ def test_killed_in_the_middle_of_a_write(small_model, records, tmp_path, monkeyp
         assert sum(e[0] is not None for e in entries) == 2
     else:
         assert len(entries) == (3 if share == 1 else 2)
-    keep_features(small_model, film, tmp_path / "kept", log=quiet)
-    cache, whole = FeatureCache(tmp_path / "kept", small_model), keep_features(
+    cache_features(small_model, film, tmp_path / "kept", log=quiet)
+    cache, whole = FeatureCache(tmp_path / "kept", small_model), cache_features(
         small_model, film, log=quiet)
     for r in film:
         same(cache.get(r), whole.get(r), 2e-3)
@@ -342,14 +341,14 @@ def test_killed_in_the_middle_of_a_write(small_model, records, tmp_path, monkeyp
 
 def test_a_pack_that_lost_its_end(small_model, records, tmp_path, encoded):
     """A crash of the machine: lines without their numbers, and lines of zeros, do not count."""
-    keep_features(small_model, records, tmp_path / "kept", log=quiet)
-    whole = keep_features(small_model, records, log=quiet)
+    cache_features(small_model, records, tmp_path / "kept", log=quiet)
+    whole = cache_features(small_model, records, log=quiet)
     pack, = (tmp_path / "kept").rglob("*.bin")
     os.truncate(pack, pack.stat().st_size // 2)
     index = pack.with_suffix(".jsonl")
     index.write_bytes(index.read_bytes() + b"\0" * 50 + b"\n")
     del encoded[:]
-    cache = keep_features(small_model, records, tmp_path / "kept", log=quiet)
+    cache = cache_features(small_model, records, tmp_path / "kept", log=quiet)
     assert 0 < len(encoded) < len(clips_of(records))
     for r in records:
         same(cache.get(r), whole.get(r), 2e-3)
@@ -366,7 +365,7 @@ def test_two_processes_one_after_the_other(small_model, records, tmp_path):
         if rank == 1:
             Favor.encode = None
         with distributed.main_process_first():
-            cache = keep_features(small_model, records, tmp_path / "kept", log=quiet)
+            cache = cache_features(small_model, records, tmp_path / "kept", log=quiet)
         assert all(r in cache for r in records)
         distributed.shutdown()
 
@@ -376,8 +375,8 @@ def test_two_processes_one_after_the_other(small_model, records, tmp_path):
 
 def test_processes_that_write_at_the_same_time(small_model, records, tmp_path, monkeypatch):
     """Each to its own pack, a fork of a writer too; who reads meanwhile sees whole entries only."""
-    whole = keep_features(small_model, records, log=quiet)
-    parent = keep_features(small_model, records[:2], tmp_path / "kept", log=quiet)    # has a pack
+    whole = cache_features(small_model, records, log=quiet)
+    parent = cache_features(small_model, records[:2], tmp_path / "kept", log=quiet)    # has a pack
     children = [forked(lambda part=part: parent.fill(part, log=quiet))
                 for part in (records[2::2], records[3::2])]
     while any(child.is_alive() for child in children):
@@ -389,7 +388,7 @@ def test_processes_that_write_at_the_same_time(small_model, records, tmp_path, m
     parent.fill([last], log=quiet)
     assert len([*(tmp_path / "kept").rglob("*.bin")]) == 3
     monkeypatch.setattr(Favor, "encode", None)
-    cache = keep_features(small_model, [*records, last], tmp_path / "kept", log=quiet)
+    cache = cache_features(small_model, [*records, last], tmp_path / "kept", log=quiet)
     for r in records:
         same(cache.get(r), whole.get(r), 2e-3)
 
@@ -398,7 +397,7 @@ def test_processes_that_write_at_the_same_time(small_model, records, tmp_path, m
 def test_a_cache_goes_to_other_processes(small_model, records, tmp_path, on_disk):
     """As with a DataLoader's workers, which are spawned: without the model, and not large."""
     folder = tmp_path / "kept" if on_disk else None
-    cache = keep_features(small_model, records[:-1], folder, log=lambda _: None)
+    cache = cache_features(small_model, records[:-1], folder, log=lambda _: None)
     packed = pickle.dumps(cache)
     assert len(packed) < (10_000 if on_disk else 200_000)
     copy = pickle.loads(packed)
@@ -406,7 +405,7 @@ def test_a_cache_goes_to_other_processes(small_model, records, tmp_path, on_disk
         same(copy.get(r), cache.get(r))
     copy.put(records[-1], Features())                             # to a pack of its own
     cache.fill(records, log=quiet)
-    assert records[-1] in copy and copy.reading == cache.reading
+    assert records[-1] in copy and copy.clip_options == cache.clip_options
     if on_disk:
         assert len([*folder.rglob("*.bin")]) == 2
         assert all(r in FeatureCache(folder, small_model) for r in records)
@@ -422,7 +421,7 @@ def test_unreadable_clips(small_model, records, tmp_path, encoded, monkeypatch):
               for name in ("bad.mp4", "missing.mp4")]
     broken.append(dataclasses.replace(broken[0], id="again", prompt="other"))
     logged = []
-    cache = keep_features(small_model, [*records, *broken], tmp_path / "kept", log=logged.append)
+    cache = cache_features(small_model, [*records, *broken], tmp_path / "kept", log=logged.append)
     told = next(line for line in logged if line.startswith("skipped"))
     assert told.startswith(f"skipped 2 of {len(clips_of(records)) + 2}: bad.mp4: ")
     assert "bad.mp4: not readable" in told and "missing.mp4: no such file" in told
@@ -440,11 +439,11 @@ def test_unreadable_clips(small_model, records, tmp_path, encoded, monkeypatch):
         read, samples = readable_samples(small_model, [*records, *broken], again, skipped=skipped)
         assert read == records and skipped == [(r.id, cache.reason(r)) for r in broken]
     with pytest.raises(ValueError, match="none of 2 clips could be read; first reason: .*bad.mp4"):
-        keep_features(small_model, broken, tmp_path / "kept", log=quiet)
+        cache_features(small_model, broken, tmp_path / "kept", log=quiet)
     shutil.copy(film.video, bad)                                              # repaired
     shutil.copy(film.video, broken[1].video)
     del encoded[:]
-    cache = keep_features(small_model, broken, tmp_path / "kept", log=quiet)
+    cache = cache_features(small_model, broken, tmp_path / "kept", log=quiet)
     assert len(encoded) == 2
     same(cache.get(broken[0]), cache.get(film), tolerance=0)
     # what was readable stays so, also when another question finds the clip for once unreadable
@@ -478,13 +477,14 @@ def test_the_space_is_told_first(small_model, records, tmp_path, monkeypatch):
     records += [dataclasses.replace(film, id="w", start=1.0, end=3.0, prompt="b"),
                 dataclasses.replace(film, id="m", video="missing.mp4")]
     monkeypatch.setattr(features, "in_words", lambda n: f"{n / 1e3:.3f} kB")
-    for name, chosen, reading in (
+    for name, chosen, options in (
             ("all", records, {}), ("short", records, {"max_seconds": 1.5}),
             *((task, [r], {}) for task, r in one.items())):
         logged = []
-        keep_features(small_model, chosen, tmp_path / name, log=logged.append, reading=reading)
-        told = re.match(rf"features: {len(clips_of(chosen))} clips to encode, about (\S+) kB in "
-                        rf"{tmp_path / name}, \S+ kB free", logged[0])
+        cache_features(small_model, chosen, tmp_path / name, log=logged.append,
+                       clip_options=options)
+        told = re.match(rf"feature cache: {len(clips_of(chosen))} clips to encode, about (\S+) "
+                        rf"kB in {tmp_path / name}, \S+ kB free", logged[0])
         took = sum(f.stat().st_size for f in (tmp_path / name).rglob("*.bin")) / 1e3
         assert float(told[1]) == pytest.approx(took, rel=0.2), name
 
@@ -494,11 +494,11 @@ def test_many_clips_are_not_all_opened(small_model, records, tmp_path, monkeypat
     film, opened = next(r for r in records if r.video), []
     windows = [dataclasses.replace(film, id=str(k), start=k / 1000, end=2 + k / 1000)
                for k in range(400)]
-    monkeypatch.setattr(features, "probe", lambda path: opened.append(path) or data.probe(path))
+    monkeypatch.setattr(features, "probe", lambda path: opened.append(path) or probe(path))
     monkeypatch.setattr(features, "in_words", str)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(SystemExit) as stop:
-        keep_features(small_model, windows, tmp_path, log=quiet)
+        cache_features(small_model, windows, tmp_path, log=quiet)
     need = float(re.search(r"about (\S+),", str(stop.value))[1])
     cache = FeatureCache(None, small_model)
     assert need == pytest.approx(400 * cache._bytes([windows[0]], True), rel=0.05)
@@ -526,15 +526,15 @@ def test_too_little_space(small_model, records, tmp_path, monkeypatch, encoded):
     need = sum(map(cache._bytes, *zip(*(([r], True) for r in records[:2]), strict=True)))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need - 1))
     with pytest.raises(SystemExit) as stop:
-        keep_features(small_model, records[:2], tmp_path / "kept", log=quiet)
-    for told in (f"about {need / 1e6:.1f} MB", f"{(need - 1) / 1e6:.1f} MB free",
+        cache_features(small_model, records[:2], tmp_path / "kept", log=quiet)
+    for told in (f"about {features.in_words(need)}, ", f"{features.in_words(need - 1)} free",
                  str(tmp_path / "kept"), "--features", "--no-keep-features"):
         assert told in str(stop.value)
     assert not encoded
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need))
-    keep_features(small_model, records[:2], tmp_path / "kept", log=quiet)
+    cache_features(small_model, records[:2], tmp_path / "kept", log=quiet)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    keep_features(small_model, records[:2], tmp_path / "kept", log=quiet)     # needs none
+    cache_features(small_model, records[:2], tmp_path / "kept", log=quiet)     # needs none
     assert len(encoded) == len(clips_of(records[:2]))
 
 
@@ -553,20 +553,20 @@ def test_a_full_disk(small_model, records, tmp_path, encoded, monkeypatch):
     logged, clips = [], len(clips_of(records))
     with monkeypatch.context() as patch:
         opened_as(patch, Full)
-        cache = keep_features(small_model, records, tmp_path / "kept", log=logged.append)
+        cache = cache_features(small_model, records, tmp_path / "kept", log=logged.append)
         there = [r for r in records if r in cache]
         assert 0 < len(there) < len(records) and len(encoded) < clips      # and stops encoding
         assert [line for line in logged if "No space left" in line] == [
-            f"features: {cache.home}: No space left on device; going on without keeping more"]
+            f"feature cache: {cache.home}: No space left on device; nothing more is cached"]
         read, samples = readable_samples(small_model, records, cache)
         assert read == records
         assert [s.features is None for s in samples] == [r not in there for r in records]
         cache.put(records[-1], Features())
         cache.fill(records, log=quiet)                                     # no second attempt
         assert sum("No space" in line for line in logged) == 1 and records[-1] not in cache
-    whole = keep_features(small_model, records, log=quiet)
+    whole = cache_features(small_model, records, log=quiet)
     del encoded[:]
-    again = keep_features(small_model, records, tmp_path / "kept", log=quiet)
+    again = cache_features(small_model, records, tmp_path / "kept", log=quiet)
     assert 0 < len(encoded) < clips                                        # there is room now
     for r in records:
         same(again.get(r), whole.get(r), 2e-3)
@@ -580,27 +580,28 @@ def test_a_folder_that_cannot_be_written(small_model, records, tmp_path):
     def work():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         logged = []
-        cache = keep_features(small_model, film, tmp_path / "kept", log=logged.append)
+        cache = cache_features(small_model, film, tmp_path / "kept", log=logged.append)
         out.write_text(json.dumps([logged, sum(r in cache for r in film)]))
 
     child = forked(work)
     child.join()
     logged, held = json.loads(out.read_text())
-    assert any("File too large; going on" in line for line in logged) and 0 < held < len(film)
+    assert any("File too large; nothing more is cached" in line for line in logged)
+    assert 0 < held < len(film)
     pack, = (tmp_path / "kept").rglob("*.bin")
     assert pack.stat().st_size == 20_000                                   # torn
-    cache = keep_features(small_model, film, tmp_path / "kept", log=quiet)
-    whole = keep_features(small_model, film, log=quiet)
+    cache = cache_features(small_model, film, tmp_path / "kept", log=quiet)
+    whole = cache_features(small_model, film, log=quiet)
     for r in film:
         same(cache.get(r), whole.get(r), 2e-3)
     logged = []
-    cache = keep_features(small_model, film, out, log=logged.append)
-    assert "Not a directory; going on" in " ".join(logged) and film[0] not in cache
+    cache = cache_features(small_model, film, out, log=logged.append)
+    assert "Not a directory; nothing more is cached" in " ".join(logged) and film[0] not in cache
 
 
 def test_speed(small_model, records, tmp_path):
     """get() is for each sample of each step: far below what a training sample takes (10 ms)."""
-    cache = keep_features(small_model, records, tmp_path / "kept", log=quiet)
+    cache = cache_features(small_model, records, tmp_path / "kept", log=quiet)
     rounds = []
     for _ in range(20):
         started = time.perf_counter()

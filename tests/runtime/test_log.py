@@ -19,7 +19,7 @@ from llama import Llama, LlamaConfig
 from runtime import flops
 from runtime import log as runlog
 from runtime.log import Clock, RunLog
-from tools import memory as sizes
+from tools import memory
 from vit_qformer import ViT, ViTConfig
 
 ROOT = runlog.Path(runlog.__file__).parent.parent
@@ -39,7 +39,7 @@ class Time:
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch):
-    monkeypatch.setattr(sizes, "peak_memory", lambda device: 17.4 * sizes.GIB)
+    monkeypatch.setattr(runlog, "peak_memory", lambda device: 17.4 * runlog.GIB)
 
 
 def lines_of(path):
@@ -49,7 +49,7 @@ def lines_of(path):
 def quiet_log(out, total_steps, **settings):
     """A RunLog without TensorBoard, and the list of what it says."""
     said = []
-    return RunLog(out, total_steps, **{"tensorboard": False, "say": said.append} | settings), said
+    return RunLog(out, total_steps, **{"tensorboard": False, "log": said.append} | settings), said
 
 
 def row(step, **values):
@@ -60,7 +60,7 @@ def row(step, **values):
 def test_a_row_a_step_is_there_at_once(tmp_path):
     log, _ = quiet_log(tmp_path / "new" / "run", 9)
     for step in (1, 2):
-        log.step(row(step, cosine=torch.tensor(0.25), task_ce={"asr": 0.5}))
+        log.log_step(row(step, cosine=torch.tensor(0.25), task_ce={"asr": 0.5}))
         written = lines_of(log.out / "log.jsonl")               # not closed yet
         assert [r["step"] for r in written] == [*range(1, step + 1)]
     assert written[1]["loss"] == 0.5 and written[1]["cosine"] == 0.25
@@ -70,7 +70,7 @@ def test_a_row_a_step_is_there_at_once(tmp_path):
 
 def test_numbers_that_are_none_become_null(tmp_path):
     log, said = quiet_log(tmp_path, 1)
-    log.step(row(1, grad_norm=float("nan"), skipped=True))
+    log.log_step(row(1, grad_norm=float("nan"), skipped=True))
     text = (tmp_path / "log.jsonl").read_text()
     assert "NaN" not in text and json.loads(text)["grad_norm"] is None
     assert "grad nan" in said[0] and "1 skipped" in said[0]
@@ -84,10 +84,10 @@ def test_resume_cuts_later_and_torn_rows(torn, tmp_path):
     log, _ = quiet_log(tmp_path, 6, first_step=3)
     assert lines_of(tmp_path / "log.jsonl") == rows[:3] and log.last == rows[2]
     assert log.rows == [{"step": r["step"], "ce": r["ce"]} for r in rows[:3]]
-    log.step(row(4, seconds=5))
+    log.log_step(row(4, seconds=5))
     assert [r["step"] for r in lines_of(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
     assert log.rows[-1] == {"step": 4, "ce": 0.125} and log.last["seconds"] == 5
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_torn_row_in_the_middle_costs_only_itself(tmp_path):
@@ -95,7 +95,7 @@ def test_a_torn_row_in_the_middle_costs_only_itself(tmp_path):
     text = '{"step": 1, "ce": 1}\n{"step": 2, "c\n{"step": 3, "ce": 3}'
     (tmp_path / "log.jsonl").write_text(text)
     log, _ = quiet_log(tmp_path, 9, first_step=3)
-    log.step(row(4))
+    log.log_step(row(4))
     assert [r["step"] for r in lines_of(tmp_path / "log.jsonl")] == [1, 3, 4]
 
 
@@ -116,12 +116,12 @@ def test_the_rewriting_is_atomic(tmp_path, monkeypatch):
     assert len(lines_of(tmp_path / "log.jsonl")) == 2
 
 
-def test_only_the_chief_writes_and_speaks(tmp_path):
+def test_only_the_main_process_writes(tmp_path):
     (tmp_path / "log.jsonl").write_text("as it was")
     log, said = quiet_log(tmp_path, 2, main_process=False, tensorboard=True)
     for step in (1, 2):
-        assert log.step(row(step), clips=4, seconds=1) == row(step)
-    log.note("checkpoint", path="last")
+        assert log.log_step(row(step), clips=4, seconds=1) == row(step)
+    log.log_event("checkpoint", path="last")
     log.close()
     assert log.rows == [] and said == [] and [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
     assert (tmp_path / "log.jsonl").read_text() == "as it was"
@@ -129,11 +129,11 @@ def test_only_the_chief_writes_and_speaks(tmp_path):
 
 def test_events(tmp_path):
     log, _ = quiet_log(tmp_path, 9, first_step=4)
-    log.note("resumed", path=tmp_path)
-    log.step(row(5))
-    log.note("validation", val_ce=torch.tensor(0.5), tasks={"asr": float("inf")})
+    log.log_event("resumed", path=tmp_path)
+    log.log_step(row(5))
+    log.log_event("validation", val_ce=torch.tensor(0.5), tasks={"asr": float("inf")})
     again, _ = quiet_log(tmp_path, 9, first_step=0)             # events are history: never cut
-    again.note("skipped", step=1)                               # one that step() is not told of yet
+    again.log_event("skipped", step=1)                          # of a step that is not logged yet
     first, second, third = lines_of(tmp_path / "events.jsonl")
     assert first["event"] == "resumed" and first["step"] == 4 and first["path"] == str(tmp_path)
     assert runlog.re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", first["time"])
@@ -147,7 +147,7 @@ def test_one_line_every_log_every_with_all_items(tmp_path):
     log, said = quiet_log(tmp_path, 5, log_every=2, peak=1e12, now=time)
     for step in range(1, 6):
         time.goes(2)
-        log.step({"step": step, "loss": 1.23456, "ce": 1.2, "diversity": 0.5, "cosine": 0.012,
+        log.log_step({"step": step, "loss": 1.23456, "ce": 1.2, "diversity": 0.5, "cosine": 0.012,
                   "lr": 1.5e-3, "grad_norm": 0.83, "seconds": 2 * step,
                   "task_ce": {"asr": 1.0 + step, "vqa": 0.5} if step != 2 else {"ocr": 0.25}},
                  clips=204, tokens=18200, flops=0.82e12, waited_s=0.02, seconds=2)
@@ -173,7 +173,7 @@ def test_one_line_every_log_every_with_all_items(tmp_path):
 
 def test_many_tasks_stay_on_the_line(tmp_path):
     log, said = quiet_log(tmp_path, 1)
-    log.step(row(1, val_ce=0.25, task_ce={f"t{i}": i for i in range(8)}))
+    log.log_step(row(1, val_ce=0.25, task_ce={f"t{i}": i for i in range(8)}))
     assert said[0].endswith(
         "| t7 7.00 t6 6.00 t5 5.00 t4 4.00 t3 3.00 t2 2.00 and 2 better")
     assert "held-out ce 0.2500" in said[0] and "\n" not in said[0]
@@ -184,7 +184,7 @@ def test_rates_are_of_the_steps_since_the_last_line(tmp_path):
     rates = []
     for step, seconds in ((1, 1), (2, 3), (3, 10)):
         time.goes(seconds)
-        rates.append(log.step(row(step), clips=8, tokens=100, waited_s=0.5, seconds=seconds))
+        rates.append(log.log_step(row(step), clips=8, tokens=100, waited_s=0.5, seconds=seconds))
     assert [r["clips_per_s"] for r in rates] == [8, 4, 0.8]        # 8 / 1, 16 / 4, 8 / 10
     assert [r["tokens_per_s"] for r in rates] == [100, 50, 10]
     assert [r["wait_share"] for r in rates] == [0.5, 0.25, 0.05]
@@ -198,7 +198,7 @@ def test_eta_counts_what_comes_between_steps(tmp_path):
     time.goes(500)                                                 # loading is no step
     for step in (101, 102):
         time.goes(3)
-        last = log.step(row(step), clips=6, seconds=3)
+        last = log.log_step(row(step), clips=6, seconds=3)
         time.goes(10)
     assert last["clips_per_s"] == 2
     assert last["eta_s"] == 8 * (3 + 10 / 2)
@@ -206,7 +206,7 @@ def test_eta_counts_what_comes_between_steps(tmp_path):
 
 def test_flops_without_a_known_peak(tmp_path):
     log, said = quiet_log(tmp_path, 1)
-    assert log.step(row(1), flops=3e12, seconds=2)["tflops"] == 1.5
+    assert log.log_step(row(1), flops=3e12, seconds=2)["tflops"] == 1.5
     assert "1.5 TFLOP/s" in said[0] and "MFU" not in said[0]
 
 
@@ -249,7 +249,7 @@ def llm_parts(model, llm_tokens):
 
 @pytest.fixture(scope="module")
 def seven_b():
-    return Favor.from_config(preset("7b"), torch.bfloat16, "meta", load=sizes.random_part)
+    return Favor.from_config(preset("7b"), torch.bfloat16, "meta", load=memory.random_part)
 
 
 def test_7b_costs_what_is_known(seven_b):
@@ -303,13 +303,13 @@ def test_mfu_by_hand(tmp_path, small_favor):
     assert ran == 4 * 2 * (4 * 32 * 32 + 3 * 32 * 48) * 10 + 2 * 12 * 32 * 10 ** 2
     assert ran == 773_120
     log, said = quiet_log(tmp_path, 1, peak=2e9)
-    assert log.step(row(1), flops=ran, seconds=0.001)["mfu"] == 0.3866
+    assert log.log_step(row(1), flops=ran, seconds=0.001)["mfu"] == 0.3866
     assert "MFU 39 %" in said[0]
 
 
 @pytest.mark.parametrize("name", ["tiny", "13b"])
 def test_other_sizes(name):
-    model = Favor.from_config(preset(name), None, "meta", load=sizes.random_part)
+    model = Favor.from_config(preset(name), None, "meta", load=memory.random_part)
     parts = flops.flops_by_part(model, [100], 4, 20, [10.0], False)
     assert parts["LLM"] == 4 * 100 * sum(
         p.numel() for n, p in model.llm.model.layers.named_parameters()
@@ -436,8 +436,8 @@ def test_a_full_disk_stops_no_training(tmp_path, monkeypatch):
     log, said = quiet_log(tmp_path, 8, log_every=2)
     for step in range(1, 9):
         disk.full = step in (3, 4, 5)
-        log.step(row(step), clips=1, seconds=1)
-        log.note("noted", number=step)
+        log.log_step(row(step), clips=1, seconds=1)
+        log.log_event("noted", number=step)
     log.close()
     assert [line.split(":")[0] for line in said if line.startswith("step")] == [
         f"step {n}/8" for n in (2, 4, 6, 8)]
@@ -448,7 +448,7 @@ def test_a_full_disk_stops_no_training(tmp_path, monkeypatch):
     # tried again with each printed line, and then without the torn row
     assert [r["step"] for r in lines_of(tmp_path / "log.jsonl")] == [1, 2, 6, 7, 8]
     assert [r["number"] for r in lines_of(tmp_path / "events.jsonl")] == [1, 2, 6, 7, 8]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
@@ -457,12 +457,12 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
     disk = FullDisk(monkeypatch)
     disk.full = True
     log, said = quiet_log(tmp_path, 8, first_step=3, log_every=2)
-    log.step(row(4))
+    log.log_step(row(4))
     assert (tmp_path / "log.jsonl").read_text() == before and log.last["step"] == 4
-    assert not list(tmp_path.glob("*.tmp"))                    # what there is of it takes no room
+    assert not list(tmp_path.glob(".*"))                    # what there is of it takes no room
     disk.full = False
-    log.step(row(5))                                           # no printed line: not tried
-    log.step(row(6))
+    log.log_step(row(5))                                           # no printed line: not tried
+    log.log_step(row(6))
     assert [r["step"] for r in lines_of(tmp_path / "log.jsonl")] == [1, 2, 3, 6]
     assert len([line for line in said if "log.jsonl cannot be written" in line]) == 1
 
@@ -470,8 +470,8 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
 def test_a_full_disk_under_stdout(tmp_path):
     def say(_):
         raise OSError(errno.ENOSPC, "No space left on device")
-    log = RunLog(tmp_path, 1, tensorboard=False, say=say)
-    log.step(row(1))
+    log = RunLog(tmp_path, 1, tensorboard=False, log=say)
+    log.log_step(row(1))
     assert len(lines_of(tmp_path / "log.jsonl")) == 1
 
 
@@ -522,13 +522,14 @@ def test_tensorboard_gets_all_numbers(tmp_path, fake_tensorboard):
     log, said = quiet_log(tmp_path, 12, first_step=10, tensorboard=True)
     writer = FakeWriter.latest
     assert writer.settings == (str(tmp_path / "tensorboard"), {"purge_step": 11, "flush_secs": 30})
-    log.step(row(11, task_ce={"asr": 0.5}, grad_norm=float("nan"), note="text"), clips=3, seconds=1)
+    log.log_step(row(11, task_ce={"asr": 0.5}, grad_norm=float("nan"), note="text"), clips=3,
+                 seconds=1)
     points = {name: (value, step) for name, value, step in writer.points}
     assert points["ce"] == (0.5 / 11, 11) and points["task/asr"] == (0.5, 11)
     assert points["clips_per_s"] == (3, 11)
     assert {*points} == {"loss", "ce", "task/asr", "clips_per_s", "tokens_per_s", "memory_gib",
                          "wait_share", "eta_s"}
-    log.note("validation", val_ce=0.25, tasks={"asr": 0.75}, path="best")
+    log.log_event("validation", val_ce=0.25, tasks={"asr": 0.75}, path="best")
     assert writer.points[-2:] == [("validation/val_ce", 0.25, 11),
                                   ("validation/tasks/asr", 0.75, 11)]
     log.close()
@@ -539,10 +540,10 @@ def test_a_tensorboard_that_fails_is_switched_off(tmp_path, fake_tensorboard):
     fake_tensorboard.breaks = 2
     log, said = quiet_log(tmp_path, 4, log_every=9, tensorboard=True)
     for step in (1, 2, 3):
-        log.step(row(step))
+        log.log_step(row(step))
     log.close()
     assert said == ["TensorBoard failed (OSError: [Errno 28] No space left on device); it is "
-                    "switched off, the run goes on"]
+                    "switched off, the run continues"]
     assert {step for _, _, step in FakeWriter.latest.points} == {1}
     assert len(lines_of(tmp_path / "log.jsonl")) == 3
 
@@ -552,14 +553,14 @@ def test_a_tensorboard_that_cannot_start(tmp_path, fake_tensorboard, monkeypatch
         raise TypeError("Descriptors cannot be created\ndirectly")        # protobuf's favourite
     monkeypatch.setattr(sys.modules["torch.utils.tensorboard"], "SummaryWriter", broken)
     log, said = quiet_log(tmp_path, 4, tensorboard=True)
-    log.step(row(1))
+    log.log_step(row(1))
     assert said == ["TensorBoard failed (TypeError: Descriptors cannot be created directly); it is "
-                    "switched off, the run goes on"]
+                    "switched off, the run continues"]
 
 
 def test_without_tensorboard_one_line(tmp_path, no_package):
     log, said = quiet_log(tmp_path, 4, log_every=9, tensorboard=True)
-    log.step(row(1))
+    log.log_step(row(1))
     assert said == ["TensorBoard is not installed: pip install tensorboard"]
     assert not (tmp_path / "tensorboard").exists()
 
@@ -570,11 +571,11 @@ def test_a_real_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     log, said = quiet_log(tmp_path, 4, log_every=9, tensorboard=True)
     for step in (1, 2, 3):
-        log.step(row(step, task_ce={"asr": 10.0 * step}))
+        log.log_step(row(step, task_ce={"asr": 10.0 * step}))
     log.close()
     log, _ = quiet_log(tmp_path, 4, log_every=9, tensorboard=True, first_step=2)
     for step in (3, 4):
-        log.step(row(step, task_ce={"asr": 100.0 * step}))
+        log.log_step(row(step, task_ce={"asr": 100.0 * step}))
     log.close()
     assert said == []
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -616,8 +617,8 @@ def test_wandb_is_one_run_however_often_it_stops(tmp_path, fake_wandb):
     out = tmp_path / "run"
     for first in (0, 2, 0):
         log, said = quiet_log(out, 9, first_step=first, wandb="favor", config={"lr": 1})
-        log.step(row(first + 1, task_ce={"asr": 2}), clips=1, seconds=1)
-        log.note("validation", val_ce=0.5)
+        log.log_step(row(first + 1, task_ce={"asr": 2}), clips=1, seconds=1)
+        log.log_event("validation", val_ce=0.5)
         log.close()
         assert said == []
     first, resumed, fresh = fake_wandb.runs
@@ -636,10 +637,10 @@ def test_wandb_without_network_is_switched_off(where, tmp_path, fake_wandb):
     fake_wandb.breaks = where
     log, said = quiet_log(tmp_path, 9, wandb="favor")
     for step in (1, 2):
-        log.step(row(step))
+        log.log_step(row(step))
     log.close()
-    assert said == ["wandb failed (ConnectionError: no network); it is switched off, the run goes "
-                    "on"]
+    assert said == ["wandb failed (ConnectionError: no network); it is switched off, the run "
+                    "continues"]
     assert len(lines_of(tmp_path / "log.jsonl")) == 2
 
 
@@ -668,7 +669,8 @@ def test_a_folder_is_no_package(tmp_path, monkeypatch):
 
 
 def test_back_ends_are_imported_late():
-    code = "import sys, runtime.log; print([m for m in ('tensorboard', 'wandb') if m in sys.modules])"
+    code = ("import sys, runtime.log; "
+            "print([m for m in ('tensorboard', 'wandb') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
@@ -763,9 +765,27 @@ def test_draw_curve_of_odd_rows():
     assert runlog.draw_curve([]) == runlog.draw_curve(rows[1:3]) == "no steps"
 
 
-def test_show_answers():
+def test_log_answers():
     said = []
-    runlog.show_answers([("asr", "What is\nsaid?", "a " * 50, "b"),
+    runlog.log_answers([("asr", "What is\nsaid?", "a " * 50, "b"),
                          ("vqa", "Which?", "", ["red", "a red one"])], said.append)
     assert said == [f"  asr: What is said? -> {('a ' * 50)[:59]}… | wanted: b",
                     "  vqa: Which? -> (nothing) | wanted: red / a red one"]
+
+
+def test_progress_counts_items_in_lines(monkeypatch, capsys):
+    """stderr is a file here: a line per state.  A loop of less than 5 s shows nothing."""
+    assert list(runlog.progress(iter("abc"), 3, "reading", "clips")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
+    real = runlog.tqdm
+    monkeypatch.setattr(runlog, "tqdm", lambda **settings: real(
+        **settings | {"delay": 0, "mininterval": 0}))
+    for _ in runlog.progress(iter("abc"), 3, "reading", "clips"):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines[:4]] == [
+        f"reading: {n} of 3 clips" for n in range(4)]
+    assert "left" in lines[0]
+    monkeypatch.setattr(runlog.distributed, "rank", lambda: 1)
+    assert list(runlog.progress("ab", 2, "reading", "clips")) == ["a", "b"]
+    assert capsys.readouterr().err == ""

@@ -146,7 +146,7 @@ def test_random_models_answer(system):
 
 
 def test_demo_with_random_weights(tmp_path, capsys):
-    from data import write_wav
+    from runtime.media import write_wav
     write_wav(tmp_path / "a.wav", torch.zeros(8000))
     demo.main([str(tmp_path / "a.wav"), "What?", "--random-init", "--max-new-tokens", "3"])
     assert "random weights: 0 frames, 0.50 s of sound" in capsys.readouterr().err
