@@ -1,17 +1,20 @@
-"""Trains FAVOR: audio projection, causal Q-Former, LLM projection and LoRA, all else frozen.
+"""Trains FAVOR: audio projection, causal Q-Former, LLM projection and LoRA; all else is frozen.
 
      python train.py                               the tiny preset on the miniature, made first
-     torchrun --nproc_per_node 2 train.py          the same loss curve, however many processes
+     torchrun --nproc_per_node 2 train.py          the same loss curve, with any number of processes
      torchrun --nproc_per_node 8 train.py --model 7b --data asr.jsonl vqa.jsonl:0.5 --out runs/7b
      torchrun ... --model 13b --shard --recompute  for GPUs that cannot hold 13B each
      python train.py --no-sync --out runs/no-sync  an ablation: each switch of the method is a flag
      python train.py --model 13b --dry-run         the sizes and the memory it takes, no weights
 
-A run folder holds config.json, environment.json, commands.log, log.jsonl (a row a step),
-events.jsonl, skipped.jsonl (clips that could not be read, and why), tensorboard/, loss.txt (the
+A run folder holds config.json, environment.json, commands.log, log.jsonl (a row per step),
+events.jsonl, skipped.jsonl (clips that cannot be read, and why), tensorboard/, loss.txt (the
 curve), last/ and best/ (checkpoints that eval.py, demo.py and Favor.from_pretrained open).
-A run that was stopped, killed or preempted goes on where it was: the same command again."""
+A run that was stopped, killed or preempted goes on where it was: give the same command again."""
 
+import runtime  # noqa: F401  before torch: it sets how threads wait
+
+# isort: split
 
 import dataclasses
 import math
@@ -21,119 +24,125 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import data
-import eval as evaluation
-from aveb import tables
-from aveb.answers import readable_samples
-from baselines.instructblip import SYSTEMS
-from data import Mixing
-from favor import Sample, preset
-from miniature import world as miniature
-from runtime import checkpoint as checkpoints
-from runtime import cli, distributed, flops, hub, loader
+from baselines.instructblip import InstructBlip
+from data import Mixing, Sample, find_manifest
+from favor import Favor, preset
+from runtime import checkpoint, cli, distributed, flops, hub, loader
 from runtime import log as runlog
-from runtime.feature_cache import FeatureCache
+from runtime.distributed import log
+from runtime.feature_cache import FeatureCache, readable_samples
+from runtime.files import write_text
 from runtime.manifests import IMAGE, VIDEO, Corpus, Index, Order, split_weight
-from tools import memory as sizes
+from tools import memory
 
-NOTHING_READ = 20                   # so many steps in a row without a readable clip end a run
+SYSTEMS = {"favor": Favor, "instructblip": InstructBlip}
+MINIATURE = "media/miniature"
+EMPTY_STEPS = 20           # so many steps in a row without a readable clip end a run
 
 
 # ---------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class TrainConfig:
-    model: str = "tiny"  # preset: tiny, 7b, 13b
-    system: str = "favor"  # or instructblip: the paper's fine-tuned baseline, without sound
-    variant: str = "paper"  # paper, or official (what the authors' released code does)
-    data: tuple = ("media/miniature",)  # manifests; FILE:0.5 draws half of its rows an epoch
-    proportional: str = "samples"  # or tokens: a set's weighted share is of the answers' characters
-    out: str = ""  # run folder (default: runs/<model>)
-    start_from: str = ""  # checkpoint whose trained parts to begin with (a second stage)
-    steps: int = 1100  # optimiser steps
-    batch: int = 32  # samples a step, over all processes and accumulation
-    micro_batch: int = 32  # samples at a time and process (0: all of its share)
-    micro_tokens: int | None = None  # LLM positions at a time (0: any; default: 2048, tiny any)
-    micro_frames: int = 0  # video frames at a time (0: any number)
-    lr: float = 1.5e-3  # peak learning rate (7b, 13b: try 1e-4)
-    warmup: int = 100  # steps of linear warm-up, then a cosine down to 2 %
-    weight_decay: float = 0.01  # on matrices
-    grad_clip: float = 1.0  # largest gradient norm
-    mask: str = ""  # audio or visual: train and test without it (the single-modality rows)
-    mask_share: float = 0.06  # of samples have the sound, the picture or both masked (a third each)
-    pair_share: float = 0.0  # of pictures without sound get a random one (Sec. 4.3)
-    join_share: float = 0.5  # of those are asked both questions, the others one of them
-    match_share: float = 0.0  # of videos with sound become "do they belong together?"
-    val_share: float = 0.02  # of clips held out of training, to choose best/
-    log_every: int = 20  # steps between log lines
-    val_every: int = 200  # steps between validations and checkpoints
-    show: int = 3  # held-out questions whose answers are shown then
-    save_every: int = 0  # steps between snapshots that are kept beside last and best (0: none)
-    keep: int = 3  # newest of these snapshots stay (0: all)
-    max_skips: int = 0  # steps whose loss or gradient is not finite are left out, then it ends
-    seed: int = 0  # of weights, order and masks
-    processes: int = 0  # on a CPU without torchrun (0: tiny one a core, four at most; others one)
-    threads: int = 0  # processor threads a process (0: tiny one, more would wait; others all)
-    dtype: str = ""  # of frozen weights: bfloat16 or float32 (default: float32 for tiny on a CPU)
-    keep_features: bool | None = None  # encode each clip once, keep that (default: tiny only)
-    features: str = ""  # folder of kept features (default: features/ beside the first manifest)
-    workers: int = -1  # processes that decode clips ahead, each process its own (-1: all cores)
-    shard: bool = False  # spread LLM and trained parts over the processes' GPUs (FSDP2)
-    recompute: bool = False  # activation checkpointing: a third more time, much less memory
-    compile: bool = False  # torch.compile for each block of the LLM: slow to start, for long runs
-    tensorboard: bool = True  # where it is installed
-    wandb: str = ""  # project at Weights & Biases
-    test: bool = True  # end with the table of eval.py on <data>/test.jsonl
-    dry_run: bool = False  # print parameters and memory for --micro-batch clips, load nothing
-    clip_seconds: float = 30.0  # of a clip in the plan of --dry-run
-    random_init: bool = False  # full size, random weights, no download: does it fit, how fast
-    offline: bool = False  # take what the Hub's cache has, ask no network
-    # frozen parts: folders in the Hub's layout, or Hub repos (default: the preset's)
-    whisper: str | None = None  # e.g. openai/whisper-large-v2
-    instructblip: str | None = None  # ViT and Q-Former, e.g. Salesforce/instructblip-vicuna-7b
-    llm: str | None = None  # a LLaMA, or an InstructBLIP that holds one
-    # switches of the method, see FavorConfig (default: what preset and variant say)
+    # -- data
+    data: tuple = (MINIATURE,)  # <manifest> manifests to learn from; FILE:0.5 draws half of its
+                                # rows per epoch
+    proportional: Literal["samples", "tokens"] = "samples"  # what a manifest's weight is a share
+                                                            # of: rows, or characters of answers
+    val_share: float = 0.02  # <share> of the clips, held out of training to choose best/
+    max_seconds: float | None = None  # <s> of a clip that are read; what is cut is counted (0: all;
+                                      # default: 300)
+    mask: Literal["", "audio", "visual"] = ""  # train and test without this modality
+    mask_share: float = 0.06  # <share> of samples with sound, picture or both masked, a third each
+    pair_share: float = 0.0  # <share> of pictures without sound that get a random one (Sec. 4.3)
+    join_share: float = 0.5  # <share> of those pairs with both questions in one prompt
+    match_share: float = 0.0  # <share> of videos with sound that become "do they match?" questions
+    cache_features: bool | None = None  # encode each clip once and store the features on disk
+                                        # (default: the tiny preset only)
+    features: str = ""  # <folder> of the feature cache (default: features/ beside the first
+                        # manifest)
+    workers: int = -1  # <n> processes that decode clips ahead, for each process (-1: all cores)
+    # -- model
+    model: Literal["tiny", "7b", "13b"] = "tiny"  # preset of all sizes
+    system: Literal["favor", "instructblip"] = "favor"  # instructblip: the paper's fine-tuned
+                                                        # baseline, without sound
+    start_from: str = ""  # <folder> checkpoint whose trained parts to begin with (a second stage)
+    whisper: str | None = None  # <source> folder or Hub repository of Whisper (default: preset's)
+    instructblip: str | None = None  # <source> of the ViT and the Q-Former (default: preset's)
+    llm: str | None = None  # <source> of a LLaMA, or an InstructBLIP with one (default: preset's)
+    random_init: bool = False  # full size with random weights, no download: does it fit, how fast
+    offline: bool = False  # take what the Hub's cache has and open no connection
+    dtype: Literal["", "bfloat16", "float32"] = ""  # of frozen weights (default: float32 for tiny
+                                                    # on a CPU, else bfloat16)
+    # -- method (default: what preset and variant say, see FavorConfig)
+    variant: Literal["paper", "official"] = "paper"  # official: what the released code does
     sync: bool | None = None  # join the modalities every 0.5 s, Eq. (1)
-    window_frames: int | None = None  # frames a window, 0 = one window a clip
-    causal: str | None = None  # past, future or none
-    diversity: float | None = None  # lambda of Eq. (5)
-    queries: int | None = None  # output queries a window
-    fps: float | None = None  # video frames a second
-    max_seconds: float | None = None  # of a clip are read, what is cut is counted (0: all)
+    window_frames: int | None = None  # <K> frames per window; 0: one window per clip
+    causal: Literal["past", "future", "none"] | None = None  # what a frame may attend to, Sec. 3.2
+    diversity: float | None = None  # <lambda> factor of the diversity loss, Eq. (5)
+    queries: int | None = None  # <Q> output queries per window
+    fps: float | None = None  # <Hz> video frames per second
+    # -- optimisation
+    steps: int = 1100  # <n> optimiser steps
+    batch: int = 32  # <n> samples per step, over all processes and micro-batches
+    lr: float = 1.5e-3  # <rate> peak learning rate (for 7b and 13b try 1e-4)
+    warmup: int = 100  # <n> steps of linear warm-up, before a cosine down to 2 %
+    weight_decay: float = 0.01  # <rate> on matrices; vectors have none
+    grad_clip: float = 1.0  # <norm> largest norm of the gradients
+    seed: int = 0  # <n> of weights, order and masks
+    micro_batch: int = 32  # <n> samples computed at a time per process (0: all of its share)
+    micro_tokens: int | None = None  # <n> LLM positions at a time, padding included (0: any number;
+                                     # default: 2048, tiny any number)
+    micro_frames: int = 0  # <n> video frames at a time (0: any number)
+    recompute: bool = False  # activation checkpointing: a third more time, much less memory
+    compile: bool = False  # torch.compile for the LLM's blocks: slow to start, for long runs
+    max_skips: int = 0  # <n> steps without a finite loss and gradient that are left out before the
+                        # run ends
+    # -- logging
+    out: str = ""  # <folder> of the run (default: runs/<model>)
+    log_every: int = 20  # <n> steps between printed lines
+    val_every: int = 200  # <n> steps between validations and checkpoints
+    show: int = 3  # <n> held-out questions whose answers are printed at each validation
+    save_every: int = 0  # <n> steps between snapshots kept beside last/ and best/ (0: none)
+    keep: int = 3  # <n> newest of these snapshots that stay (0: all)
+    tensorboard: bool = True  # write curves for TensorBoard, where it is installed
+    wandb: str = ""  # <project> at Weights & Biases that gets the curves
+    test: bool = True  # end with the table of eval.py on <data>/test.jsonl
+    # -- distributed
+    processes: int = 0  # <n> on a CPU without torchrun (0: for tiny one per core, four at most;
+                        # else one)
+    threads: int = 0  # <n> processor threads per process (0: one for tiny, else all)
+    shard: bool = False  # spread LLM and trained parts over the processes' GPUs (FSDP2)
+    # -- planning
+    dry_run: bool = False  # print parameters and memory for --micro-batch clips, load nothing
+    clip_seconds: float = 30.0  # <s> length of a clip in the plan of --dry-run
 
-    ALIASES = {"checkpoint": "recompute"}       # as activation checkpointing is called elsewhere
+    # activation checkpointing under its other name; names that flags had before
+    ALIASES = {"checkpoint": "recompute", "keep-features": "cache_features"}
 
     def __post_init__(self):
-        for name, wanted in (("system", ("favor", "instructblip")),
-                             ("mask", ("", "audio", "visual")),
-                             ("dtype", ("", "bfloat16", "float32")),
-                             ("proportional", ("samples", "tokens"))):
-            if getattr(self, name) not in wanted:
-                raise ValueError(f"--{name} {getattr(self, name)}; "
-                                 f"wanted {' or '.join(filter(None, wanted))}")
+        cli.check_choices(self)
         for name in ("steps", "batch", "lr", "log_every", "val_every", "clip_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; "
                                  "wanted more than 0")
-        for name, limit in (("micro_batch", math.inf), ("warmup", math.inf), ("seed", math.inf),
-                            ("processes", math.inf), ("threads", math.inf),
-                            ("tokens_at_a_time", math.inf), ("micro_frames", math.inf),
-                            ("max_seconds", math.inf), ("show", math.inf), ("keep", math.inf),
-                            ("save_every", math.inf), ("max_skips", math.inf),
-                            ("mask_share", 1), ("val_share", 1), ("pair_share", 1.001),
-                            ("join_share", 1.001), ("match_share", 1.001)):
+        shares = dict.fromkeys(("mask_share", "val_share"), 1) | dict.fromkeys(
+            ("pair_share", "join_share", "match_share"), 1.001)
+        counts = ("micro_batch", "warmup", "seed", "processes", "threads", "tokens_at_a_time",
+                  "micro_frames", "max_seconds", "show", "keep", "save_every", "max_skips")
+        for name, limit in (shares | dict.fromkeys(counts, math.inf)).items():
             if not 0 <= (getattr(self, name) or 0) < limit:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; "
                                  "wanted 0 or more" + {math.inf: "", 1: ", less than 1"}.get(
                                      limit, ", at most 1"))
-        # a weight that is none, unknown presets and switches fail here
+        # a manifest's weight that is none, unknown presets and switches fail here
         _ = self.manifests, self.method()
 
     def method(self):
@@ -158,129 +167,65 @@ class TrainConfig:
         return Mixing(self.seed, self.mask, self.mask_share, self.pair_share, self.join_share,
                       self.match_share)
 
-
-# ---------------------------------------------------------------- schedule, optimiser
-def learning_rate(config, step):
-    """Linear warm-up, then a cosine down to 2 % of the peak."""
-    warm = min(1.0, (step + 1) / max(config.warmup, 1))
-    progress = min(1.0, step / config.steps)
-    return config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    @property
+    def on_miniature(self):
+        return [Path(path) for path, _ in self.manifests] == [Path(MINIATURE)]
 
 
-def make_optimiser(model, config):
-    matrices = [p for p in model.trained_parameters() if p.ndim >= 2]
-    vectors = [p for p in model.trained_parameters() if p.ndim < 2]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
-                              {"params": vectors, "weight_decay": 0.0}],
-                             lr=config.lr, betas=(0.9, 0.98), fused=True)
+# what may differ when a run goes on: nothing here changes what is learnt
+RESUMABLE = ("out", "processes", "threads", "test", "log_every", "show", "keep", "save_every",
+             "max_skips", "workers", "tensorboard", "wandb", "micro_batch", "micro_tokens",
+             "micro_frames", "shard", "recompute", "compile", "cache_features", "features",
+             "offline")
 
 
-# ---------------------------------------------------------------- one step, one validation
-NOTHING = (None, Sample("?", "."), 0, 0)        # keeps a process in step that has no sample left
-
-
-def train_step(model, drawn, config, device, autocast):
-    """Forward and backward over this process's share of a batch, the same as if one process had
-    seen the whole batch at once.  drawn: loader.TrainItem, some without a sample.
-    -> {loss, ce, diversity, grad_norm: of the whole batch; task_ce {task: (sum, n)}, work: of this
-    process}; only loss None when no process has a sample.  Gradients are there, clipped."""
-    bare, world = getattr(model, "module", model), distributed.world()
-    there = [d for d in drawn if d.sample is not None]
-    samples = bare.encode_batch([d.sample for d in there])
-    seen = [sample.features.visual for sample in samples]
-    items = [(d.task, sample, bare.length(sample), 0 if frames is None else len(frames))
-             for d, sample, frames in zip(there, samples, seen, strict=True)]
-    tokens, pieces = distributed.all_reduce_sum([sum(map(bare.answer_tokens, samples)),
-                                       sum(map(bare.diversity_parts, samples))], device)
-    if not tokens:
-        return {"loss": None}
-    parts = loader.micro_batches(items, lambda item: item[2], lambda item: item[3],
-                                 config.micro_batch, config.tokens_at_a_time, config.micro_frames)
-    # Sharded processes take part in each other's forwards, DDP's in the last backward.
-    most = max(distributed.all_gather_object(len(parts))) if config.shard else max(len(parts), 1)
-    parts += [[NOTHING]] * (most - len(parts))
-    ce, diversity, task_ce = 0.0, 0.0, {}
-    for i, part in enumerate(parts):
-        with distributed.accumulating(model, waits=i + 1 < len(parts)):
-            with autocast:
-                losses = model([sample for _, sample, _, _ in part])
-            counts = float(part[0] is not NOTHING)
-            part_ce = counts * losses["ce"] * losses["tokens"] / tokens
-            part_diversity = counts * losses["diversity"] * losses["diversity_parts"] / max(
-                pieces, 1)
-            # DDP averages over processes; the sum over them is wanted.
-            ((part_ce + bare.config.diversity * part_diversity) * world).backward()
-        ce, diversity = ce + part_ce.item(), diversity + part_diversity.item()
-        for (task, *_), own in zip(part, losses["item_ce"].tolist(), strict=True):
-            if counts:
-                total, n = task_ce.get(task, (0.0, 0))
-                task_ce[task] = (total + own, n + 1)
-    ce, diversity = distributed.all_reduce_sum([ce, diversity], device)
-    return {"loss": ce + bare.config.diversity * diversity, "ce": ce, "diversity": diversity,
-            "grad_norm": distributed.grad_norm_and_clip(model, config.grad_clip), "task_ce": task_ce,
-            "work": flops.work_of(bare, samples)}
-
-
-@torch.no_grad()
-def validate(model, records, store, batch, device, autocast, mask=None):
-    """Mean cross-entropy a token on the held-out questions, of which each process has its share."""
-    model.eval()
-    mine, total, count = records[distributed.rank()::distributed.world()], 0.0, 0
-    for start in range(0, math.ceil(len(records) / distributed.world()), batch):   # all equally often
-        samples = readable_samples(model, mine[start:start + batch], store, mask)[1]
-        with autocast:
-            losses = model(samples or [NOTHING[1]])
-        if samples:
-            total += losses["ce"].item() * losses["tokens"]
-            count += losses["tokens"]
-    model.train()
-    total, count = distributed.all_reduce_sum([total, count], device)
-    return total / max(count, 1)
-
-
-def log_samples(model, records, store, mask, say):
-    """A few held-out questions, the model's answers and the right ones."""
-    model.eval()
-    read, samples = readable_samples(model, records, store, mask)
-    if samples:
-        texts = model.generate([dataclasses.replace(s, target=None) for s in samples])
-        runlog.log_answers([(r.task, r.prompt, text, r.target)
-                             for r, text in zip(read, texts, strict=True)], say)
-    model.train()
-
-
-# ---------------------------------------------------------------- the plan
 def dry_run(config):
     """Prints what each part takes, and the memory of a step and of an answer, without weights."""
     dtype, _, why = distributed.precision(config.dtype, config.model, torch.device("cpu"))
-    model = SYSTEMS[config.system].from_config(config.method(), dtype, "meta", load=sizes.random_part)
-    sample = sizes.empty_sample(model, config.clip_seconds)
+    model = SYSTEMS[config.system].from_config(config.method(), dtype, "meta", memory.random_part)
+    sample = memory.empty_sample(model, config.clip_seconds)
     batch = config.micro_batch or config.batch
     print(f"--model {config.model} --system {config.system}, weights {why}")
-    print(sizes.table(model))
+    print(memory.table(model))
     shards = (config.processes or int(os.environ.get("WORLD_SIZE", 1))) if config.shard else 1
     print(f"\n{batch} clips of {config.clip_seconds:g} s at a time (--micro-batch)"
           + ", --recompute" * config.recompute
           + f", --shard over {shards} (--processes)" * config.shard + ":")
-    print(sizes.memory_plan(model, sample, batch, recompute=config.recompute, shards=shards))
+    print(memory.memory_plan(model, sample, batch, recompute=config.recompute, shards=shards))
 
 
-# ---------------------------------------------------------------- the run
-RESUMABLE = ("out", "processes", "threads", "test", "log_every", "show", "keep", "save_every",
-        "max_skips", "workers", "tensorboard", "wandb", "micro_batch", "micro_tokens",
-        "micro_frames", "shard", "recompute", "compile", "keep_features", "features", "offline")
+# ---------------------------------------------------------------- data, model, what trains
+@dataclass
+class Run:
+    """What a run holds: made by `prepare`, moved on by `train`."""
+    out: Path
+    device: torch.device
+    autocast: object
+    corpus: Corpus
+    held_out: list             # records that validation asks
+    model: object              # Favor; ddp: the same, wrapped where gradients are exchanged
+    ddp: object
+    cache: object              # FeatureCache, or None
+    optimiser: object
+    run_log: object
+    skipped: object
+    facts: dict                # of every checkpoint: settings, commit, mixture
+    first: int = 0             # steps done before this start
+    best: float = math.inf     # lowest held-out cross-entropy
+    val_ce: float | None = None
+    nonfinite: int = 0         # steps left out so far
+    empty: int = 0             # steps in a row without a readable clip
+    unsaved: str = ""          # the last checkpoint, or loss.txt, if the disk was full for it
 
 
-def read_data(config, kind, say):
+def read_data(config, kind):
     """The manifests as a Corpus."""
-    if [Path(path) for path, _ in config.manifests] == [Path(TrainConfig.data[0])]:
-        with distributed.main_process_first():
-            miniature.make(config.manifests[0][0], log=say)
-    manifests = [(evaluation.find_manifest(path, "train"), weight)
-                 for path, weight in config.manifests]
-    usable = (lambda media: (media & (IMAGE | VIDEO)) > 0) if kind.needs_picture else None
     with distributed.main_process_first():
-        corpus = Corpus(manifests, config.val_share, config.proportional, usable, say)
+        if config.on_miniature and distributed.rank() == 0:
+            cli.run_module("miniature", "make", "--out", MINIATURE)
+        manifests = [(find_manifest(path, "train"), weight) for path, weight in config.manifests]
+        usable = (lambda media: (media & (IMAGE | VIDEO)) > 0) if kind.needs_picture else None
+        corpus = Corpus(manifests, config.val_share, config.proportional, usable, log)
     if (config.pair_share or config.match_share) and not len(corpus.sound_only):
         raise ValueError("--pair-share and --match-share take the sound of records that are sound "
                          "only; there are none in --data (add an asr or ac manifest)")
@@ -291,7 +236,7 @@ def build(config, kind, dtype, device, found):
     """The model: frozen parts as they were pretrained; the trained ones fresh, of --start-from, or
     of the checkpoint that was found."""
     model = kind.from_config(config.method(), dtype, "cpu" if config.shard else device,
-                             load=sizes.random_part if config.random_init else None)
+                             memory.random_part if config.random_init else None)
     if config.start_from and not found:
         model.load_trained(config.start_from)
     if found:
@@ -304,207 +249,306 @@ def build(config, kind, dtype, device, found):
     return distributed.shard(model, device) if config.shard else model
 
 
-@dataclass
-class Run:
-    """What a run holds: made by `prepare`, moved on by `main`."""
-    out: Path
-    say: object
-    corpus: Corpus
-    held_out: list
-    model: object              # Favor; ddp: the same, wrapped where gradients are exchanged
-    ddp: object
-    store: object              # kept features, or None
-    optimiser: object
-    log: object
-    skipped: object
-    facts: dict                # of every checkpoint: settings, commit, mixture
-    first: int = 0             # steps done before this start
-    best: float = math.inf     # lowest held-out ce
-    val_ce: float | None = None
-    nonfinite: int = 0         # steps left out so far
-    empty: int = 0             # steps in a row without a readable clip
-    unsaved: str = ""          # the last checkpoint, or the table, if the disk was full for it
+def open_cache(config, model, corpus):
+    """The features of all records: encoded by the main process, read by all."""
+    records = (corpus.record(row) for row in (*corpus.train, *corpus.held_out))
+    beside = find_manifest(config.manifests[0][0], "train").parent / "features"
+    with distributed.main_process_first():
+        cache = FeatureCache(config.features or beside, model, log=log)
+        if distributed.rank() == 0:
+            # With --shard one process encodes: each worker would load the LLM, too.
+            cache.fill(records, workers=1 if config.shard else None, log=log)
+    return cache
 
 
-def prepare(config, argv, device, dtype, why, say):
-    """Data, model, kept features, optimiser and log, as they were where a stopped run goes on."""
+def make_optimiser(model, config):
+    matrices = [p for p in model.trained_parameters() if p.ndim >= 2]
+    vectors = [p for p in model.trained_parameters() if p.ndim < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}],
+                             lr=config.lr, betas=(0.9, 0.98), fused=True)
+
+
+def learning_rate(config, step):
+    """Linear warm-up, then a cosine down to 2 % of the peak."""
+    warm = min(1.0, (step + 1) / max(config.warmup, 1))
+    progress = min(1.0, step / config.steps)
+    return config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def prepare(config, argv, device):
+    """Data, model, feature cache, optimiser and log, as they were where a stopped run goes on."""
     out, kind = Path(config.out or f"runs/{config.model}"), SYSTEMS[config.system]
     out.mkdir(parents=True, exist_ok=True)
-    found = checkpoints.resume(out, dataclasses.asdict(config), RESUMABLE)
+    found = checkpoint.resume(out, dataclasses.asdict(config), RESUMABLE)
+    dtype, autocast, why = distributed.precision(config.dtype, config.model, device)
     try:
-        corpus = read_data(config, kind, say)
+        corpus = read_data(config, kind)
         with distributed.one_rank_at_a_time() if config.shard else nullcontext():
             model = build(config, kind, dtype, device, found)
     except (FileNotFoundError, ValueError) as error:         # what is missing or does not fit
         raise SystemExit(str(error)) from error
     # at most 400 held-out questions, of all tasks: a manifest is often sorted by task
     chosen = np.random.default_rng(0).permutation(len(corpus.held_out))[:400]
-    keep = config.keep_features if config.keep_features is not None else config.model == "tiny"
-    keep = keep and not model.config.encoder_dropout       # with dropout no two passes are the same
-    rows = (corpus.record(row) for row in (*corpus.train, *corpus.held_out))
-    store = features_of(config, model, rows, say) if keep else None
+    cached = config.model == "tiny" if config.cache_features is None else config.cache_features
+    cached = cached and not model.config.encoder_dropout   # with dropout no two passes are the same
+    cache = open_cache(config, model, corpus) if cached else None
 
-    say(sizes.table(model))
-    world, main_process = distributed.world(), distributed.rank() == 0
-    say(f"{len(corpus.train)} training questions, {len(corpus.held_out)} held out; {config.steps} "
+    world = distributed.world()
+    log(memory.table(model))
+    log(f"{len(corpus.train)} training questions, {len(corpus.held_out)} held out; {config.steps} "
         f"steps of {config.batch} on {world} x {device.type}; frozen weights {why}, trained ones "
         "float32")
     optimiser, at = make_optimiser(model, config), {"step": 0, "best": math.inf, "nonfinite": 0}
     if found:
         at = found[1]
         distributed.load_optimiser_state(optimiser, at["optimiser"])
-        say(f"going on from {found[0]}, step {at['step']}")
+        log(f"going on from {found[0]}, step {at['step']}")
+    facts = facts_of(config, argv, out, corpus, model, at["step"])
+    peak = None if dtype == torch.float32 else flops.peak_flops(device)
+    main_process = distributed.rank() == 0
+    run_log = runlog.RunLog(out, config.steps, at["step"], main_process, config.log_every,
+                            config.tensorboard, config.wandb, peak and peak * world, log, facts)
+    if found:
+        run_log.log_event("resumed", folder=str(found[0]))
+    ddp = model if world == 1 or config.shard else DistributedDataParallel(model)
+    skipped = loader.SkippedLog(out / "skipped.jsonl", at["step"], main_process, log)
+    return Run(out, device, autocast, corpus, corpus.records(corpus.held_out[chosen]), model,
+               ddp, cache, optimiser, run_log, skipped, facts, at["step"], at["best"],
+               nonfinite=at["nonfinite"])
+
+
+def facts_of(config, argv, out, corpus, model, first_step):
+    """What each checkpoint says about its run; the run folder's files say it, too."""
     before = hub.read_json(Path(config.start_from) / "favor.json") if config.start_from else {}
     known = not before or "mixture" in before
     facts = {"train": dataclasses.asdict(config),
              "mixture": corpus.mixture(before.get("mixture")) if known else None}
-    if main_process:
+    if distributed.rank() == 0:
         runlog.write_run_facts(out, {**facts, "method": dataclasses.asdict(model.config)}, argv,
-                               at["step"])
-    facts |= {**runlog.git_facts(), "command": shlex.join(["train.py", *argv])}
-    peak = None if dtype == torch.float32 else flops.peak_flops(device)
-    log = runlog.RunLog(out, config.steps, at["step"], main_process, config.log_every, config.tensorboard,
-                        config.wandb, peak and peak * world, say, facts)
-    if found:
-        log.log_event("resumed", folder=str(found[0]))
-    return Run(out, say, corpus, corpus.records(corpus.held_out[chosen]), model,
-               model if world == 1 or config.shard else DistributedDataParallel(model), store,
-               optimiser, log, loader.SkippedLog(out / "skipped.jsonl", at["step"], main_process, say), facts,
-               at["step"], at["best"], nonfinite=at["nonfinite"])
+                               first_step)
+    return facts | {**runlog.git_facts(), "command": shlex.join(["train.py", *argv])}
 
 
-def features_of(config, model, records, say):
-    """Kept features of the records, made by the first process, read by all."""
-    beside = evaluation.find_manifest(config.manifests[0][0], "train").parent / "features"
-    with distributed.main_process_first():
-        store = FeatureCache(config.features or beside, model, log=say)
-        if distributed.rank() == 0:
-            # each worker would load the LLM, too, which sharding was to avoid
-            store.fill(records, workers=1 if config.shard else None, log=say)
-    return store
+# ---------------------------------------------------------------- this process's share of a batch
+FILLER = (None, Sample("?", "."), 0, 0)      # keeps a process in step that has no sample left
 
 
-def main(config, argv):
-    # Before they meet: one still joining when the first ends would fail with a reset connection.
-    if config.batch < (world := distributed.environment_ranks()[1]):
-        raise SystemExit(
-            f"--batch {config.batch} for {world} processes; wanted a sample for each at least")
-    rank, world, device = distributed.init_distributed()
-    say, started = partial(print, flush=True) if rank == 0 else (lambda *_: None), time.time()
-    torch.set_num_threads(
-        config.threads or (1 if config.model == "tiny" else max(1, cli.cores() // world)))
-    torch.manual_seed(config.seed)
-    dtype, autocast, why = distributed.precision(config.dtype, config.model, device)
-    hub.offline(config.offline)
-    run = prepare(config, argv, device, dtype, why, say)
-    corpus, model, log = run.corpus, run.model, run.log
-    steps = loader.TrainSet(
-        corpus, corpus.train, Order(corpus.weights[corpus.train], config.seed), config.mixing,
-        model.clip_options(), config.batch, rank, world, run.store)
-    ahead = loader.load_ahead(steps, run.first, config.steps, config.workers if config.workers >= 0
-                              else loader.default_workers(run.store, distributed.local_world()))
-    run.ddp.train()
-    clock = runlog.Clock()
-    with checkpoints.StopSignal() as stop, loader.worker_errors():
-        for step in range(run.first, config.steps):
-            done = step + 1
-            with clock.waiting():
-                drawn = next(ahead)
-            # the same dropout also after a stop: each rank's and step's own seed
-            torch.manual_seed((config.seed * config.steps + step) * world + rank)
-            for group in run.optimiser.param_groups:
-                group["lr"] = learning_rate(config, step)
-            row = train_step(run.ddp, drawn, config, device, autocast)
-            everyone = distributed.all_gather_object({
-                "ids": [d.id for d in drawn], "task_ce": row.pop("task_ce", {}), "stop": stop.name,
-                "work": row.pop("work", None), "notes": loader.skip_rows(drawn, done)})
-            update(run, config, row, everyone, done)
+@dataclass
+class Share:
+    """This process's samples of one step, cut into micro-batches, and the sums of their losses.
 
-            # what is told, validated and saved
-            stopped = next((part["stop"] for part in everyone if part["stop"]), "")
-            due = done % config.val_every == 0 or done == config.steps
-            if due and not stopped:
-                with clock.aside():
-                    run.val_ce = row["val_ce"] = row["ce"] if not run.held_out else validate(
-                        model, run.held_out, run.store, val_batch(config, world), device, autocast,
-                        config.mask or None)
-            tell(run, config, row, everyone, done, clock)
+    ce and diversity are means over the batch of all processes: over its answer tokens, and over its
+    windows.  So each micro-batch counts by how many of them it holds, however the batch is cut."""
+    samples: list                # encoded
+    parts: list                  # micro-batches of (task, Sample, length, frames); FILLER: of none
+    tokens: float = 0            # answer tokens in the batch of all processes
+    diversity_parts: float = 0   # terms of Eq. (4) in it
+    ce: float = 0.0
+    diversity: float = 0.0
+    task_ce: dict = field(default_factory=dict)       # task -> (sum, number of samples)
+
+    def weighed(self, part, losses, factor):
+        """The losses of one micro-batch -> its part of the batch's ce + factor * diversity."""
+        real = float(part[0] is not FILLER)
+        ce = real * losses["ce"] * losses["tokens"] / self.tokens
+        diversity = real * losses["diversity"] * losses["diversity_parts"] / max(
+            self.diversity_parts, 1)
+        self.ce, self.diversity = self.ce + ce.item(), self.diversity + diversity.item()
+        for (task, *_), own in zip(part, losses["item_ce"].tolist(), strict=True):
+            if real:
+                total, n = self.task_ce.get(task, (0.0, 0))
+                self.task_ce[task] = (total + own, n + 1)
+        return ce + factor * diversity
+
+    def losses(self, factor, device):
+        """{loss, ce, diversity} of the batch of all processes; None where nothing was readable."""
+        if not self.tokens:
+            return {"loss": None, "ce": None}
+        ce, diversity = distributed.all_reduce_sum([self.ce, self.diversity], device)
+        return {"loss": ce + factor * diversity, "ce": ce, "diversity": diversity}
+
+
+def encode_share(model, items, config, device):
+    """items (loader.TrainItem, some without a sample) -> Share, its clips encoded.  All processes
+    have as many micro-batches as they must: sharded ones take part in each other's forwards, DDP's
+    in the last backward."""
+    readable = [item for item in items if item.sample is not None]
+    samples = model.encode_batch([item.sample for item in readable])
+    seen = [sample.features.visual for sample in samples]
+    rows = [(item.task, sample, model.length(sample), 0 if frames is None else len(frames))
+            for item, sample, frames in zip(readable, samples, seen, strict=True)]
+    tokens, diversity_parts = distributed.all_reduce_sum(
+        [sum(map(model.answer_tokens, samples)), sum(map(model.diversity_parts, samples))], device)
+    if not tokens:
+        return Share(samples, [])
+    parts = loader.micro_batches(rows, lambda row: row[2], lambda row: row[3],
+                                 config.micro_batch, config.tokens_at_a_time, config.micro_frames)
+    most = (max(distributed.all_gather_object(len(parts))) if config.shard
+            else max(len(parts), 1))
+    parts += [[FILLER]] * (most - len(parts))
+    return Share(samples, parts, tokens, diversity_parts)
+
+
+# ---------------------------------------------------------------- the loop
+def train(run, config, stop):
+    """The steps that are left.  stop.name: the signal that asks to end early, "" if none.
+    -> the signal that ended it, or ""."""
+    model, ddp, optimiser, clock = run.model, run.ddp, run.optimiser, runlog.Clock()
+    rank, world, factor = distributed.rank(), distributed.world(), run.model.config.diversity
+    batches = load_batches(run, config)
+    ddp.train()
+    for step in range(run.first, config.steps):
+        done = step + 1
+        with clock.waiting():
+            items = next(batches)
+        # Each rank and step has a seed of its own, so that dropout is the same after a stop, too.
+        torch.manual_seed((config.seed * config.steps + step) * world + rank)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimiser.zero_grad(set_to_none=True)
+
+        share = encode_share(model, items, config, run.device)
+        for i, part in enumerate(share.parts):
+            with distributed.accumulating(ddp, waits=i + 1 < len(share.parts)):
+                with run.autocast:
+                    losses = ddp([sample for _, sample, *_ in part])                     # forward
+                # DDP averages gradients over processes, but the loss is a sum over the batch, so
+                # we scale by the world size.
+                (share.weighed(part, losses, factor) * world).backward()                 # backward
+        row = share.losses(factor, run.device)
+        if share.parts:
+            row["grad_norm"] = distributed.grad_norm_and_clip(ddp, config.grad_clip)     # clip
+        everyone = distributed.all_gather_object({
+            "ids": [item.id for item in items], "task_ce": share.task_ce, "stop": stop.name,
+            "work": flops.work_of(model, share.samples) if share.parts else None,
+            "notes": loader.skip_rows(items, done)})
+        if is_usable(run, config, row, everyone, done):
+            optimiser.step()                                                             # step
+
+        stopped = next((part["stop"] for part in everyone if part["stop"]), "")
+        due = not stopped and (done % config.val_every == 0 or done == config.steps)
+        if due:
             with clock.aside():
-                if due and not stopped and config.show and (rank == 0 or config.shard):
-                    log_samples(model, run.held_out[:config.show], run.store,
-                                  config.mask or None, say)
-                save(run, config, done, "val_ce" in row, due or stopped)
-            if stopped:
-                log.close()
-                say(f"{stopped}: saved step {done} in {run.out}/last; the same command goes on "
-                    "there")
-                distributed.shutdown(run.ddp)
-                sys.exit(128 + signal.Signals[stopped])
-
-    # end: the curve and the table
-    log.close()
-    if run.skipped.rows:
-        say(str(run.skipped))
-    if rank == 0:
-        say(curve := runlog.draw_curve(log.rows))
-        write_or_note(run, tables.write_text, "loss.txt", curve + "\n")
-    if config.test:
-        test(run, config)
-    if run.unsaved:
-        distributed.shutdown(run.ddp)
-        raise SystemExit(f"{run.out}/{run.unsaved} could not be saved, the disk was full; make "
-                         "room and run the same command again")
-    say(f"{run.out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {run.out}/best   "
-        f"({runlog.duration(time.time() - started)} in all)")
-    distributed.shutdown(run.ddp)
+                run.val_ce = row["val_ce"] = validate(run, config, row)
+        log_step(run, config, row, everyone, done, clock)                                # log
+        with clock.aside():
+            if due and config.show and (rank == 0 or config.shard):
+                log_samples(model, run.held_out[:config.show], run.cache, config.mask or None)
+            save(run, config, done, due, due or stopped)
+        if stopped:
+            return stopped
+    return ""
 
 
-def update(run, config, row, everyone, done):
-    """The optimiser's step, unless there is nothing finite to learn."""
+def load_batches(run, config):
+    """Yields this process's items of each step, decoded ahead by worker processes."""
+    corpus, world = run.corpus, distributed.world()
+    order = Order(corpus.weights[corpus.train], config.seed)
+    steps = loader.TrainSet(corpus, corpus.train, order, config.mixing, run.model.clip_options(),
+                            config.batch, distributed.rank(), world, run.cache)
+    workers = config.workers
+    if workers < 0:
+        workers = loader.default_workers(run.cache, distributed.local_world())
+    return loader.load_ahead(steps, run.first, config.steps, workers)
+
+
+def is_usable(run, config, row, everyone, done):
+    """Whether loss and gradient are finite.  A batch without a readable clip, or without a finite
+    loss, is left out; SystemExit when there are too many of them."""
     run.skipped.add([note for part in everyone for note in part["notes"]])
     run.empty = run.empty + 1 if row["loss"] is None else 0
-    if run.empty >= min(NOTHING_READ, config.steps):
+    if run.empty >= min(EMPTY_STEPS, config.steps):
         raise SystemExit(f"{run.empty} steps in a row without a clip that can be read; "
                          f"{run.skipped}")
-    if run.empty:
-        row |= {"ce": None}
-    elif math.isfinite(row["loss"] + row["grad_norm"]):
-        run.optimiser.step()
-    else:
-        run.nonfinite += 1
-        what = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
-        run.log.log_event("nonfinite", step=done, loss=row["loss"], grad_norm=row["grad_norm"],
+    if run.empty or math.isfinite(row["loss"] + row["grad_norm"]):
+        return not run.empty
+    run.nonfinite += 1
+    what = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
+    run.run_log.log_event("nonfinite", step=done, loss=row["loss"], grad_norm=row["grad_norm"],
                      ids=sorted(name for part in everyone for name in part["ids"]))
-        if run.nonfinite > config.max_skips:
-            raise SystemExit(f"step {done}: {what}; the batch's ids are in {run.out}/events.jsonl, "
-                             "the checkpoint before is untouched. Look at these clips, lower --lr, "
-                             "or allow --max-skips")
-        run.say(f"step {done} is left out: {what} (ids in {run.out}/events.jsonl)")
-    run.optimiser.zero_grad(set_to_none=True)
+    if run.nonfinite > config.max_skips:
+        raise SystemExit(f"step {done}: {what}; the batch's ids are in {run.out}/events.jsonl, "
+                         "the checkpoint before is untouched. Look at these clips, lower --lr, "
+                         "or allow --max-skips")
+    log(f"step {done} is left out: {what} (ids in {run.out}/events.jsonl)")
+    return False
 
 
-def tell(run, config, row, everyone, done, clock):
+# ---------------------------------------------------------------- validate, log, save
+@torch.no_grad()
+def validate(run, config, row):
+    """Mean cross-entropy per answer token on the held-out questions, of which each process has its
+    share; without any, the batch's own."""
+    if not run.held_out:
+        return row["ce"]
+    model, rank, world = run.model, distributed.rank(), distributed.world()
+    model.eval()
+    mine, total, count = run.held_out[rank::world], 0.0, 0
+    batch = val_batch(config, world)
+    for start in range(0, math.ceil(len(run.held_out) / world), batch):  # equally often everywhere
+        samples = readable_samples(model, mine[start:start + batch], run.cache,
+                                   config.mask or None)[1]
+        with run.autocast:
+            losses = model(samples or [FILLER[1]])
+        if samples:
+            total += losses["ce"].item() * losses["tokens"]
+            count += losses["tokens"]
+    model.train()
+    total, count = distributed.all_reduce_sum([total, count], run.device)
+    return total / max(count, 1)
+
+
+def val_batch(config, world):
+    return config.micro_batch or math.ceil(config.batch / world)
+
+
+def log_samples(model, records, cache, mask):
+    """A few held-out questions, the model's answers and the right ones."""
+    model.eval()
+    read, samples = readable_samples(model, records, cache, mask)
+    if samples:
+        texts = model.generate([dataclasses.replace(s, target=None) for s in samples])
+        runlog.log_answers([(r.task, r.prompt, text, r.target)
+                             for r, text in zip(read, texts, strict=True)], log)
+    model.train()
+
+
+def log_step(run, config, row, everyone, done, clock):
     """The step's row in the log."""
     work = {"llm_tokens": [], "windows": 0, "frames": 0, "audio_seconds": []}
+    task_ce = {}
     for part in everyone:
         for name, value in (part["work"] or {}).items():
             work[name] = work[name] + value
+        for task, (total, n) in part["task_ce"].items():
+            before = task_ce.get(task, (0.0, 0))
+            task_ce[task] = before[0] + total, before[1] + n
     clips, (seconds, waited) = len(work["llm_tokens"]), clock.lap()
-    cosine = mean_cosine(run.model.config, row, clips, work["windows"])
-    row = {"step": done, **row, "cosine": cosine,
-           "lr": learning_rate(config, done - 1), "task_ce": mean_by_task(everyone),
+    row = {"step": done, **row, "cosine": mean_cosine(run.model.config, row, clips,
+                                                      work["windows"]),
+           "lr": learning_rate(config, done - 1),
+           "task_ce": {task: total / n for task, (total, n) in sorted(task_ce.items())},
            "skipped": sum("reason" in note for part in everyone for note in part["notes"])}
-    operations = run.log.main_process and flops.step_flops(
-        run.model, **work, encoded=run.store is not None)
-    run.log.log_step({name: value for name, value in row.items() if value is not None}, clips,
-                 sum(work["llm_tokens"]), operations, waited, seconds)
+    operations = run.run_log.main_process and flops.step_flops(
+        run.model, **work, encoded=run.cache is not None)
+    run.run_log.log_step({name: value for name, value in row.items() if value is not None}, clips,
+                     sum(work["llm_tokens"]), operations, waited, seconds)
     if "val_ce" in row:
-        run.log.log_event("validation", ce=row["val_ce"])
+        run.run_log.log_event("validation", ce=row["val_ce"])
+
+
+def mean_cosine(config, row, clips, windows):
+    """Between two queries of a window; the mean diversity loss, Eq. (4), is just that."""
+    if not row.get("diversity") or config.diversity_reduction == "mean":
+        return row.get("diversity")
+    pairs = config.queries * (config.queries - 1)
+    return row["diversity"] * clips / (max(windows, 1) * pairs)
 
 
 def save(run, config, done, validated, last):
-    """best/ after a validation that was better than all before, last/ when due, and snapshots.  On
-    all processes: sharded parts are gathered."""
+    """best/ after a validation that was better than all before, last/ when due, and snapshots.  All
+    processes call it: sharded parts are gathered."""
     folders, best_before = [], run.best
     if validated and run.val_ce is not None and run.val_ce < run.best:
         run.best = run.val_ce
@@ -520,92 +564,97 @@ def save(run, config, done, validated, last):
     with distributed.full_parameters(run.model):
         for folder in folders if distributed.rank() == 0 else ():
             facts = {**run.facts, "step": done, "val_ce": run.val_ce}
-            if checkpoints.save_unless_full(run.out / folder, run.model, facts,
-                                       state if folder == "last" else None, run.say):
-                run.log.log_event("checkpoint", folder=folder)
+            if checkpoint.save_unless_full(run.out / folder, run.model, facts,
+                                      state if folder == "last" else None, log):
+                run.run_log.log_event("checkpoint", folder=folder)
                 run.unsaved = ""
                 continue
             run.unsaved = folder
             if folder == "best":                       # a later one may be worse, but is there
                 run.best = state["best"] = best_before
         if distributed.rank() == 0:
-            checkpoints.prune(run.out, config.keep)
+            checkpoint.prune(run.out, config.keep)
 
 
-def mean_by_task(everyone):
-    """{task: mean cross-entropy of its samples in this batch}."""
-    sums = {}
-    for part in everyone:
-        for task, (total, n) in part["task_ce"].items():
-            before = sums.get(task, (0.0, 0))
-            sums[task] = before[0] + total, before[1] + n
-    return {task: total / n for task, (total, n) in sorted(sums.items())}
+def save_curve(run):
+    """Prints the loss curve and writes it to loss.txt."""
+    log(curve := runlog.draw_curve(run.run_log.rows))
+    try:
+        write_text(run.out / "loss.txt", curve + "\n")
+    except OSError as error:
+        if not checkpoint.disk_full(error):
+            raise
+        run.unsaved = run.unsaved or "loss.txt"
 
 
-def mean_cosine(config, row, clips, windows):
-    """Between two queries of a window; the mean diversity loss, Eq. (4), is just that."""
-    if not row.get("diversity") or config.diversity_reduction == "mean":
-        return row.get("diversity")
-    pairs = config.queries * (config.queries - 1)
-    return row["diversity"] * clips / (max(windows, 1) * pairs)
+# ---------------------------------------------------------------- the program
+def main(config, argv):
+    """One process of the run, from the first step that is left to the last."""
+    # Checked before the processes meet: one that still joins when the first one ends would fail
+    # with a reset connection.
+    if config.batch < (world := distributed.environment_ranks()[1]):
+        raise SystemExit(
+            f"--batch {config.batch} for {world} processes; wanted at least a sample for each")
+    rank, world, device = distributed.init_distributed()
+    started = time.time()
+    torch.set_num_threads(
+        config.threads or (1 if config.model == "tiny" else max(1, cli.cores() // world)))
+    torch.manual_seed(config.seed)
+    hub.offline(config.offline)
+    run = prepare(config, argv, device)
+    with checkpoint.StopSignal() as stop, loader.worker_errors():
+        stopped = train(run, config, stop)
+    run.run_log.close()
+    if stopped:
+        log(f"{stopped}: saved step {run.run_log.at} in {run.out}/last; the same command goes on "
+            "there")
+        distributed.shutdown(run.ddp)
+        sys.exit(128 + signal.Signals[stopped])
+    if run.skipped.rows:
+        log(str(run.skipped))
+    if rank == 0:
+        save_curve(run)
+    distributed.shutdown(run.ddp)
+    if run.unsaved:
+        raise SystemExit(f"{run.out}/{run.unsaved} could not be saved, the disk was full; make "
+                         "room and run the same command again")
+    log(f"{run.out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {run.out}/best   "
+        f"({runlog.duration(time.time() - started)} of training)")
+    if rank == 0 and config.test:
+        test(config, run.out, world)
 
 
-def val_batch(config, world):
-    return config.micro_batch or math.ceil(config.batch / world)
-
-
-def test(run, config):
-    """The table of eval.py on <data>/test.jsonl, with best/."""
-    manifest = evaluation.find_manifest(config.manifests[0][0], "train").parent / "test.jsonl"
+def test(config, out, world):
+    """The table of eval.py on <data>/test.jsonl with best/, by a program of its own: training needs
+    nothing of the benchmark."""
+    manifest = find_manifest(config.manifests[0][0], "train").parent / "test.jsonl"
     if not manifest.exists():
         return
+    words = ["--checkpoint", out / "best", "--data", manifest, "--system", config.system,
+             "--batch", 4 * val_batch(config, world), "--no-merge", "--processes", world,
+             "--out", out / "predictions.jsonl"]
+    words += ["--mask", config.mask] * bool(config.mask)
+    words += ["--dtype", config.dtype] * bool(config.dtype)
+    words += ["--features", config.features] * bool(config.features)
+    words += ["--no-cache-features"] * (config.cache_features is False)
     if config.shard:
-        run.say(f"for the table: python eval.py --checkpoint {run.out}/best --data {manifest}")
-        return
-    distributed.all_gather_object(None)                                 # best/ is written, or not
-    if not (run.out / "best" / "favor.json").exists():
-        return run.say(f"no table: {run.out}/best could not be saved")
-    model = run.model
-    model.load_trained(run.out / "best")
-    tested = [r for r in data.read_manifest(manifest)
-              if not model.tasks or r.task in model.tasks]
-    store = features_of(config, model, tested, run.say) if run.store is not None else None
-    views = evaluation.views_of(config.system, config.mask)
-    predictions, missing = evaluation.evaluate(
-        model, tested, store, views, 4 * val_batch(config, distributed.world()), log=run.say)
-    if distributed.rank() == 0:
-        facts = {"checkpoint": str(run.out / "best"), "mixture": run.facts["mixture"],
-                 "weights": checkpoints.weights_hash(run.out / "best")}
-        if write_or_note(run, tables.write_report, "predictions.jsonl", predictions, views,
-                         missing, facts):
-            run.say((run.out / "predictions.md").read_text())
-
-
-def write_or_note(run, write, name, *what):
-    """write(file, *what) in the run's folder -> whether a full disk let it; else run.unsaved."""
-    try:
-        write(run.out / name, *what)
-    except OSError as error:
-        if not checkpoints.disk_full(error):
-            raise
-        run.unsaved = run.unsaved or name
-        return False
-    return True
+        return print("for the table: python eval.py", shlex.join(map(str, words)))
+    if code := cli.run_module("eval", *words):
+        sys.exit(code)
 
 
 if __name__ == "__main__":
     settings, _ = cli.parse(TrainConfig, __doc__)
     if settings.dry_run:
         sys.exit(dry_run(settings))
-    if settings.start_from:                         # what is missing is said before the processes
-        checkpoints.find_checkpoint(settings.start_from)                # start, not once by each
-    try:
-        for path, _ in settings.manifests:
-            if Path(path) != Path(TrainConfig.data[0]):
-                Index.of(evaluation.find_manifest(path, "train"))
+    try:                                 # what is missing is said once, before processes start
+        if settings.start_from:
+            checkpoint.find_checkpoint(settings.start_from)
+        for path, _ in () if settings.on_miniature else settings.manifests:
+            Index.of(find_manifest(path, "train"))
         runlog.check_wandb(settings.wandb)
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
-    distributed.launch_local(settings.processes,          # each has its own copy of the weights
-                         most=min(4, settings.batch) if settings.model == "tiny" else 1)
+    distributed.launch_local(settings.processes,      # each has its own copy of the weights
+                             most=min(4, settings.batch) if settings.model == "tiny" else 1)
     main(settings, sys.argv[1:])

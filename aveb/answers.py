@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-import data
-from data import Sample
 from runtime import distributed
+from runtime.feature_cache import readable_samples
 
 # view: what is masked
 VIEWS = {"both": None, "audio only": "visual", "visual only": "audio", "blind": "both"}
@@ -72,23 +71,6 @@ class Journal:
             distributed.all_gather_object(None)
             if distributed.rank() == 0:
                 shutil.rmtree(self.folder)
-
-
-def readable_samples(model, records, store, mask=None, skipped=None):
-    """Records and their kept features (where there are none: their decoded clips) -> the records
-    whose clip can be read, their Samples; (id, reason) of the others joins the list `skipped`."""
-    skipped, read, samples = [] if skipped is None else skipped, [], []
-    reading = model.clip_options() if store is None else store.clip_options
-    for r in records:
-        features, clip = store.get(r) if store is not None else None, None
-        if features is None and store is not None and (why := store.reason(r)):
-            skipped.append((r.id, why))
-        elif features is None:                  # also where the disk was full before its turn came
-            clip = data.load_or_skip(r, skipped, **reading)
-        if features is not None or clip is not None:
-            read.append(r)
-            samples.append(Sample(r.prompt, r.target, clip, features, r.history, mask))
-    return read, samples
 
 
 def same_view(sample, view, views):

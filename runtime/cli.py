@@ -25,7 +25,7 @@ FLOAT, STR or the choices of a Literal, where "" means that the flag is not give
 --x and --no-x, tuples take several words, and the default is shown unless it is None, "" or ().
 Fields above the first group are in the group "options".
 
-Public: parse, check_choices, cores, parallel."""
+Public: parse, check_choices, run_module, cores, parallel."""
 
 import argparse
 import dataclasses
@@ -34,10 +34,18 @@ import multiprocessing
 import os
 import re
 import shlex
+import subprocess
+import sys
 import threading
 import types
 import typing
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+# what torchrun and distributed.launch_local set for each process
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK",
+                  "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR",
+                  "MASTER_PORT", "PARENT_HOLDS_STDIN")
 
 
 def parse(cls, doc, argv=None):
@@ -132,7 +140,18 @@ def _documentation(cls):
     return found
 
 
-# ---------------------------------------------------------------- worker processes
+# ---------------------------------------------------------------- other programs, worker processes
+def run_module(name, *words):
+    """Runs `python -m name words...` of this repository as a program of its own, from any working
+    folder -> its exit status.  Variables by which torchrun or launch_local told this process its
+    rank are left out; -P keeps files of the working folder from taking the place of ours."""
+    env = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES
+           and not key.startswith("TORCHELASTIC_")}
+    path = [str(Path(__file__).parent.parent), *filter(None, [env.get("PYTHONPATH")])]
+    return subprocess.run([sys.executable, "-P", "-m", name, *map(str, words)], check=False,
+                          env=env | {"PYTHONPATH": os.pathsep.join(path)}).returncode
+
+
 def cores():
     """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

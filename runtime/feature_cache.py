@@ -12,7 +12,7 @@ numbers are on disk before the line that names them.  So a run may be killed at 
 clips share their features.
 Size: a frame of 0.5 s takes V*D_v + A*D_a numbers: 5 kB in the tiny preset, 113 kB at full size.
 
-Public: FeatureCache, cache_features."""
+Public: FeatureCache, cache_features, readable_samples."""
 
 import contextlib
 import hashlib
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Features, load_or_skip, report_skipped
+from data import Features, Sample, load_or_skip, report_skipped
 from runtime import cli, distributed, hub
 from runtime.log import in_words, progress
 from runtime.media import MediaError, probe
@@ -339,3 +339,22 @@ def cache_features(model, records, folder=None, workers=None, log=print, clip_op
     cache = FeatureCache(folder, model, clip_options, log)
     cache.fill(records, workers, log)
     return cache
+
+
+def readable_samples(model, records, cache, mask=None, skipped=None):
+    """Records -> those whose clip can be read, and their Samples: with cached features, or without
+    them (cache None, a disk that was full) with decoded clips.  (id, reason) of the other records
+    joins the list `skipped`."""
+    skipped, read, samples = [] if skipped is None else skipped, [], []
+    clip_options = model.clip_options() if cache is None else cache.clip_options
+    for record in records:
+        features, clip = cache.get(record) if cache is not None else None, None
+        if features is None and cache is not None and (why := cache.reason(record)):
+            skipped.append((record.id, why))
+        elif features is None:
+            clip = load_or_skip(record, skipped, **clip_options)
+        if features is not None or clip is not None:
+            read.append(record)
+            samples.append(Sample(record.prompt, record.target, clip, features, record.history,
+                                  mask))
+    return read, samples

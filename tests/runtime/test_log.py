@@ -19,7 +19,7 @@ from llama import Llama, LlamaConfig
 from runtime import flops
 from runtime import log as runlog
 from runtime.log import Clock, RunLog
-from tools import memory
+from tools.memory import random_part
 from vit_qformer import ViT, ViTConfig
 
 ROOT = runlog.Path(runlog.__file__).parent.parent
@@ -249,7 +249,7 @@ def llm_parts(model, llm_tokens):
 
 @pytest.fixture(scope="module")
 def seven_b():
-    return Favor.from_config(preset("7b"), torch.bfloat16, "meta", load=memory.random_part)
+    return Favor.from_config(preset("7b"), torch.bfloat16, "meta", load=random_part)
 
 
 def test_7b_costs_what_is_known(seven_b):
@@ -309,7 +309,7 @@ def test_mfu_by_hand(tmp_path, small_favor):
 
 @pytest.mark.parametrize("name", ["tiny", "13b"])
 def test_other_sizes(name):
-    model = Favor.from_config(preset(name), None, "meta", load=memory.random_part)
+    model = Favor.from_config(preset(name), None, "meta", load=random_part)
     parts = flops.flops_by_part(model, [100], 4, 20, [10.0], False)
     assert parts["LLM"] == 4 * 100 * sum(
         p.numel() for n, p in model.llm.model.layers.named_parameters()
