@@ -23,12 +23,12 @@ import torch
 
 import data
 import lora
+import miniature
 from aveb import captions, judge
 from aveb.answers import HISTORIES, VIEWS, Journal, answer_all, short_hash
 from aveb.tables import TASKS, report_text, write_report
 from baselines.instructblip import SYSTEMS
 from favor import HERE, preset
-from miniature import world as miniature
 from runtime import cli, distributed, hub
 from runtime.feature_cache import keep_features
 
