@@ -1,5 +1,5 @@
-"""AVEB in miniature: the benchmark's eleven tasks on generated clips. Each clip is written as a real
-.mp4, .wav or .png file with a JSONL manifest, and is read back through data.py like anybody's data.
+"""AVEB in miniature: the benchmark's eleven tasks on generated clips. Each clip is written as a
+real .mp4, .wav or .png file with a JSONL manifest, and is read back like anybody's data.
 
      world.py     colours, shapes, lips, digits, sounds and voices: how things look and sound
      scenes.py    what happens in a clip, and the questions about it

@@ -163,8 +163,8 @@ def _part(jobs, tasks, limit):
 
 
 def demo(folder):
-    """Writes demo.mp4 and demo.json {clip, question, answer} into `folder`: a test clip of avsd, which
-    asks what is seen at a sound -> the two paths."""
+    """Writes demo.mp4 and demo.json {clip, question, answer} into `folder` -> both paths. It is a
+    test clip of avsd; the question asks what is seen at a sound."""
     from data import write_video
     folder, plan = Path(folder), plan_clip("test", *DEMO, seed=0)
     media = {kind: render() for kind, render in plan.media.items()}

@@ -8,8 +8,8 @@ and training scenes are used, so what the test clips hold out stays unseen here,
                    gives word i through a head that is thrown away         -> weights/instructblip
      projection    the same through the frozen LLaMA's lm_head             -> weights/instructblip
 
-`python -m miniature pretrain [llama whisper instructblip projection]` runs them in this order. Under
-torchrun the processes share each batch. weights/README.md has what each run printed."""
+`python -m miniature pretrain [llama whisper instructblip projection]` runs them in this order.
+Under torchrun the processes share each batch. weights/README.md has what each run printed."""
 
 import io
 import json
@@ -36,7 +36,8 @@ from vit_qformer import QFormerConfig, QFormerTokenizer, VisualEncoder, ViTConfi
 from whisper_enc import WhisperConfig, WhisperEncoder, log_mel_spectrogram
 
 TINY = Path(__file__).parent / "weights"
-WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))     # torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))                       # torchrun sets these two
+RANK = int(os.environ.get("RANK", 0))
 NOTHING = world.NOTHING                        # also the word of a query that has no word to give
 
 
@@ -47,7 +48,7 @@ def barrier():
 
 
 def train_loop(name, steps, parameters, batch_loss, lr, log_every=200):
-    """AdamW with warm-up and cosine decay. batch_loss(step) -> the loss, {name: number to print}."""
+    """AdamW with warm-up and cosine decay. batch_loss(step) -> loss, {name: number to print}."""
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     started = time.time()
     for step in range(steps):
@@ -125,7 +126,7 @@ def other_voices(mel):
     band = torch.arange(M) * torch.empty(B, 1).uniform_(0.87, 1.15)                      # (B,M)
     low = band.long().clamp(max=M - 1)
     part = (band - low).clamp(0, 1)[..., None]
-    rows = lambda index: mel.gather(1, index[..., None].expand(-1, -1, T))               # noqa: E731
+    rows = lambda index: mel.gather(1, index[..., None].expand(-1, -1, T))              # noqa: E731
     mel = (1 - part) * rows(low) + part * rows((low + 1).clamp(max=M - 1))
     mel = mel + torch.empty(B, 1, 1).uniform_(-0.4, 0.4) * torch.linspace(-1, 1, M)[:, None]
     first, count = torch.randint(0, M, (B, 1)), torch.randint(0, 13, (B, 1))
@@ -162,7 +163,7 @@ def pretrain_whisper(steps=3000, varied_steps=1500, batch=32, seed=1):
         return
     save_whisper(encoder)
     encoder.eval()
-    with torch.no_grad():                                              # the score of this part alone
+    with torch.no_grad():                                          # the score of this part alone
         for split in ("train", "test"):
             right = total = errors = spoken = 0
             for _ in range(8):
@@ -244,8 +245,8 @@ def recall(rng, n, turns=8, scenes=("still", "parade", "concert"), steps=(-1, -1
     """n samples (groups of words, turns), turns = ((question, answer), ...). The questions are
     look-ups rather than sentences, such as "colour ball", "shape before red" or "where ball". Other
     answers are built on look-ups, and they take a fifth of the tokens; a model that starts with
-    sentences hardly learns them. steps: what is asked of a video, 1 "after", -1 "before"; where: the
-    share of questions about places, of a still that is described by quarters."""
+    sentences hardly learns them. steps: what is asked of a video, 1 "after", -1 "before"; where:
+    the share of questions about places, of a still that is described by quarters."""
     out = []
     while len(out) < n:
         scene = SCENES[str(rng.choice(scenes))](rng, "train")
@@ -289,8 +290,8 @@ TALKED_ABOUT = {"parade": 3, "concert": 3, "spoken_question": 2}       # others:
 
 
 def dialogues(rng, n, tell=told_in_words):
-    """n samples as language(), with many questions about each clip, mostly about scenes whose answers
-    must be looked up (what came after what). Asked one by one, they are hardly learnt."""
+    """n samples as language(), with many questions about each clip, mostly about scenes whose
+    answers must be looked up (what came after what). Asked one by one, they are hardly learnt."""
     scenes, out = list(SCENES), []
     weights = np.array([TALKED_ABOUT.get(scene, 0.5) for scene in scenes])
     while len(out) < n:
@@ -327,8 +328,8 @@ def train_tokenizer(rng):
 
 
 def text_and_labels(tokenizer, n_clip, turns):
-    """-> ids before the clip's n_clip vectors, ids after them, labels of the whole row: -100 at every
-    place that is neither an answer nor its </s>."""
+    """-> ids before the clip's n_clip vectors, ids after them, labels of the whole row: -100 at
+    every place that is neither an answer nor its </s>."""
     labels = []
     for k, (question, target) in enumerate(turns):
         before, after, answer = prompt_ids(tokenizer, question, turns[:k], target)
@@ -482,10 +483,10 @@ def strange_colours(rng, image):
 
 
 def looking_samples(rng, split, n, strange=0.0):
-    """n samples (image (64,64,3), instruction, words of the 10 queries). The words are the caption of
-    the picture, then the answer if the picture alone gives it. A share `strange` of the pictures has
-    strange colours, and None for the words that would then be wrong. So the model must tell shapes
-    apart by their form; otherwise it misses pairs of colour and shape that it was never shown."""
+    """n samples (image (64,64,3), instruction, words of the 10 queries). The words are the caption
+    of the picture, then the answer if the picture alone gives it. A share `strange` of the pictures
+    has strange colours, and None for the words that would then be wrong. So the model must tell
+    shapes apart by their form; otherwise it misses pairs of colour and shape it was never shown."""
     weights = np.array(list(LOOKED_AT.values())) / sum(LOOKED_AT.values())
     out = []
     while len(out) < n:
@@ -596,7 +597,7 @@ def pretrain_projection(steps=400, seed=4):
     if RANK > 0:
         return
     save_instructblip(encoder, projection)
-    with torch.no_grad():                                              # the score of this part alone
+    with torch.no_grad():                                          # the score of this part alone
         for split in ("train", "test"):
             tally = {}
             for _ in range(20):

@@ -68,7 +68,7 @@ class Scene:
     "yes" and "no" are the matching and the other sound of the task avm."""
     media: dict                # video, image, audio, yes, no -> the function that renders it
     facts: list                # [(words seen, words heard)], one pair per frame of 0.5 s
-    questions: list            # [(task, prompt, target, extras)]; extras become fields of the record
+    questions: list            # [(task, prompt, target, extras)]; extras: fields of the record
     ask: object = None         # function -> more questions about the same clip
     stills: object = None      # function -> list of (64,64,3), one per fact: the clip at 2 Hz
 
@@ -221,7 +221,8 @@ def concert_scene(rng, split):
     shape, colours = str(rng.choice(SHAPES)), []
     while len(colours) < FRAMES:
         colour = str(rng.choice(list(COLOURS)))
-        if colour not in colours[-2:] and not (split == "train" and is_held_out_pair(colour, shape)):
+        held_out = split == "train" and is_held_out_pair(colour, shape)
+        if colour not in colours[-2:] and not held_out:
             colours.append(colour)
     names = rng.permutation(SOUNDS)[:3].tolist()
     frames = np.sort(rng.permutation(FRAMES - 1)[:3]).tolist()
@@ -332,7 +333,7 @@ def spoken_caption_scene(rng, split):
     """avm, the half with images: the speech names one of the two objects in a still, or neither."""
     objects = choose_objects(rng, 2, split)
     spots = np.sort(rng.permutation(4)[:2])
-    others = [(c, s) for c in COLOURS for s in SHAPES           # held-out pairs are not heard either
+    others = [(c, s) for c in COLOURS for s in SHAPES       # held-out pairs are not heard either
               if c not in (objects[0][0], objects[1][0])
               and s not in (objects[0][1], objects[1][1])
               and not (split == "train" and is_held_out_pair(c, s))]

@@ -1,5 +1,6 @@
-"""Draws docs/miniature.png: one test clip of each task as the model gets it (frames at 2 Hz, log-mel
-of the sound) with its questions. `python -m miniature sheet` runs it; it needs the extra `plot`."""
+"""Draws docs/miniature.png: one test clip of each task as the model gets it (frames at 2 Hz,
+log-mel of the sound) with its questions. `python -m miniature sheet` runs it; it needs the extra
+`plot`."""
 
 import textwrap
 from pathlib import Path

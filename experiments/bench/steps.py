@@ -1,8 +1,8 @@
-"""The goals of bench.py about whole training steps: the step against the sum of its parts, kept
-features, memory, several processes.
+"""The targets 5, 6 and 10 about whole training steps: the step against the sum of its parts, cached
+features, memory and several processes.
 
      clips from memory --train.train_step, AdamW--> loss
-on a CPU: the tiny preset as it is committed; on a GPU: 7b or 13b with random weights.
+On a CPU the tiny preset runs with its committed parts, on a GPU 7b or 13b with random weights.
 Public: av_step, cached, memory_and_ranks."""
 
 import copy
@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from data import Clip, Record, load_clip
-from experiments.bench.goals import llm_step
 from experiments.bench.measure import (
     Line,
     Run,
@@ -31,6 +30,7 @@ from experiments.bench.measure import (
     seconds_of,
 )
 from experiments.bench.media import clip_of
+from experiments.bench.targets import llm_step
 from favor import Favor, Sample, preset
 from runtime import distributed, flops
 from runtime.feature_cache import FeatureCache
@@ -146,7 +146,7 @@ def materials(step, count, seconds):
 
 
 def av_step(run: Run):
-    """Goal 5."""
+    """Target 5."""
     step = Step(run.device, run.pick(test="tiny", cuda=run.model))
     count, seconds = run.pick(test=(2, 2.0), quick=(2, 5.0), full=(16, 5.0), cuda=(16, 30.0))
     parts = parts_alone(step)
@@ -159,14 +159,14 @@ def av_step(run: Run):
     shares = ", ".join(f"{part} {statistics.median(times[part]) * 1e3:.3g}" for part in parts)
     line = line_of(
         f"{step.name}, {count} clips of {seconds:g} s: step", times["whole"], alone,
-        peer_name="sum of its parts", wanted=run.wants(f"ratio <= {GAP}", f"ratio <= {GAP}"),
-        floor=run.floor_ms(step.flops(some["encoded"]), step.dtype),
+        baseline_name="sum of its parts", wanted=run.wants(f"ratio <= {GAP}", f"ratio <= {GAP}"),
+        roofline=run.roofline_ms(step.flops(some["encoded"]), step.dtype),
         note=f"ms alone: {shares}; losses differ by {far:.0e}")
     lines = [line]
     if run.full_cuda:
-        most = count / line.floor * 1e3
+        most = count / line.roofline * 1e3
         lines.append(Line("MFU, of the measured GEMM rate", "clips/s", count / line.ours * 1e3,
-                          floor=most, wanted="close >= 0.45"))
+                          roofline=most, wanted="close >= 0.45"))
     if run.cuda or run.size == "test":                      # a CPU has no plans to make
         lines.append(ragged(run, step, count, seconds))
     return lines
@@ -182,13 +182,13 @@ def ragged(run, step, count, seconds):
         step(*draw())
     times = [seconds_of(run, step, draw()) for _ in range(run.pick(test=3, quick=7, cuda=20))]
     return Line("slowest step of ragged lengths / median", "ms", max(times) * 1e3,
-                statistics.median(times) * 1e3, peer_name="median step", repeats=len(times),
+                statistics.median(times) * 1e3, baseline_name="median step", repeats=len(times),
                 wanted=run.wants("", "ratio <= 2"))
 
 
 # ---------------------------------------------------------------- 6: kept features
 def cached(run: Run):
-    """Goal 6: a step on features read from the cache on disk, against one that encodes its clips.
+    """Target 6: a step on features read from the cache on disk, against one that encodes its clips.
     Both start from clips in memory: what decoding would add to the second is left out."""
     step = Step(run.device, run.pick(test="tiny", cuda=run.model))
     count, seconds = run.pick(test=(2, 2.0), quick=(2, 5.0), full=(16, 5.0), cuda=(16, 30.0))
@@ -221,8 +221,8 @@ def cached(run: Run):
         limit = {"7b": f"ratio <= {1 / 4}", "13b": f"ratio <= {1 / 2.7:.3f}"}[run.model]
         line = line_of(
             f"{step.name}, {count} clips of {seconds:g} s: cached step", times["cached"],
-            times["fresh"], peer_name="uncached step", wanted=run.wants("ratio <= 0.30", limit),
-            floor=run.floor_ms(step.flops(encoded, encoded=True), step.dtype),
+            times["fresh"], baseline_name="uncached step", wanted=run.wants("ratio <= 0.30", limit),
+            roofline=run.roofline_ms(step.flops(encoded, encoded=True), step.dtype),
             note=f"loss equal bit for bit to fresh features in the cache's fp16; {far:.0e} from "
                  f"those in {str(step.dtype).removeprefix('torch.')}; ratio of the operations "
                  f"{least:.2f}")
@@ -242,7 +242,7 @@ def from_files(run, step, count, seconds, cached_step):
         times = interleaved(run, "step from files", tuple, {"cached": cached_step, "fresh": fresh},
                             min(3, run.repeats))
     return line_of(f"{step.name}, {count} clips of {seconds:g} s, 720p files: cached step",
-                   times["cached"], times["fresh"], peer_name="decodes and encodes")
+                   times["cached"], times["fresh"], baseline_name="decodes and encodes")
 
 
 def as_kept(sample):
@@ -254,7 +254,7 @@ def as_kept(sample):
 
 # ---------------------------------------------------------------- 10: memory, processes
 def memory_and_ranks(run: Run):
-    """Goal 10."""
+    """Target 10."""
     step, count = Step(torch.device("cpu")), run.pick(test=2, quick=4, full=8)
     lines = [gradients_outside(run, step, count), *two_ranks(run, step, count)]
     return lines + (on_gpus(run) if run.full_cuda else [])

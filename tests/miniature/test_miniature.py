@@ -393,7 +393,7 @@ def test_made_clips_stay(tmp_path, made):
 
 
 def test_a_part_makes_only_the_clips_it_needs(tmp_path, small_miniature, made):
-    """Its questions are the first ones of each task in the whole manifest, and the whole set that is
+    """Its questions are the first ones of each task in the whole manifest. The whole set that is
     made later is the very same."""
     whole = records_of(small_miniature, "test")
 
@@ -411,7 +411,7 @@ def test_a_part_makes_only_the_clips_it_needs(tmp_path, small_miniature, made):
     made.clear()
     path = miniature.make(tmp_path, limit=1, **quiet)["test"]          # one of every task
     assert [r.id for r in data.read_manifest(path)] == first(whole, miniature.TASKS, 1)
-    assert len(made) == len({scene for _, scene, _ in made}) == 8      # not concert, flash, captions
+    assert len(made) == len({scene for _, scene, _ in made}) == 8      # not those made before
     made.clear()
     assert miniature.make(tmp_path, **quiet)["test"].name == "test.jsonl"
     assert len(made) == 2 * len(miniature.SCENES) - 4 - 8
