@@ -204,18 +204,17 @@ def markdown(outcomes, run, facts):
     """The report: one line per target, then every measurement, then first calls."""
     lines = ["# Benchmark", "", *(f"- {name}: {value}" for name, value in facts.items()), "",
              "Ratio: ours / baseline, medians, with the quartiles of the paired repeats. Roofline: "
-             "the best that the ceilings allow. For each target the measurement that misses its limit by "
-             "most, or else comes closest to it.", "",
+             "the best that the ceilings allow. For each target the measurement that misses its "
+             "limit by most, or else comes closest to it.", "",
              row(["#", "target", "wanted", "reached", "measurement", "ours", "baseline", "ratio",
-                  "roofline",
-                  "of the roofline"]), row(["---"] * 10)]
+                  "roofline", "of the roofline"]), row(["---"] * 10)]
     for outcome in outcomes:
         target = TARGETS[outcome.name]
         lines.append(row([outcome.name, target.text, target.h200 if run.cuda else target.cpu,
                           *headline(outcome)]))
     lines += ["", row(["#", "measurement", "ours", "baseline", "ratio", "roofline",
-                       "of the roofline",
-                       "wanted", "reached", "repeats", "note"]), row(["---"] * 11)]
+                       "of the roofline", "wanted", "reached", "repeats", "note"]),
+              row(["---"] * 11)]
     for outcome in outcomes:
         for line in outcome.lines:
             reached = {None: "", True: "yes", False: "no"}[line.reached]
