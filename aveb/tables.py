@@ -10,9 +10,9 @@ Public: TASKS, by_task, scores_of, table, zero_shot, paper_tables, write_report,
 import dataclasses
 import json
 
+import miniature
 from aveb import metrics
 from aveb.paper_numbers import PAPER, TABLES, TRAINED_BY
-from miniature import world as miniature
 from runtime import hub
 
 TASKS = (*miniature.TASKS, "favd", "valor")      # Tables 2 and 3; Table 4

@@ -2,8 +2,8 @@
 
      python -m experiments.draw_walkthrough
 
-The page is run first, as its test runs it, and what is drawn are the page's own variables: text and
-pictures cannot differ.
+The page is run first, as its test runs it, and the pictures show the page's own variables, so text
+and pictures cannot differ.
 
      page["clip"] --figures.look_inside, draw_attention--> walkthrough_attention.png
      page["joint"], block_causal_mask --draw_masks-->      walkthrough_masks.png
@@ -22,7 +22,7 @@ import torch
 
 import data
 from experiments import figures
-from miniature import world as miniature
+from miniature.world import VIDEO_FPS
 from runtime.media import write_video
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -30,30 +30,30 @@ PAGE = DOCS / "walkthrough.md"
 
 
 def run_page():
-    """-> (how many lines were compared, how many differed), the page's variables.  What differs is
-    printed."""
+    """Runs the page as a doctest -> (number of failed lines, number of lines), its variables. Every
+    difference is printed."""
     test = doctest.DocTestParser().get_doctest(PAGE.read_text(), {}, PAGE.name, str(PAGE), 0)
-    with contextlib.chdir(DOCS.parent):                        # where the presets' sources are
+    with contextlib.chdir(DOCS.parent):                        # the presets' paths start there
         results = doctest.DocTestRunner(verbose=False).run(test, clear_globs=False)
     return results, test.globs
 
 
 def draw_clip(page):
-    """Frames, spectrogram and, below them, where the queries look -> Figure."""
+    """Frames, spectrogram and, below them, the cross-attention of the queries -> Figure."""
     with tempfile.TemporaryDirectory() as folder:
         path, inside = Path(folder) / "clip.mp4", Path(folder) / "inside.npz"
-        write_video(path, page["video"], miniature.VIDEO_FPS, page["audio"])
+        write_video(path, page["video"], VIDEO_FPS, page["audio"])
         record = data.Record("walkthrough", "avsd", page["question"], "pink", video=str(path))
         figures.look_inside(page["model"], [record], None, None, {}, inside)
         held = dict(np.load(inside))
-        # Columns of 20 ms: single ones of 10 ms are mostly noise, which no PNG packs.
+        # Columns of 20 ms, as single ones of 10 ms are mostly noise, which PNG cannot compress.
         held["mel"] = held["mel"].reshape(80, -1, 2).mean(axis=2)
         return figures.draw_attention(held)
 
 
 def draw_masks(page):
-    """Left: the audio step that each joint vector holds, found again by its distance; right: the
-    mask of one window -> Figure."""
+    """Left: the audio step in each joint vector, found by the smallest distance; right: the mask of
+    one window -> Figure."""
     joint, sound, width = page["joint"].detach(), page["sound"].detach(), page["visual"].shape[-1]
     F, N, _ = joint.shape
     step = torch.cdist(joint[..., width:].flatten(0, 1), sound).argmin(dim=1).reshape(F, N).numpy()
@@ -87,7 +87,7 @@ def draw_masks(page):
 
 
 def draw_windows(page):
-    """The cosines of all pairs of output queries, a matrix a window -> Figure."""
+    """The cosines of all pairs of output queries, one matrix per window -> Figure."""
     matrices = [figures.cosines(queries[None]).numpy() for queries in page["queries"].detach()]
     figure, axes = figures.pyplot().subplots(
         1, len(matrices), figsize=(figures.WIDTH * 0.8, 3.3), layout="constrained")
@@ -104,7 +104,7 @@ def draw_windows(page):
 
 
 def draw(folder, page):
-    """All pictures of the page into `folder` -> their paths."""
+    """Draws all pictures of the page into `folder` -> their paths."""
     drawn = []
     for name, make in (("attention", draw_clip), ("masks", draw_masks), ("cosines", draw_windows)):
         figure = make(page)
@@ -117,5 +117,5 @@ def draw(folder, page):
 if __name__ == "__main__":
     (failed, attempted), page = run_page()
     if failed:
-        sys.exit(f"{failed} of {attempted} lines of {PAGE.name} differ: correct it first")
+        sys.exit(f"{failed} of {attempted} lines of {PAGE.name} differ; correct the page first")
     print(*draw(DOCS, page), sep="\n")

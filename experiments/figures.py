@@ -1,15 +1,15 @@
 """The paper's Figs 3, 4 and 5 from our own runs (ablate.py), and where each query looks.
 
-     python -m experiments.figures runs/ablate          draws OUT/*.png again (needs the extra `plot`)
+     python -m experiments.figures runs/ablate      draws OUT/*.png again (needs the extra `plot`)
 
-     the end of a run's first round --cross_attention, query_cosines--> OUT/inside/<system>.npz
+     the end of a run's first stage --cross_attention, query_cosines--> OUT/inside/<system>.npz
      OUT/results.jsonl --> fig3.png  window size K at constant Q/K; frame rate when answering
                        --> fig4.png  lambda against scores and the queries' mean cosine
-                           (both of the first round, which all systems have)
-                       --> learning.png  scores against steps, with each part and without
-     OUT/inside/*.npz  --> fig5.png  cosine matrices of the queries under different lambda
+                           (both after the first stage, which all systems have)
+                       --> learning.png  scores against steps, with and without each part
+     OUT/inside/*.npz  --> fig5.png  cosine matrices of the queries for several lambda
                        --> attention-<system>.png  where the queries look, beside frames and sound
-Colours are Okabe and Ito's; every series also has a marker and a line style of its own.
+The colours are Okabe and Ito's, and every series also has its own marker and line style.
 
 Public: cross_attention, query_cosines, off_diagonal_mean, look_inside, draw_scales, draw_lambda,
 draw_learning, draw_cosines, draw_attention, draw_all, no_figures."""
@@ -33,7 +33,7 @@ from whisper_enc import SAMPLE_RATE, log_mel_spectrogram
 
 COSINE_TASKS, COSINE_CLIPS = ("avsr", "videoqa", "avssd"), 64          # Fig. 4
 BLUE, ORANGE = "#0072B2", "#D55E00"
-WIDTH, DPI = 9.0, 110                                                  # inches: the README's width
+WIDTH, DPI = 9.0, 110                                                  # inches, dots per inch
 K_LABEL = "window size K, frames of 0.5 s"
 LEARNING_TASKS = ("videoqa", "isqa", "avssd", "avsr", "avsd", "avm")   # Table 5's
 LEARNING = {"complete": ("black", "-", "o"), "no-causal": (BLUE, "--", "s"),
@@ -45,11 +45,11 @@ LEARNING = {"complete": ("black", "-", "o"), "no-causal": (BLUE, "--", "s"),
 @contextmanager
 def cross_attention(qformer):
     """with cross_attention(model.qformer) as looks: model(...)
-    looks: a list a layer, with an entry (W,heads,Q,K*N) a forward, the softmax that the layer used;
-    W with the dummy window at the end.
+    looks has one list per layer, with one tensor (W,heads,Q,K*N) per forward: the softmax that the
+    layer used. The last of the W windows is the dummy window.
 
-    PyTorch's fused attention does not give its weights away, so a hook computes them again from
-    what the layer got and from its own projections (the same: test_ablate.py)."""
+    PyTorch's fused attention does not return its weights, so a hook computes them again from the
+    layer's inputs and projections (test_the_hook_shows_what_the_layer_used)."""
     looks = [[] for _ in qformer.layers]
 
     def keep_weights(layer, inputs, _, into):
@@ -69,13 +69,13 @@ def cross_attention(qformer):
 
 
 def cosines(queries):
-    """queries (W,Q,D) -> (Q,Q), cosine similarities within a window, the mean over windows."""
+    """queries (W,Q,D) -> (Q,Q): cosine similarities within a window, averaged over windows."""
     unit = F.normalize(queries.float(), dim=-1, eps=1e-9)
     return (unit @ unit.transpose(1, 2)).mean(0)
 
 
 def off_diagonal_mean(matrix):
-    """Between different queries: Eq. (4)."""
+    """The mean over pairs of different queries, as in Eq. (4)."""
     n = len(matrix)
     return float((matrix.sum() - np.trace(matrix)) / max(n * (n - 1), 1))
 
@@ -95,8 +95,8 @@ def query_cosines(model, records, store, mask=None):
 
 @torch.no_grad()
 def look_inside(model, records, store, mask, matrices, path):
-    """Writes what figs 5 and attention-* are drawn from: the matrices of query_cosines; of one clip
-    with picture and sound the cross-attention, frames, spectrogram, question and answer."""
+    """Writes the data of Fig. 5 and attention-* into `path` (.npz): the matrices of query_cosines,
+    and the cross-attention, frames, spectrogram, question and answer of one clip."""
     clips = [r for r in records if r.video and r.task == "avsd"] or [r for r in records if r.video]
     kept = {f"cosine {task}": matrix.astype(np.float32) for task, (matrix, _) in matrices.items()}
     if clips:
@@ -124,15 +124,15 @@ def look_inside(model, records, store, mask, matrices, path):
 
 # ---------------------------------------------------------------- drawing
 def no_figures(out):
-    """What to say and do where matplotlib, an extra, is not installed; "" where it is."""
+    """What to install if matplotlib, an extra, is missing; "" if it is there."""
     if importlib.util.find_spec("matplotlib"):
         return ""
-    return ("no figures, as matplotlib is missing: "
+    return ("no figures, because matplotlib is missing: "
             f'pip install -e ".[plot]", then python -m experiments.figures {out}')
 
 
 def pyplot():
-    """Imported only here: matplotlib is an extra."""
+    """matplotlib.pyplot with our style. It is an extra, so it is imported only here."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -142,9 +142,8 @@ def pyplot():
 
 
 def curve(axis, at, by_seed, colour, style, marker, label, dots=True):
-    """Means over seeds with 95 % intervals, the seeds themselves as small dots (or not) -> the
-    line, None where there is nothing.  at: places; by_seed: {seed: value} of each, {} where it is
-    missing."""
+    """Draws means over seeds with 95 % intervals, and the seeds as dots if `dots` -> the line, or
+    None if there is nothing to draw. at: x values; by_seed: {seed: value} for each of them."""
     there = [(x, [*values.values()]) for x, values in zip(at, by_seed, strict=True) if values]
     if not there:
         return None
@@ -162,14 +161,14 @@ def score_label(task):
 
 
 def within(axis, task):
-    """Scores end at 0 and 100 %, whatever the interval of two seeds says."""
+    """Limits the axis to scores from 0 to 100 %, however wide the interval of two seeds is."""
     low, high = axis.get_ylim()
     axis.set_ylim(max(low, 0), high if task in ERROR_RATES else min(high, 100))
 
 
 def draw_scales(stage):
-    """Fig. 3: (a), (b) window size at a constant number of queries a frame, (c) frame rate when
-    answering.  stage: ablate_tables.Stage -> Figure."""
+    """Fig. 3: (a), (b) window size at a constant number of queries per frame, (c) frame rate when
+    answering. stage: tables.Stage -> Figure."""
     figure, axes = pyplot().subplots(1, 3, figsize=(WIDTH, 2.9))
     for axis, task, letter in zip(axes[:2], ("asr", "videoqa"), "ab", strict=True):
         curve(axis, [*WINDOWS], [stage.by_seed(s, task) for s in WINDOWS.values()],
@@ -193,8 +192,8 @@ def draw_scales(stage):
 
 
 def draw_lambda(stage):
-    """Fig. 4: scores and the queries' mean cosine on the same task, against lambda.
-    stage: ablate_tables.Stage -> Figure."""
+    """Fig. 4: scores and the queries' mean cosine on the same task against lambda.
+    stage: tables.Stage -> Figure."""
     figure, axes = pyplot().subplots(1, 3, figsize=(WIDTH, 3.2))
     places, systems = range(len(LAMBDAS)), LAMBDAS.values()
     for axis, task, letter in zip(axes, COSINE_TASKS, "abc", strict=True):
@@ -219,8 +218,8 @@ def draw_lambda(stage):
 
 
 def draw_learning(results):
-    """Table 5's tasks against the steps trained, with each part of the method and without: what is
-    only learnt later and what is not learnt.  results: ablate_tables.Results -> Figure."""
+    """The tasks of Table 5 against the steps of training, with and without each part of the method:
+    what is only learnt later, and what is not learnt. results: tables.Results -> Figure."""
     steps, systems = results.scored, [s for s in LEARNING if s in results.systems]
     stages = [results.at(step) for step in steps]
     figure, axes = pyplot().subplots(2, 3, figsize=(WIDTH, 5.2), sharex=True)
@@ -242,7 +241,7 @@ def draw_learning(results):
 
 
 def draw_cosines(matrices):
-    """Fig. 5.  matrices {lambda: {task: (Q,Q)}} -> Figure: a row a task, a column a lambda."""
+    """Fig. 5. matrices {lambda: {task: (Q,Q)}} -> Figure: a row per task, a column per lambda."""
     tasks = [t for t in COSINE_TASKS if any(t in found for found in matrices.values())]
     figure, axes = pyplot().subplots(
         len(tasks), len(matrices), squeeze=False, layout="constrained",
@@ -265,8 +264,8 @@ def draw_cosines(matrices):
 
 
 def draw_attention(inside):
-    """Where each query of a window looks.  One time axis for frames, spectrogram and attention:
-    vector j of frame t stands where the sound of its audio step is -> Figure."""
+    """Where each query of a window looks -> Figure. Frames, spectrogram and attention share one
+    time axis: vector j of frame t stands at the time of its audio step."""
     weights = inside["attention"].astype(np.float32).mean(2)                # (layers,W,Q,K*N)
     layers, _, queries, length = weights.shape
     n, fps, counts = int(inside["vectors"]), float(inside["fps"]), [*inside["windows"]]
@@ -310,13 +309,13 @@ def draw_attention(inside):
         axis.tick_params(labelbottom=axis is axes[-1])
     axes[-1].set_xlabel(f"time, s; the {n} joint vectors of a frame stand side by side, each where "
                         "its audio step is; white: windows")
-    answer = str(inside["answer"])[:40].replace("$", r"\$")          # a model may say anything
+    answer = str(inside["answer"])[:40].replace("$", r"\$")          # an answer may hold any text
     axes[0].set_title(f'"{inside["question"]}"  right: {inside["right"]}; answered: {answer}')
     return figure
 
 
-def draw_all(folder, say=print):
-    """All figures that the results of `folder` can show -> their paths."""
+def draw_all(folder, log=print):
+    """Draws all figures that the results in `folder` allow -> their paths."""
     folder, results, drawn = Path(folder), Results.read(folder), []
     plt = pyplot()
 
@@ -338,7 +337,7 @@ def draw_all(folder, say=print):
     for system, held in inside.items():
         if system in ("complete", "future", "no-sync") and "attention" in held:
             save(draw_attention(held), f"attention-{system}.png")
-    say("figures: " + ", ".join(map(str, drawn)))
+    log("figures: " + ", ".join(map(str, drawn)))
     return drawn
 
 

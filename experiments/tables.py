@@ -1,14 +1,14 @@
-"""What ablate.py measured -> tables: the systems, statistics over seeds, the paper's claims.
+"""Tables of what ablate.py measured: the systems, statistics over seeds, the paper's claims.
 
      OUT/results.jsonl --Results--> a Stage for each number of steps that was scored
                        --Stage.by_seed, .against--> means, differences with 95 % t-intervals and p
                        --tables--> Markdown, with a verdict on each claim of the paper
-     results of two times --reproduction_table--> does the second give what the first gave?
-Every mean is over seeds; differences to `complete` are paired by seed, which shares the order of
-the data and, where the shapes are the same, the first weights.
+     results of two runs --reproduction_table--> does the second give what the first gave?
+Every mean is over seeds. Differences to `complete` are paired by seed: runs with the same seed
+share the order of the data and, where the shapes are equal, the initial weights.
 
 Public: SYSTEMS, WINDOWS, LAMBDAS, FPS, CLAIMS, mean_interval, paired, verdict, Results, Stage,
-markdown, score_table, difference_table, gain_table, claim_table, mask_table, tables,
+score_table, difference_table, gain_table, claim_table, mask_table, tables,
 reproduction_table."""
 
 import itertools
@@ -19,17 +19,19 @@ from pathlib import Path
 
 import numpy as np
 
+import miniature
 from aveb.metrics import ERROR_RATES
 from aveb.paper_numbers import PAPER
-from miniature import world as miniature
+from runtime.files import markdown_table
 
-# name: (what the tables call it, its flags of train.py).  The tiny preset: K 5 frames, 10 queries.
+# name: (its name in the tables, its flags of train.py). The tiny preset has K = 5 and 10 queries.
 SYSTEMS = {
     "complete": ("complete", ""),
     "no-diversity": ("without diversity loss", "--diversity 0"),
     "no-causal": ("without causal encoder", "--causal none"),
     "no-windows": ("without sliding windows", "--window-frames 0"),
-    "no-windows-2q": ("without sliding windows, twice the queries", "--window-frames 0 --queries 20"),
+    "no-windows-2q": ("without sliding windows, twice the queries",
+                      "--window-frames 0 --queries 20"),
     "no-sync": ("without synchronisation", "--no-sync"),
     "none": ("without causal encoder, diversity loss, synchronisation",
              "--causal none --diversity 0 --no-sync"),
@@ -46,7 +48,7 @@ WINDOWS = {1: "k1", 2: "k2", 5: "complete", 10: "no-windows-2q"}     # Fig. 3a, 
 LAMBDAS = {0: "no-diversity", 0.01: "complete", 0.1: "lambda-0.1", 1: "lambda-1",
            10: "lambda-10"}                                                  # Figs 4, 5
 FPS = (0.5, 1.0, 2.0, 4.0)                                                   # Fig. 3c
-# the paper's rows (paper_numbers.py) and what the paper says of them: tasks that get worse
+# The paper's rows (aveb/paper_numbers.py), and the tasks that it reports to get worse.
 PAPER_ROWS = {"complete": "FAVOR 13B", "no-diversity": "no diversity loss",
               "no-causal": "no causal encoder", "no-windows": "no sliding window",
               "no-sync": "no synchronisation", "none": "no causal, div, sync"}
@@ -58,7 +60,7 @@ CLAIMS = (("no-causal", ("videoqa", "isqa", "avssd")), ("no-windows", ("videoqa"
 
 # ---------------------------------------------------------------- statistics over seeds
 def t_quantile(df):
-    """Student's 97.5 % point: with t = sqrt(df) tan(a) the density is cos(a)^(df-1) da."""
+    """Student's 97.5 % point; with t = sqrt(df) tan(a) the density is cos(a)^(df-1) da."""
     angle = np.linspace(0, np.pi / 2, 200_001)
     middle = (angle[1:] + angle[:-1]) / 2
     area = np.concatenate([[0.0], np.cumsum(np.cos(middle) ** (df - 1))])
@@ -66,7 +68,7 @@ def t_quantile(df):
 
 
 def mean_interval(values):
-    """-> mean, half the width of its 95 % t-interval (None for a single value)."""
+    """-> mean, half of the width of its 95 % t-interval (None for a single value)."""
     values = np.asarray(values, float)
     if len(values) < 2:
         return float(values.mean()), None
@@ -75,8 +77,8 @@ def mean_interval(values):
 
 
 def sign_flip(differences):
-    """Exact two-sided p-value: the share of all 2^n ways to flip the signs whose sum is as far from
-    zero.  Not below 2 / 2^n: 0.0625 for five seeds, 0.031 for six."""
+    """Exact two-sided p-value: the share of all 2^n ways to flip the signs that give a sum as far
+    from zero. It cannot be below 2 / 2^n, which is 0.0625 for five seeds and 0.031 for six."""
     differences = np.asarray(differences, float)
     signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
     sums = abs(signs @ differences)
@@ -85,7 +87,7 @@ def sign_flip(differences):
 
 @dataclass(frozen=True)
 class Difference:
-    """A system's score minus the complete one's, of the seeds that both have."""
+    """A system's score minus that of the complete system, over the seeds that both have."""
     mean: float
     half: float | None           # of the 95 % t-interval of the paired differences
     p: float
@@ -112,8 +114,8 @@ def paired(ours, theirs):
 
 
 def verdict(difference, less_is_better):
-    """Of "the task gets worse without it", by the paired 95 % t-interval; a difference that the
-    tables tell as 0.0 has no sign."""
+    """The verdict on "the task gets worse without it", by the paired 95 % t-interval. A difference
+    that the tables show as 0.0 has no sign."""
     worse = round(difference.mean if less_is_better else -difference.mean, 1)
     if worse > 0:
         return "same sign and significant" if difference.significant else "same sign"
@@ -121,8 +123,8 @@ def verdict(difference, less_is_better):
 
 
 class Results:
-    """The rows of results.jsonl.  scored: the numbers of steps after which there are any; stages:
-    a Stage for each of them whose half was scored, too; first: the first of these."""
+    """The rows of results.jsonl. scored: the numbers of steps that have scores; stages: a Stage for
+    each of them whose half has scores, too."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -132,19 +134,22 @@ class Results:
 
     @classmethod
     def read(cls, folder):
-        return cls([json.loads(line) for line in
-                    (Path(folder) / "results.jsonl").read_text().splitlines()])
+        """The Results of <folder>/results.jsonl; FileNotFoundError if it is not there."""
+        lines = (Path(folder) / "results.jsonl").read_text().splitlines()
+        return cls([json.loads(line) for line in lines])
 
     @property
     def first(self):
+        """The end of the first stage of training."""
         return self.stages[0]
 
     def at(self, step):
+        """What was measured after `step` steps."""
         return Stage(self, step)
 
 
 class Stage:
-    """What the systems score after so many steps.  half: the same after half of them."""
+    """What the systems score after `step` steps. half: the same after half of them."""
 
     def __init__(self, results, step):
         self.results, self.step, self.scores = results, step, {}
@@ -159,24 +164,21 @@ class Stage:
         return self.results.at(self.step // 2)
 
     def by_seed(self, system, task, part=""):
-        """{seed: score}, {} where nothing was measured."""
+        """{seed: score}; {} if nothing was measured."""
         return self.scores.get((system, task, part), {})
 
     def fact(self, system, name):
+        """A field that all rows of a system share, such as parameters or vectors."""
         return next(row[name] for row in self.rows if row["system"] == system)
 
     def against(self, system, task, part="", base="complete"):
+        """The Difference to another system; None without a common seed."""
         return paired(self.by_seed(system, task, part), self.by_seed(base, task, part))
 
 
 # ---------------------------------------------------------------- results -> Markdown
-def markdown(head, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |"
-                     for row in (head, ["---"] * len(head), *rows))
-
-
 def with_half(values):
-    """'67.8 ± 2.1'; '-' where there is nothing."""
+    """{seed: score} -> '67.8 ± 2.1'; '-' if there is no seed."""
     if not values:
         return "-"
     mean, half = mean_interval([*values.values()])
@@ -184,38 +186,42 @@ def with_half(values):
 
 
 def arrow(task):
+    """'avsr ↓'"""
     return f"{task} {'↓' if task in ERROR_RATES else '↑'}"
 
 
 def score_table(stage):
-    """A line a system, a column a task: mean and 95 % interval over seeds."""
+    """One line per system, one column per task: mean and 95 % interval over seeds."""
     lines = [[SYSTEMS[s][0], max(len(stage.by_seed(s, task)) for task in miniature.TASKS),
               f"{stage.fact(s, 'parameters'):,}", stage.fact(s, "vectors"),
               *(with_half(stage.by_seed(s, task)) for task in miniature.TASKS)]
              for s in stage.systems]
-    return markdown([f"system, {stage.step} steps", "seeds", "trained parameters",
+    return markdown_table([f"system, {stage.step} steps", "seeds", "trained parameters",
                      "LLM vectors, 5 s", *map(arrow, miniature.TASKS)], lines)
 
 
 def difference_table(stage):
     """The same minus the complete system, paired by seed."""
-    return markdown([f"minus complete, {stage.step} steps", *map(arrow, miniature.TASKS)],
-                    [[SYSTEMS[s][0], *(stage.against(s, task) or "-" for task in miniature.TASKS)]
-                     for s in stage.systems if s != "complete"])
+    return markdown_table(
+        [f"minus complete, {stage.step} steps", *map(arrow, miniature.TASKS)],
+        [[SYSTEMS[s][0], *(stage.against(s, task) or "-" for task in miniature.TASKS)]
+         for s in stage.systems if s != "complete"])
 
 
 def gain_table(stage):
-    """The end minus half of the steps, paired by seed: what still rises has not converged."""
+    """Scores at the end minus those at half of the steps, paired by seed: what still changes has
+    not converged."""
     half = stage.half
-    return markdown([f"steps {stage.step} minus {half.step}", *map(arrow, miniature.TASKS)],
-                    [[SYSTEMS[s][0], *(paired(stage.by_seed(s, task), half.by_seed(s, task)) or "-"
-                                       for task in miniature.TASKS)] for s in stage.systems])
+    return markdown_table(
+        [f"steps {stage.step} minus {half.step}", *map(arrow, miniature.TASKS)],
+        [[SYSTEMS[s][0], *(paired(stage.by_seed(s, task), half.by_seed(s, task)) or "-"
+                           for task in miniature.TASKS)] for s in stage.systems])
 
 
 def claim_table(results):
-    """What the paper says gets worse, its numbers, ours at every stage (paired by seed), and what
-    to say of it; the claims whose system was run."""
-    def told(stage, system, task):
+    """One line per claim of the paper whose system was run: what gets worse, the paper's numbers,
+    ours at every stage (paired by seed), and the verdict."""
+    def cell(stage, system, task):
         difference = stage.against(system, task)
         if difference is None:                                 # no seed in common with complete
             return "not run"
@@ -231,13 +237,13 @@ def claim_table(results):
             theirs = " → ".join(str(next(iter(PAPER[PAPER_ROWS[s]][task].values())))
                                 for s in ("complete", system))
         lines.append([SYSTEMS[system][0], arrow(task), theirs,
-                      *(told(stage, system, task) for stage in results.stages)])
-    return markdown(["paper: worse", "task", "paper: complete → without",
+                      *(cell(stage, system, task) for stage in results.stages)])
+    return markdown_table(["paper: worse", "task", "paper: complete → without",
                      *(f"{stage.step} steps" for stage in results.stages)], lines)
 
 
 def mask_table(stage):
-    """The mask turned to the future minus the past one, all tasks and parts."""
+    """The future-looking minus the past-looking mask, for all tasks and their parts."""
     found = dict.fromkeys((t, p) for s, t, p in stage.scores if s == "future")
     lines, half = [], stage.half
     for task, part in sorted(found, key=lambda key: (miniature.TASKS.index(key[0]), key[1])):
@@ -248,21 +254,18 @@ def mask_table(stage):
                           with_half(stage.by_seed("future", task, part)), difference,
                           f"{difference.p:.3f} ({difference.n})",
                           half.against("future", task, part) or "-"])
-    return markdown([f"task, {stage.step} steps", "past", "future", "future minus past",
+    return markdown_table([f"task, {stage.step} steps", "past", "future", "future minus past",
                      "p (seeds)", f"at {half.step} steps"], lines)
 
 
 def tables(results):
-    """All of them as Markdown."""
-    def told(values):
-        return ", ".join(sorted(map(str, values))) or "-"
-
-    commits = told({f"{str(row['commit'])[:7]}{' + changes' * bool(row['dirty'])}"
-                    for row in results.rows})
+    """All tables as Markdown, the content of results.md."""
+    commits = ", ".join(sorted({f"{str(row['commit'])[:7]}{' + changes' * bool(row['dirty'])}"
+                                for row in results.rows})) or "-"
     parts = [f"Commits: {commits}. Means over seeds ± half of the 95 % t-interval; "
-             "↓ word error rate %, ↑ % right. Differences are paired by seed; * where the interval "
-             "leaves zero out (not corrected for how many there are), which the verdicts go by; p: "
-             "exact, over all flips of the differences' signs, not below 2 / 2^seeds."]
+             "↓ word error rate %, ↑ % right. Differences are paired by seed. A * marks an "
+             "interval that excludes zero (without a correction for multiple tests); the verdicts "
+             "depend on it. p: exact, over all flips of the differences' signs, at least 2 / 2^seeds."]
     if results.stages:
         half = results.first.half
         parts += ["## The paper's claims", claim_table(results),
@@ -280,9 +283,9 @@ def tables(results):
 
 
 def reproduction_table(results, earlier):
-    """Whether `results` give what `earlier` ones gave -> Markdown: how many of the new means lie
-    inside the earlier ones' 95 % intervals, and of the steps, systems and seeds (two at least) that
-    both have the differences, paired by seed.  "" where there are none."""
+    """Whether `results` agree with `earlier` ones -> Markdown: how many of the new means lie inside
+    the earlier 95 % intervals, and the differences, paired by seed, for all steps, systems and
+    seeds (at least two) that both have. "" if there are none."""
     lines, inside, apart, n = [], 0, 0, 0
     for now in map(results.at, sorted({*results.scored} & {*earlier.scored})):
         before = earlier.at(now.step)
@@ -302,5 +305,5 @@ def reproduction_table(results, earlier):
     if not n:
         return ""
     return (f"{inside} of {n} means lie inside the earlier 95 % intervals; {apart} of {n} "
-            "differences, paired by seed, leave zero out (by luck 5 % would).\n\n"
-            + markdown(["here minus earlier", *map(arrow, miniature.TASKS)], lines))
+            "differences, paired by seed, exclude zero (5 % would by chance).\n\n"
+            + markdown_table(["here minus earlier", *map(arrow, miniature.TASKS)], lines))

@@ -1,8 +1,8 @@
-"""The peers of bench.py: modules of transformers and peft with the weights of ours.
+"""The baselines of the benchmark: modules of transformers and peft with the same weights as ours.
 
      sizes --> transformers' module with random weights --its tensors, shared--> ours
-Both sides hold the very same storage: equal weights, and one model's memory.  These libraries are
-oracles for tests and benchmarks; nothing that is installed imports this file.
+Both sides share the storage of their weights, so the weights are equal and take the memory of one
+model. These libraries serve as references in tests and benchmarks only.
 
 Public: needed, vit_pair, whisper_pair, llama, lora_pair, LORA."""
 
@@ -18,7 +18,7 @@ from llama import Llama
 from vit_qformer import ViT
 from whisper_enc import WhisperEncoder
 
-# The released adapters; no dropout, or the two sides could not be compared.
+# As in the released adapters, but without dropout, or the two sides could not be compared.
 LORA = lora.LoraConfig(32, 32, 0.0, ("q_proj", "k_proj", "v_proj", "o_proj"))
 
 
@@ -32,8 +32,8 @@ def needed(name):
 
 @contextmanager
 def made_in(dtype, device):
-    """Modules that are made inside are of that dtype, there.  (A later .to(bfloat16) would round
-    LLaMA's rotary frequencies, too.)"""
+    """Modules that are built inside have this dtype and device. A later .to(bfloat16) would also
+    round LLaMA's rotary frequencies."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -43,11 +43,11 @@ def made_in(dtype, device):
         torch.set_default_dtype(before)
 
 
-def sharing(cls, config, peer):
-    """Ours on the peer's tensors, frozen, in eval mode; strict."""
+def sharing(cls, config, baseline):
+    """Our module on the baseline's tensors, frozen, in eval mode; every name must match."""
     with torch.device("meta"):
         ours = cls(config)
-    ours.load_state_dict(peer.state_dict(), assign=True)
+    ours.load_state_dict(baseline.state_dict(), assign=True)
     return ours.eval().requires_grad_(False)
 
 
@@ -55,24 +55,24 @@ def vit_pair(config, dtype, device, attention="sdpa"):
     """(ours, InstructBlipVisionModel)."""
     hf = needed("transformers")
     with made_in(dtype, device):
-        peer = hf.InstructBlipVisionModel(hf.InstructBlipVisionConfig(
+        baseline = hf.InstructBlipVisionModel(hf.InstructBlipVisionConfig(
             hidden_size=config.width, intermediate_size=config.ffn, hidden_act="gelu",
             num_hidden_layers=config.layers, num_attention_heads=config.heads,
             image_size=config.image_size, patch_size=config.patch_size,
             layer_norm_eps=config.eps, attn_implementation=attention))
-    return sharing(ViT, config, peer), peer.eval().requires_grad_(False)
+    return sharing(ViT, config, baseline), baseline.eval().requires_grad_(False)
 
 
 def whisper_pair(config, dtype, device, attention="sdpa"):
     """(ours, transformers' WhisperEncoder)."""
     hf = needed("transformers")
     with made_in(dtype, device):
-        peer = needed("transformers.models.whisper.modeling_whisper").WhisperEncoder(
+        baseline = needed("transformers.models.whisper.modeling_whisper").WhisperEncoder(
             hf.WhisperConfig(
                 d_model=config.width, encoder_layers=config.layers, num_mel_bins=config.n_mels,
                 encoder_attention_heads=config.heads, encoder_ffn_dim=config.ffn,
                 max_source_positions=config.max_source_positions, attn_implementation=attention))
-    return sharing(WhisperEncoder, config, peer), peer.eval().requires_grad_(False)
+    return sharing(WhisperEncoder, config, baseline), baseline.eval().requires_grad_(False)
 
 
 def llama(config, dtype, device, attention="sdpa"):
@@ -82,22 +82,22 @@ def llama(config, dtype, device, attention="sdpa"):
     for name in ("architectures", "model_type", "rope_scaling", "rope_theta"):
         settings.pop(name)
     with made_in(dtype, device):
-        peer = hf.LlamaForCausalLM(hf.LlamaConfig(**settings))
-    peer.generation_config.eos_token_id = None
-    return sharing(Llama, config, peer), peer.eval().requires_grad_(False)
+        baseline = hf.LlamaForCausalLM(hf.LlamaConfig(**settings))
+    baseline.generation_config.eos_token_id = None
+    return sharing(Llama, config, baseline), baseline.eval().requires_grad_(False)
 
 
 def lora_pair(config, dtype, device, settings=LORA):
     """(ours with LoRA, peft's model), both in training mode, their adapters equal and not zero."""
     peft = needed("peft")
     ours, base = llama(config, dtype, device)
-    peer = peft.get_peft_model(base, peft.LoraConfig(
+    baseline = peft.get_peft_model(base, peft.LoraConfig(
         r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules), task_type="CAUSAL_LM"))
     lora.inject(ours, settings)
-    theirs = {name.replace(".default.", "."): p for name, p in peer.named_parameters()}
+    theirs = {name.replace(".default.", "."): p for name, p in baseline.named_parameters()}
     with torch.no_grad():
         for name, mine in lora.adapter_tensors(ours).items():
             nn.init.normal_(theirs[name], std=0.02)
             mine.copy_(theirs[name])
-    return ours.train(), peer.train()
+    return ours.train(), baseline.train()

@@ -1,9 +1,10 @@
-"""How bench.py measures: two sides in turn on the same fresh inputs, peak memory, which kernels
-ran, and what the machine can do at most.
+"""How the benchmark measures: both sides in turn on the same fresh inputs, peak memory, which
+kernels ran, and the highest rates of the machine.
 
-     make() --> inputs --> ours(*inputs), peer(*inputs), peer, ours ... --medians, quartiles--> Line
-     Line --wanted "ratio <= 0.70"--> reached: yes or no
-Times of one repeat are paired: a busy neighbour slows both sides, and their ratio stays.
+     make() --> inputs --> ours(*inputs), baseline(*inputs), baseline, ours ...
+                       --medians, quartiles--> Line --wanted "ratio <= 0.70"--> reached: yes or no
+The times of one repeat are paired: other work on the machine slows both sides, and their ratio
+stays about the same.
 
 Public: Line, Run, Wrong, CannotRun, interleaved, compare, check, peak_bytes, kernels, ceilings."""
 
@@ -22,40 +23,40 @@ ATTENTION = ("flash", "fmha", "sdpa", "softmax", "scaled_dot_product", "cudnn") 
 
 
 class Wrong(AssertionError):
-    """The two sides do not do the same: their times mean nothing."""
+    """The two sides do not compute the same, so their times cannot be compared."""
 
 
 class CannotRun(RuntimeError):
-    """What a goal needs is not here; the message says what, and how to get it."""
+    """Something that a target needs is missing; the message names it and how to get it."""
 
 
 # ---------------------------------------------------------------- a measurement
 @dataclass
 class Line:
-    """One measurement.  ours and peer: medians in `unit`; ratio: ours / peer.  floor: the least (of
-    a rate: the most) that the ceilings of this machine allow, in the same unit."""
+    """One measurement. ours and baseline: medians in `unit`; ratio: ours / baseline. roofline: the
+    least time, or the highest rate, that this machine allows, in the same unit."""
     what: str
     unit: str
     ours: float
-    peer: float | None = None
-    peer_name: str = ""
+    baseline: float | None = None
+    baseline_name: str = ""
     spread: tuple = ()                   # quartiles of the paired ratios
-    floor: float | None = None
+    roofline: float | None = None
     wanted: str = ""                     # "ratio <= 0.70", "ours >= 900", "close >= 0.6"
     repeats: int = 1
     note: str = ""
 
     @property
     def ratio(self):
-        return self.ours / self.peer if self.peer else None
+        return self.ours / self.baseline if self.baseline else None
 
     @property
     def close(self):
-        """Share of the floor that is reached: 1 is as good as can be."""
-        if not self.floor or not self.ours:
+        """Share of the roofline that is reached; 1 is the best possible."""
+        if not self.roofline or not self.ours:
             return None
         rate = self.unit.endswith("/s") or self.unit == "x real time"
-        return self.ours / self.floor if rate else self.floor / self.ours
+        return self.ours / self.roofline if rate else self.roofline / self.ours
 
     @property
     def margin(self):
@@ -80,7 +81,7 @@ class Line:
 
 @dataclass
 class Run:
-    """Where and how large: what every goal is given."""
+    """Where and how large: what every target is given."""
     device: torch.device
     size: str = "full"                   # of SIZES
     repeats: int = 7
@@ -94,7 +95,7 @@ class Run:
 
     @property
     def full_cuda(self):
-        """Whether the goals' absolute numbers for an H200 apply."""
+        """Whether the targets' absolute numbers for an H200 apply."""
         return self.size == "cuda"
 
     def pick(self, **values):
@@ -114,7 +115,7 @@ class Run:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
-    def floor_ms(self, flops=0, dtype=torch.float32, n_bytes=0, bandwidth="copy"):
+    def roofline_ms(self, flops=0, dtype=torch.float32, n_bytes=0, bandwidth="copy"):
         """ms that so many operations or bytes take at the measured ceilings; None if unknown."""
         seconds = [work / self.ceilings[name] for work, name in
                    ((flops, gemm_name(dtype)), (n_bytes, bandwidth)) if work and
@@ -169,25 +170,25 @@ def interleaved(run, what, make, sides, repeats=None):
     return seconds
 
 
-def quartiles(ours, peer):
+def quartiles(ours, baseline):
     """First and third of the paired ratios."""
-    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+    ratios = [a / b for a, b in zip(ours, baseline, strict=True)]
     if len(ratios) == 1:
         return (ratios[0], ratios[0])
     first, _, third = statistics.quantiles(ratios, n=4, method="inclusive")
     return (first, third)
 
 
-def line_of(what, ours, peer, scale=1e3, unit="ms", **rest):
+def line_of(what, ours, baseline, scale=1e3, unit="ms", **rest):
     """Two lists of seconds -> Line; rest: the Line's other fields."""
-    return Line(what, unit, statistics.median(ours) * scale, statistics.median(peer) * scale,
-                spread=quartiles(ours, peer), repeats=len(ours), **rest)
+    return Line(what, unit, statistics.median(ours) * scale, statistics.median(baseline) * scale,
+                spread=quartiles(ours, baseline), repeats=len(ours), **rest)
 
 
-def compare(run, what, make, ours, peer, repeats=None, **rest):
+def compare(run, what, make, ours, baseline, repeats=None, **rest):
     """Line of two functions of the same inputs, in ms."""
-    seconds = interleaved(run, what, make, {"ours": ours, "peer": peer}, repeats)
-    return line_of(what, seconds["ours"], seconds["peer"], **rest)
+    seconds = interleaved(run, what, make, {"ours": ours, "baseline": baseline}, repeats)
+    return line_of(what, seconds["ours"], seconds["baseline"], **rest)
 
 
 # ---------------------------------------------------------------- the same result
@@ -196,18 +197,18 @@ def check(what, ours, theirs, most, relative=False):
     over that of theirs (half precision rounds at other places); Wrong when it is above `most`."""
     ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
     if ours.shape != theirs.shape:
-        raise Wrong(f"{what}: shape {tuple(ours.shape)}, the peer's {tuple(theirs.shape)}")
+        raise Wrong(f"{what}: shape {tuple(ours.shape)}, the baseline's {tuple(theirs.shape)}")
     difference = ours.double() - theirs.double()
     worst = (difference.abs().max() if not relative else
              difference.square().mean().sqrt() / theirs.double().square().mean().sqrt()).item()
     if not worst <= most:
-        raise Wrong(f"{what}: differs from the peer's by {worst:.2e}, allowed {most:.0e}")
+        raise Wrong(f"{what}: differs from the baseline's by {worst:.2e}, allowed {most:.0e}")
     return worst
 
 
 def check_equal(what, ours, theirs):
     if ours != theirs:
-        raise Wrong(f"{what}: {str(ours)[:200]}, the peer's {str(theirs)[:200]}")
+        raise Wrong(f"{what}: {str(ours)[:200]}, the baseline's {str(theirs)[:200]}")
 
 
 # ---------------------------------------------------------------- memory, kernels

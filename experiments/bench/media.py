@@ -1,10 +1,10 @@
-"""The goals of bench.py about files: the 2-fps picture reader, and the reader of 16 kHz sound.
+"""The targets 8 and 9 about files: the 2-fps picture reader, and the reader of 16 kHz sound.
 
      moving noise, 720p, GOP 250, 3 B-frames, AAC 48 kHz stereo --PyAV--> clip.mp4
        --media.read_frames--> (F,3,224,224), times     against ffmpeg that only decodes
        --data.read_audio--> (S,)                      against ffmpeg -ac 1 -ar 16000
-The peers are ffmpeg's command line on one thread, as a loader worker has one; where there is none,
-a plain PyAV loop, and the lines say so.
+The baseline is ffmpeg's command line on one thread, as a loader worker has one. Where ffmpeg is
+missing, it is a plain PyAV loop, which the lines mention.
 
 Public: pictures, sound, write_clip."""
 
@@ -82,7 +82,7 @@ def clip_of(seconds, **size):
         yield str(path)
 
 
-# ---------------------------------------------------------------- peers
+# ---------------------------------------------------------------- baselines
 def ffmpeg(*words):
     """Runs ffmpeg on one thread -> its standard output."""
     return subprocess.run(["ffmpeg", "-v", "error", "-nostdin", "-threads", "1", *words],
@@ -105,17 +105,17 @@ def decoder(path):
     return lambda: plain_decoding(path), "PyAV decoding (no ffmpeg on PATH)"
 
 
-def seek_each(path, targets):
-    """A seek for each target (s), then decoding up to it -> times of the frames on screen then."""
+def seek_each(path, moments):
+    """A seek for each moment (s), then decoding up to it -> times of the frames on screen then."""
     shown = []
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-        for target in targets:
-            container.seek(int(target / stream.time_base), stream=stream)
+        for moment in moments:
+            container.seek(int(moment / stream.time_base), stream=stream)
             last = None
             for frame in container.decode(stream):
-                if float(frame.pts * stream.time_base) > target + TICK and last is not None:
+                if float(frame.pts * stream.time_base) > moment + TICK and last is not None:
                     break
                 last = frame
             shown.append(float(last.pts * stream.time_base))
@@ -125,7 +125,7 @@ def seek_each(path, targets):
 
 # ---------------------------------------------------------------- 8: pictures
 def pictures(run: Run):
-    """Goal 8."""
+    """Target 8."""
     seconds = run.pick(test=3, quick=4, full=20)
     size = run.pick(test={"width": 128, "height": 96}, quick={})
     with clip_of(seconds, **size) as path, threads(1):
@@ -134,16 +134,16 @@ def pictures(run: Run):
             check_equal("frames that are not on screen at their time", wrong.ours, 0)
         decode, name = decoder(path)
         line = compare(run, f"{seconds} s of video: all frames at 2 fps", tuple,
-                       lambda: read_frames(path, resize), decode, peer_name=name,
+                       lambda: read_frames(path, resize), decode, baseline_name=name,
                        wanted=run.wants("ratio <= 1.10"),
-                       note="one thread each; the peer only decodes, so it is the floor, too")
-        line.floor = line.peer
+                       note="one thread each; the baseline only decodes: it is the roofline")
+        line.roofline = line.baseline
         lines = [line, wrong, pixels_of(run, path), seeking(run, path, seconds)]
         return lines + ([fed(run, path, seconds)] if run.size in ("full", "cuda") else [])
 
 
 def wrong_frames(path):
-    """By the rule itself: of all frames in order of time, the last with time <= target."""
+    """By the rule itself: of all frames in order of time, the last with time <= moment."""
     stamps = sorted(plain_decoding(path))
     with av.open(path) as container:
         origin = float(min(s.start_time * s.time_base for s in container.streams))
@@ -155,7 +155,7 @@ def wrong_frames(path):
     if len(times) < 2 * stamps[-1] - 1:
         wrong += round(2 * stamps[-1]) - len(times)
     return Line("wrong frames", "frames", wrong, wanted="ours <= 0",
-                note=f"{len(times)} targets; rule: the last with time <= target")
+                note=f"{len(times)} moments; rule: the last with time <= moment")
 
 
 def pixels_of(run, path):
@@ -182,22 +182,22 @@ def pixels_of(run, path):
 
 
 def seeking(run, path, seconds):
-    """Against a seek for each target; of these only some, and their time times that."""
+    """Against a seek for each moment; of these only some, and their time times that."""
     every = run.pick(test=2, quick=8, full=8)
-    targets = [i / 2 for i in range(2 * seconds)]
-    some = targets[every // 2::every]
+    moments = [i / 2 for i in range(2 * seconds)]
+    some = moments[every // 2::every]
     _, times = read_frames(path, resize)
     found = seek_each(path, some)
     check("frames found by seeking", torch.tensor(found),
-          torch.tensor([times[targets.index(t)] for t in some]), 2 * TICK + 0.05)
+          torch.tensor([times[moments.index(t)] for t in some]), 2 * TICK + 0.05)
     spent = interleaved(run, "seek each", tuple, {"ours": lambda: read_frames(path, resize),
-                                                  "peer": lambda: seek_each(path, some)},
+                                                  "baseline": lambda: seek_each(path, some)},
                         run.pick(test=1, full=3))
-    peer = [s * len(targets) / len(some) for s in spent["peer"]]
-    return line_of(f"one pass, against a seek for each frame, GOP {GOP}", spent["ours"], peer,
-                   peer_name="seek each", wanted=run.wants("ratio <= 0.2", "ratio <= 0.2"),
-                   note=f"{len(some)} of {len(targets)} frames sought, times "
-                        f"{len(targets) / len(some):.3g}")
+    baseline = [s * len(moments) / len(some) for s in spent["baseline"]]
+    return line_of(f"one pass, against a seek for each frame, GOP {GOP}", spent["ours"], baseline,
+                   baseline_name="seek each", wanted=run.wants("ratio <= 0.2", "ratio <= 0.2"),
+                   note=f"{len(some)} of {len(moments)} frames sought, times "
+                        f"{len(moments) / len(some):.3g}")
 
 
 def fed(run, path, seconds):
@@ -226,14 +226,14 @@ def in_process_ffmpeg(path):
 
 
 def sound(run: Run):
-    """Goal 9."""
+    """Target 9."""
     seconds = run.pick(test=4, quick=30, full=60)
     with clip_of(seconds, width=64, height=48) as path, threads(1):
         track = read_audio(path)
         words = ("-i", path, "-vn", "-ac", "1", "-ar", str(AUDIO_RATE), "-f", "s16le", "-")
         has = shutil.which("ffmpeg") is not None
-        peer = (lambda: ffmpeg(*words)) if has else (lambda: in_process_ffmpeg(path))
-        theirs = torch.from_numpy(np.frombuffer(peer(), np.int16) / 32768.0).float()
+        baseline = (lambda: ffmpeg(*words)) if has else (lambda: in_process_ffmpeg(path))
+        theirs = torch.from_numpy(np.frombuffer(baseline(), np.int16) / 32768.0).float()
         n = min(len(track), len(theirs))
         if abs(len(track) - len(theirs)) > 0.1 * AUDIO_RATE:
             check_equal("audio samples", len(track), len(theirs))
@@ -241,12 +241,13 @@ def sound(run: Run):
         note = f"difference {far:.0e}, allowed 1e-4; lengths {len(track)}, {len(theirs)}"
         name = "ffmpeg -ac 1 -ar 16000" if has else "its libraries in PyAV (no ffmpeg on PATH)"
         spent = interleaved(run, "sound", tuple, {
-            "ours": lambda: read_audio(path), "peer": peer,
-            "floor": lambda: plain_decoding(path, "audio")})
-    line = line_of(f"{seconds} s of 48 kHz stereo AAC", spent["ours"], spent["peer"],
-                   peer_name=name, note=note)
-    line.floor = line_of("", spent["floor"], spent["floor"]).ours
+            "ours": lambda: read_audio(path), "baseline": baseline,
+            "roofline": lambda: plain_decoding(path, "audio")})
+    line = line_of(f"{seconds} s of 48 kHz stereo AAC", spent["ours"], spent["baseline"],
+                   baseline_name=name, note=note)
+    line.roofline = line_of("", spent["roofline"], spent["roofline"]).ours
     rate = Line("a core", "x real time", seconds / line.ours * 1e3,
-                floor=seconds / line.floor * 1e3, wanted=run.wants("ours >= 500", "ours >= 500"),
-                note="floor: decoding alone")
+                roofline=seconds / line.roofline * 1e3,
+                wanted=run.wants("ours >= 500", "ours >= 500"),
+                note="roofline: decoding alone")
     return [line, rate]

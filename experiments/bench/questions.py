@@ -1,10 +1,10 @@
-"""What a first run on an H200 should answer (`python -m experiments.bench --only questions`): readings of our
-side alone, without limits and without transformers.
+"""Measurements that a first run on a GPU should bring: our side alone, without limits and without
+transformers. `python -m experiments.bench --only questions` runs them.
 
      1  which kernels do masked, unmasked and one-hot attention take, at S = 320 and 1920
      2  what does cuDNN's attention cost on 20 lengths that it has not met
-     3  ViT frames a second, 1, 16, 64, 256 at a time
-     4  tokens a second of a LLaMA + LoRA step of 2k, 8k, 16k tokens
+     3  ViT frames per second, 1, 16, 64, 256 at a time
+     4  tokens per second of a LLaMA + LoRA step of 2k, 8k, 16k tokens
      5  decoding with and without a CUDA graph
 
 Public: questions."""
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 import lora
 from experiments.bench.baselines import LORA
-from experiments.bench.goals import (
+from experiments.bench.measure import Line, Run, interleaved, kernels, seconds_of
+from experiments.bench.targets import (
     LLAMA,
     TEST,
     both_steps,
@@ -25,7 +26,6 @@ from experiments.bench.goals import (
     in_fixed_steps,
     llm_flops,
 )
-from experiments.bench.measure import Line, Run, interleaved, kernels, seconds_of
 from favor import block_causal_mask
 from llama import Llama
 from runtime import flops
@@ -111,9 +111,9 @@ def frames_at_a_time(run):
             return (torch.randn(shape, device=run.device, dtype=DTYPE),)
 
         seconds = alone(run, f"ViT, {n} frames", make, vit)
-        floor = run.floor_ms(n * flops.vit_flops(vit), DTYPE)
+        roofline = run.roofline_ms(n * flops.vit_flops(vit), DTYPE)
         lines.append(Line(f"ViT, {config.layers} layers, {n} at a time", "frames/s", n / seconds,
-                          floor=floor and n / floor * 1e3, repeats=run.repeats))
+                          roofline=roofline and n / roofline * 1e3, repeats=run.repeats))
     return lines
 
 
@@ -136,10 +136,10 @@ def tokens_at_a_time(run):
             lines.append(Line(f"LLaMA + LoRA step, {batch} x {length} tokens", "tokens/s", 0,
                               note=f"no memory: {str(error)[:80]}"))
             continue
-        floor = run.floor_ms(llm_flops(llm, batch, length, answer), DTYPE)
+        roofline = run.roofline_ms(llm_flops(llm, batch, length, answer), DTYPE)
         lines.append(Line(f"LLaMA + LoRA step, {batch} x {length} tokens", "tokens/s",
                           batch * length / seconds, repeats=run.repeats,
-                          floor=floor and batch * length / floor * 1e3))
+                          roofline=roofline and batch * length / roofline * 1e3))
     return lines
 
 
@@ -157,10 +157,10 @@ def decoding_alone(run):
                               device=run.device),)
 
     n_bytes = 2 * flops.weights(llm.model.layers, llm.lm_head)
-    floor, lines = run.floor_ms(n_bytes=n_bytes), []
+    roofline, lines = run.roofline_ms(n_bytes=n_bytes), []
     ways = {"eager": eager} | ({"CUDA graph": in_fixed_steps(llm, eager)} if run.cuda else {})
     for name, way in ways.items():
         seconds = alone(run, f"decoding, {name}", make, way)
         lines.append(Line(f"decoding, {name}", "tokens/s", new / seconds, repeats=run.repeats,
-                          floor=floor and 1e3 / floor))
+                          roofline=roofline and 1e3 / roofline))
     return lines

@@ -1,8 +1,8 @@
-"""The goals of bench.py about whole training steps: the step against the sum of its parts, kept
-features, memory, several processes.
+"""The targets 5, 6 and 10 about whole training steps: the step against the sum of its parts, cached
+features, memory and several processes.
 
-     clips from memory --train.train_step, AdamW--> loss
-on a CPU: the tiny preset as it is committed; on a GPU: 7b or 13b with random weights.
+     clips from memory --the step of train.py, AdamW--> loss
+On a CPU the tiny preset runs with its committed parts, on a GPU 7b or 13b with random weights.
 Public: av_step, cached, memory_and_ranks."""
 
 import copy
@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from data import Clip, Record, Sample, load_clip
-from experiments.bench.goals import llm_step
 from experiments.bench.measure import (
     Line,
     Run,
@@ -31,12 +30,13 @@ from experiments.bench.measure import (
     seconds_of,
 )
 from experiments.bench.media import clip_of
+from experiments.bench.targets import llm_step
 from favor import Favor, preset
 from runtime import distributed, flops
 from runtime.feature_cache import FeatureCache
 from runtime.loader import TrainItem
-from tools import memory
-from tools.memory import GIB
+from runtime.log import GIB
+from tools.memory import random_part
 from vit_qformer import to_pixels
 
 QUESTION = "What happens after the beep?"
@@ -54,7 +54,7 @@ class Step:
         self.dtype, self.autocast, _ = distributed.precision("", name, device)
         self.config = train.TrainConfig(model=name, micro_batch=0, micro_tokens=0)
         self.model = Favor.from_config(preset(name), self.dtype, device,
-                                       load=None if name == "tiny" else memory.random_part).train()
+                                       load=None if name == "tiny" else random_part).train()
         self.optimiser = train.make_optimiser(self.model, self.config)
         for group in self.optimiser.param_groups:
             group["lr"] = 0.0
@@ -71,10 +71,18 @@ class Step:
         return [Sample(QUESTION, ANSWER, clip) for clip in clips]
 
     def gradients(self, samples):
-        """Forward and backward -> train_step's row."""
+        """What the loop of train.py does between zero_grad and step -> {loss, ce, ...}."""
         torch.manual_seed(0)                                # the same dropout
-        drawn = [TrainItem(g, str(g), "videoqa", sample) for g, sample in enumerate(samples)]
-        return train.train_step(self.ddp, drawn, self.config, self.device, self.autocast)
+        items = [TrainItem(g, str(g), "videoqa", sample) for g, sample in enumerate(samples)]
+        share = train.encode_share(self.model, items, self.config, self.device)
+        factor = self.model.config.diversity
+        for i, part in enumerate(share.parts):
+            with distributed.accumulating(self.ddp, waits=i + 1 < len(share.parts)):
+                with self.autocast:
+                    losses = self.ddp([sample for _, sample, *_ in part])
+                (share.weighed(part, losses, factor) * distributed.world()).backward()
+        norm = distributed.grad_norm_and_clip(self.ddp, self.config.grad_clip)
+        return share.losses(factor, self.device) | {"grad_norm": norm}
 
     def update(self):
         self.optimiser.step()
@@ -147,7 +155,7 @@ def materials(step, count, seconds):
 
 
 def av_step(run: Run):
-    """Goal 5."""
+    """Target 5."""
     step = Step(run.device, run.pick(test="tiny", cuda=run.model))
     count, seconds = run.pick(test=(2, 2.0), quick=(2, 5.0), full=(16, 5.0), cuda=(16, 30.0))
     parts = parts_alone(step)
@@ -160,14 +168,14 @@ def av_step(run: Run):
     shares = ", ".join(f"{part} {statistics.median(times[part]) * 1e3:.3g}" for part in parts)
     line = line_of(
         f"{step.name}, {count} clips of {seconds:g} s: step", times["whole"], alone,
-        peer_name="sum of its parts", wanted=run.wants(f"ratio <= {GAP}", f"ratio <= {GAP}"),
-        floor=run.floor_ms(step.flops(some["encoded"]), step.dtype),
+        baseline_name="sum of its parts", wanted=run.wants(f"ratio <= {GAP}", f"ratio <= {GAP}"),
+        roofline=run.roofline_ms(step.flops(some["encoded"]), step.dtype),
         note=f"ms alone: {shares}; losses differ by {far:.0e}")
     lines = [line]
     if run.full_cuda:
-        most = count / line.floor * 1e3
+        most = count / line.roofline * 1e3
         lines.append(Line("MFU, of the measured GEMM rate", "clips/s", count / line.ours * 1e3,
-                          floor=most, wanted="close >= 0.45"))
+                          roofline=most, wanted="close >= 0.45"))
     if run.cuda or run.size == "test":                      # a CPU has no plans to make
         lines.append(ragged(run, step, count, seconds))
     return lines
@@ -183,13 +191,13 @@ def ragged(run, step, count, seconds):
         step(*draw())
     times = [seconds_of(run, step, draw()) for _ in range(run.pick(test=3, quick=7, cuda=20))]
     return Line("slowest step of ragged lengths / median", "ms", max(times) * 1e3,
-                statistics.median(times) * 1e3, peer_name="median step", repeats=len(times),
+                statistics.median(times) * 1e3, baseline_name="median step", repeats=len(times),
                 wanted=run.wants("", "ratio <= 2"))
 
 
 # ---------------------------------------------------------------- 6: kept features
 def cached(run: Run):
-    """Goal 6: a step on features read from the cache on disk, against one that encodes its clips.
+    """Target 6: a step on features read from the cache on disk, against one that encodes its clips.
     Both start from clips in memory: what decoding would add to the second is left out."""
     step = Step(run.device, run.pick(test="tiny", cuda=run.model))
     count, seconds = run.pick(test=(2, 2.0), quick=(2, 5.0), full=(16, 5.0), cuda=(16, 30.0))
@@ -222,8 +230,8 @@ def cached(run: Run):
         limit = {"7b": f"ratio <= {1 / 4}", "13b": f"ratio <= {1 / 2.7:.3f}"}[run.model]
         line = line_of(
             f"{step.name}, {count} clips of {seconds:g} s: cached step", times["cached"],
-            times["fresh"], peer_name="uncached step", wanted=run.wants("ratio <= 0.30", limit),
-            floor=run.floor_ms(step.flops(encoded, encoded=True), step.dtype),
+            times["fresh"], baseline_name="uncached step", wanted=run.wants("ratio <= 0.30", limit),
+            roofline=run.roofline_ms(step.flops(encoded, encoded=True), step.dtype),
             note=f"loss equal bit for bit to fresh features in the cache's fp16; {far:.0e} from "
                  f"those in {str(step.dtype).removeprefix('torch.')}; ratio of the operations "
                  f"{least:.2f}")
@@ -243,7 +251,7 @@ def from_files(run, step, count, seconds, cached_step):
         times = interleaved(run, "step from files", tuple, {"cached": cached_step, "fresh": fresh},
                             min(3, run.repeats))
     return line_of(f"{step.name}, {count} clips of {seconds:g} s, 720p files: cached step",
-                   times["cached"], times["fresh"], peer_name="decodes and encodes")
+                   times["cached"], times["fresh"], baseline_name="decodes and encodes")
 
 
 def as_kept(sample):
@@ -255,7 +263,7 @@ def as_kept(sample):
 
 # ---------------------------------------------------------------- 10: memory, processes
 def memory_and_ranks(run: Run):
-    """Goal 10."""
+    """Target 10."""
     step, count = Step(torch.device("cpu")), run.pick(test=2, quick=4, full=8)
     lines = [gradients_outside(run, step, count), *two_ranks(run, step, count)]
     return lines + (on_gpus(run) if run.full_cuda else [])

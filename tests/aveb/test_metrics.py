@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 
+import miniature
 from aveb import metrics, paper_numbers
 from aveb import sets as aveb_sets
 from aveb.whisper_norm import whisper_english, whisper_normaliser
-from miniature import world as miniature
 
 
 def row(answer, *references, **more):

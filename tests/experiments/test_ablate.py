@@ -1,5 +1,5 @@
-"""ablate.py and figures.py: plan, scheduler, statistics by hand, tables, figures of made-up
-results, and the attention that a hook shows against the one the layer used.  Nothing is trained."""
+"""ablate.py, page.py and figures.py: plan, scheduler, statistics by hand, tables, the page, figures
+of made-up results, and the attention of a hook against the one that the layer used."""
 
 import dataclasses
 import json
@@ -16,12 +16,12 @@ import pytest
 import torch
 from einops import rearrange
 
-from experiments import ablate, figures
+import miniature
+from experiments import ablate, figures, page, publish
 from experiments import tables as ablation
 from experiments.ablate import AblateConfig, Job
 from experiments.tables import Difference, Results
 from favor import CausalQFormer, Favor, preset
-from miniature import world as miniature
 from runtime import cli, hub
 from runtime import log as runlog
 
@@ -86,14 +86,14 @@ def test_the_quick_plan():
 
 
 def test_what_is_given_beats_quick():
-    config = ablate.resolve_config(*cli.parse(AblateConfig, "", ["--quick", "--seeds", "2", "--only",
-                                                            "future"]))
+    config = ablate.resolve_config(*cli.parse(
+        AblateConfig, "", ["--quick", "--seeds", "2", "--only", "future"]))
     assert [job.folder.name for job in ablate.plan(config)] == ["future-seed0", "future-seed1"]
     assert config.steps == ablate.QUICK["steps"]
 
 
-def test_the_full_plan_goes_round_by_round_and_every_flag_is_one_of_train():
-    """Five seeds of every system, two rounds but of those that only figures show."""
+def test_the_full_plan_goes_stage_by_stage_and_every_flag_is_one_of_train():
+    """Five seeds of every system, two stages except of those that only figures show."""
     jobs = ablate.plan(AblateConfig())
     first = 5 * len(ablation.SYSTEMS)
     assert len(jobs) == len({job.folder for job in jobs}) == len({job.name for job in jobs})
@@ -112,11 +112,11 @@ def test_the_full_plan_goes_round_by_round_and_every_flag_is_one_of_train():
     for k, system in ablation.WINDOWS.items():        # N/K constant: the same number of LLM vectors
         method = methods[system].method()
         assert (method.window_frames or 10) == k and method.queries == 2 * k
-        assert ablate.vectors_a_clip(method) == 20
+        assert ablate.vectors_per_clip(method) == 20
     for factor, system in ablation.LAMBDAS.items():
         assert methods[system].method().diversity == factor
-    assert ablate.vectors_a_clip(methods["no-windows"].method()) == 10
-    assert ablate.vectors_a_clip(methods["no-sync"].method()) == 40
+    assert ablate.vectors_per_clip(methods["no-windows"].method()) == 10
+    assert ablate.vectors_per_clip(methods["no-sync"].method()) == 40
     assert all(m.save_every * 2 == m.steps for m in methods.values())
 
 
@@ -127,9 +127,9 @@ def test_the_claims_name_what_is_measured():
             assert ablation.PAPER[ablation.PAPER_ROWS[system]][task]
 
 
-def test_every_round_goes_on_where_the_one_before_ended(tmp_path):
-    """As long again as all rounds before it, from their weights, with draws of its own."""
-    config = AblateConfig(out=str(tmp_path), steps=4, rounds=3, only=("no-sync",), seeds=2)
+def test_every_stage_starts_where_the_one_before_ended(tmp_path):
+    """As long as all stages before it, from their weights, with samples of its own."""
+    config = AblateConfig(out=str(tmp_path), steps=4, stages=3, only=("no-sync",), seeds=2)
     jobs = [job for job in ablate.plan(config) if "seed1" in job.name]
     first = tmp_path / "no-sync-seed1"
     assert [(job.folder, job.steps) for job in jobs] == [
@@ -144,15 +144,16 @@ def test_every_round_goes_on_where_the_one_before_ended(tmp_path):
         again = ablate.resolve_config(*cli.parse(AblateConfig, "", list(job.commands[1][3:])))
         assert again.score == ("no-sync", "1", str(round))
         assert ablate.job_of(again, "no-sync", 1, round) == job
-    # more rounds, later: those that are finished count
-    assert ablate.plan(dataclasses.replace(config, rounds=1)) == ablate.plan(config)[:2]
+    # more stages, later: those that are finished count
+    assert ablate.plan(dataclasses.replace(config, stages=1)) == ablate.plan(config)[:2]
 
 
 @pytest.mark.parametrize("wrong", [{"only": ("completely",)}, {"steps": 3}, {"seeds": 0},
-                                   {"rounds": 0}])
+                                   {"stages": 0}])
 def test_what_cannot_be_is_refused(wrong):
-    with pytest.raises(ValueError, match="unknown system 'completely'; there are complete, no-div"
-                       if "only" in wrong else "wanted a seed and a round at least, and an even"):
+    message = ("unknown system 'completely'; there are complete, no-div" if "only" in wrong
+               else "wanted at least one seed and one stage, and an even")
+    with pytest.raises(ValueError, match=message):
         AblateConfig(**wrong)
 
 
@@ -199,7 +200,7 @@ def test_two_at_a_time_never_three(tmp_path):
 def test_what_runs_is_told_now_and_then(tmp_path):
     said = []
     job = fake(tmp_path, "a", "print('step 5/10', flush=True); time.sleep(0.5)")
-    ablate.run_jobs([job], 1, said.append, poll=0.05, tell_every=0.0)
+    ablate.run_jobs([job], 1, said.append, poll=0.05, log_every=0.0)
     assert any(line.startswith("  a, ") and line.endswith(": step 5/10") for line in said)
 
 
@@ -219,7 +220,7 @@ def test_the_pace_is_that_of_whole_runs(tmp_path):
     jobs[0].folder.mkdir()
     assert ablate.run_jobs(jobs, 1, said.append, poll=0.02) == ["broken"]
     ends = [line.rsplit("; ", 1)[1] for line in said if line.startswith("[")]
-    assert ends[:2] == ["ETA when one has run whole"] * 2
+    assert ends[:2] == ["ETA after the first complete run"] * 2
     assert ends[2] not in (ends[1], "ETA 0 s") and ends[3] == "ETA 0 s"
 
 
@@ -268,7 +269,7 @@ def test_what_was_stopped_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         ablate.run_jobs(jobs, 2, said.append, interrupt, poll=0.02)
     assert time.time() - started < 30
-    assert said[-1] == "stopping b; the same command goes on"
+    assert said[-1] == "stopping b; the same command continues"
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "b" / "pid").read_text()), 0)
     assert [job.finished() for job in jobs] == [True, False]
@@ -438,45 +439,65 @@ def test_what_is_measured_again_is_held_against_what_was_there():
         assert ablation.reproduction_table(again, Results(made_up(other))) == ""
 
 
-def published():
-    from experiments import publish
-    return publish
-
-
 def test_a_run_that_is_published_again_takes_the_place_of_the_first():
     """With all of its rounds: one run's numbers are never of two trainings."""
     before = made_up({("complete", "avm", ""): [50, 51], ("k1", "avm", ""): [20]})
     before += [before[1] | {"step": 8}]
     new = made_up({("complete", "avm", ""): [70]})
-    rows = published().merged(before, new)
+    rows = publish.merged(before, new)
     assert [(row["system"], row["seed"], row["step"], row["score"]) for row in rows] == [
         ("complete", 0, 2, 60), ("complete", 0, 4, 70), ("complete", 1, 2, 41),
         ("complete", 1, 4, 51), ("k1", 0, 2, 10), ("k1", 0, 4, 20)]
 
 
-def test_the_committed_tables_are_the_committed_results():
-    """docs/ablate/results.jsonl --> results.md and the tables of the README, to the letter."""
-    results, publish = Results.read(ablate.COMMITTED), published()
+def test_the_committed_pages_are_what_the_program_writes():
+    """docs/ablate/results.jsonl --> results.md and docs/ablations.md, to the letter."""
+    results = Results.read(ablate.COMMITTED)
     assert (ablate.COMMITTED / "results.md").read_text() == ablation.tables(results) + "\n"
-    readme = (ablate.HERE / "README.md").read_text()
-    for table in publish.tables_of(results):
-        assert table in readme and publish.put(readme, table) == readme
+    text = publish.PAGE.read_text()
+    assert text == page.page(results)
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert len(links) > 5 and all((publish.PAGE.parent / link).exists() for link in links)
     assert results.first.step == AblateConfig.steps and not any(
         row["dirty"] for row in results.rows)
 
 
-def test_the_counts_of_verdicts_in_the_readme():
-    """Those of "In short", which are written in words, against the committed results."""
-    results, readme = Results.read(ablate.COMMITTED), (ablate.HERE / "README.md").read_text()
-    head = next(line for line in readme.splitlines() if line.startswith("| after |"))
+def test_the_page_follows_the_results():
+    """Other results give other tables and other numbers in the sentences."""
+    rows = Results.read(ablate.COMMITTED).rows
+    other = page.page(Results([row | {"score": row["score"] + 1.5} if row["system"] == "no-sync"
+                               and row["step"] == 1100 else row for row in rows]))
+    text = publish.PAGE.read_text()
+    for old, new in (("falls from 65.1 to 20.9 %", "falls from 65.1 to 22.4 %"),
+                     ("| avsd | 65.1 (56.0, 54.0, 78.0, 58.4, 79.2) | 20.9 (",
+                      "| avsd | 65.1 (56.0, 54.0, 78.0, 58.4, 79.2) | 22.4 ("),
+                     ("+32.2 ± 19.9* after 1100", "+33.7 ± 19.9* after 1100")):
+        assert old in " ".join(text.split()) and new in " ".join(other.split())
+
+
+def test_the_counts_of_verdicts():
+    """Every claim of the paper has one verdict at every stage."""
+    results = Results.read(ablate.COMMITTED)
+    head, _, *lines = page.verdict_table(results).splitlines()
     verdicts = [cell.strip() for cell in head.split("|")[2:-1]]
-    for stage in results.stages:
+    assert len(lines) == len(results.stages) == 3
+    for stage, line in zip(results.stages, lines, strict=True):
         found = [ablation.verdict(stage.against(system, task), task in ablation.ERROR_RATES)
                  for system, tasks in ablation.CLAIMS for task in tasks]
-        line = next(line for line in readme.splitlines()
-                    if line.startswith(f"| {stage.step} steps |"))
-        told = [int(re.match(r" (\d+)", cell)[1]) for cell in line.split("|")[2:-1]]
-        assert told == [found.count(verdict) for verdict in verdicts] and sum(told) == len(found)
+        shown = [int(re.match(r" (\d+)", cell)[1]) for cell in line.split("|")[2:-1]]
+        assert shown == [found.count(verdict) for verdict in verdicts] and sum(shown) == len(found)
+
+
+def test_the_words_for_significant_differences():
+    """no-causal: videoqa 10 ± 2.5 worse, isqa level; no-windows: avsr worse."""
+    stage = Results(made_up(SOME)).first
+    assert page.significant(stage, "no-causal") == ["videoqa"]
+    assert page.significant(stage, "no-windows") == ["avsr"]
+    assert page.significant(stage, "no-windows", worse=False) == []
+    assert page.mask_differences(stage) == ([], 2)
+    assert page.span(stage, "complete", "videoqa") == "60 to 64"
+    assert page.span(stage, "complete", "videoqa", "after") == "70"
+    assert page.listed([]) == "none" and page.listed("abc") == "a, b and c"
 
 
 # ---------------------------------------------------------------- figures
@@ -640,7 +661,7 @@ def test_cosines_are_equation_four():
 
 
 def test_the_program_from_clips_to_figures(small_parts, small_miniature, tmp_path):
-    """Two rounds of one system, killed in the second; the same command goes on and leaves all that
+    """Two stages of one system, killed in the second; the same command goes on and leaves all that
     the tables and figures need.  Random parts, so nothing is learnt."""
     flags = " ".join(f"--{name} {small_parts / folder}" for name, folder in (
         ("whisper", "whisper"), ("instructblip", "instructblip"), ("llm", "llama")))
@@ -658,7 +679,7 @@ def test_the_program_from_clips_to_figures(small_parts, small_miniature, tmp_pat
                 time.sleep(0.02)
             first.send_signal(signal.SIGTERM)
     assert first.wait() == 128 + signal.SIGTERM, "".join(said)
-    assert "stopping complete-seed0 to 4 steps; the same command goes on" in said[-1]
+    assert "stopping complete-seed0 to 4 steps; the same command continues" in said[-1]
     assert Results.read(tmp_path).scored == [1, 2]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -688,7 +709,7 @@ def test_the_program_from_clips_to_figures(small_parts, small_miniature, tmp_pat
     assert inside["frames"].shape == (10, 3, 64, 64) and inside["mel"].shape[0] == 80
     assert inside["cosine avsr"].shape == (10, 10)
 
-    # the second round began with the weights of the first, and has moved on
+    # the second stage began with the weights of the first, and has moved on
     longer = Favor.from_pretrained(tmp_path / "complete-seed0" / "to-4" / "last")
     trained = hub.read_json(tmp_path / "complete-seed0" / "to-4" / "config.json")["train"]
     assert trained["start_from"] == str(tmp_path / "complete-seed0" / "last")

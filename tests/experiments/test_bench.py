@@ -1,4 +1,4 @@
-"""bench.py: its statistics and tables; every goal runs at a tiny size on the CPU and notices when
+"""bench.py: its statistics and tables; every target runs at a tiny size on the CPU and notices when
 the two sides do not do the same.  Nothing here is a timing: those need a quiet machine."""
 
 import json
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 import llama
-from experiments.bench import goals as bench_goals
 from experiments.bench import measure
 from experiments.bench import media as bench_media
 from experiments.bench import run as bench
 from experiments.bench import steps as bench_steps
+from experiments.bench import targets as bench_targets
 from experiments.bench.measure import CannotRun, Line, Run, Wrong
 from runtime import cli
 
@@ -31,11 +31,11 @@ def run():
 
 # ---- a line -------------------------------------------------------------------------------------
 
-def test_ratio_floor_and_limit():
-    line = Line("x", "ms", 6.0, 10.0, floor=3.0, wanted="ratio <= 0.5")
+def test_ratio_roofline_and_limit():
+    line = Line("x", "ms", 6.0, 10.0, roofline=3.0, wanted="ratio <= 0.5")
     assert (line.ratio, line.close) == (0.6, 0.5)
     assert line.margin == pytest.approx(1.2) and line.reached is False
-    rate = Line("x", "frames/s", 900.0, floor=1200.0, wanted="close >= 0.6")
+    rate = Line("x", "frames/s", 900.0, roofline=1200.0, wanted="close >= 0.6")
     assert rate.close == 0.75 and rate.reached is True
     assert Line("x", "frames/s", 900.0, wanted="ours >= 900").reached is True
     none = Line("x", "ms", 6.0)
@@ -48,7 +48,7 @@ def test_ratio_floor_and_limit():
 
 def test_medians_and_quartiles_are_of_pairs():
     line = measure.line_of("x", [1.0, 2.0, 30.0], [2.0, 4.0, 40.0])
-    assert (line.ours, line.peer, line.ratio, line.repeats) == (2000, 4000, 0.5, 3)
+    assert (line.ours, line.baseline, line.ratio, line.repeats) == (2000, 4000, 0.5, 3)
     assert line.spread == (0.5, 0.625)                      # of 0.5, 0.5, 0.75
     assert measure.quartiles([3.0], [4.0]) == (0.75, 0.75)
 
@@ -62,11 +62,11 @@ def test_both_sides_take_turns_on_the_same_fresh_inputs(run):
 
     times = measure.interleaved(run, "x", make, {
         "ours": lambda x: calls.append(("ours", x)),
-        "peer": lambda x: calls.append(("peer", x))}, 3)
-    assert {side: len(seconds) for side, seconds in times.items()} == {"ours": 3, "peer": 3}
-    assert list(run.first["x"]) == ["ours", "peer"], "the first calls are told apart"
+        "baseline": lambda x: calls.append(("baseline", x))}, 3)
+    assert {side: len(seconds) for side, seconds in times.items()} == {"ours": 3, "baseline": 3}
+    assert list(run.first["x"]) == ["ours", "baseline"], "the first calls are told apart"
     order = [side for side, _ in calls]
-    assert order == ["ours", "peer"] + ["peer", "ours", "ours", "peer", "peer", "ours"]
+    assert order == ["ours", "baseline", "baseline", "ours", "ours", "baseline", "baseline", "ours"]
     assert [x for _, x in calls] == [x for x in made for _ in range(2)] and len(made) == 4
 
 
@@ -78,8 +78,8 @@ def test_sizes_and_limits():
     with pytest.raises(ValueError, match="no value for size test"):
         Run(CPU, "test").pick(quick=1)
     run = Run(CPU, ceilings=dict(RATES))
-    assert run.floor_ms(2e11) == 2000 and run.floor_ms(1e8, n_bytes=1e10) == 1000
-    assert Run(CPU).floor_ms(1e9) is None
+    assert run.roofline_ms(2e11) == 2000 and run.roofline_ms(1e8, n_bytes=1e10) == 1000
+    assert Run(CPU).roofline_ms(1e9) is None
 
 
 # ---- what is measured ---------------------------------------------------------------------------
@@ -120,13 +120,13 @@ def test_a_difference_raises(ours):
         1e-4, rel=1e-2)
 
 
-# ---- every goal ---------------------------------------------------------------------------------
+# ---- every target -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", list(bench.GOALS))
-def test_every_goal_runs(run, name):
+@pytest.mark.parametrize("name", list(bench.TARGETS))
+def test_every_target_runs(run, name):
     start = time.perf_counter()
-    lines = bench.GOALS[name].measure(run)
-    print(f"goal {name}: {time.perf_counter() - start:.1f} s")
+    lines = bench.TARGETS[name].measure(run)
+    print(f"target {name}: {time.perf_counter() - start:.1f} s")
     assert lines and all(math.isfinite(line.ours) for line in lines)
     for line in lines:
         bench.cells(line)
@@ -146,11 +146,11 @@ def later(read_frames):
 
 
 WRONG = [
-    ("1", bench_goals, "block_causal_attention", lambda _: unmasked),
-    ("2", bench_goals.peers, "ViT", lambda cls: type("Other", (cls,), {
+    ("1", bench_targets, "block_causal_attention", lambda _: unmasked),
+    ("2", bench_targets.baselines, "ViT", lambda cls: type("Other", (cls,), {
         "forward": lambda self, x: 1.1 * cls.forward(self, x)})),
-    ("3", bench_goals, "log_mel_spectrogram", lambda f: lambda audio: f(audio) + 2e-4),
-    ("4", bench_goals, "llm_step", lambda f: lambda llm, x, ids: f(llm, x, ids.roll(1, 1))),
+    ("3", bench_targets, "log_mel_spectrogram", lambda f: lambda audio: f(audio) + 2e-4),
+    ("4", bench_targets, "llm_step", lambda f: lambda llm, x, ids: f(llm, x, ids.roll(1, 1))),
     ("7", llama.Llama, "generate", lambda f: lambda *a, **k: [
         [1 + i for i in row] for row in f(*a, **k)]),
     ("5", bench_steps.Step, "__call__", lambda f: lambda self, samples: (
@@ -170,51 +170,51 @@ WRONG = [
 def test_a_wrong_result_raises(run, monkeypatch, name, where, what, broken):
     monkeypatch.setattr(where, what, broken(getattr(where, what)))
     with pytest.raises(Wrong):
-        bench.GOALS[name].measure(run)
+        bench.TARGETS[name].measure(run)
 
 
 def test_lines_that_only_a_gpu_has(run, monkeypatch):
     """Their arithmetic; what runs is the CPU's."""
     monkeypatch.setattr(torch, "compile", lambda module: module)
-    line = Line("x", "ms", 500.0, 1000.0, floor=250.0)
-    rate, share, compiled, one, batched = bench_goals.vision_on_gpu(
+    line = Line("x", "ms", 500.0, 1000.0, roofline=250.0)
+    rate, share, compiled, one, batched = bench_targets.vision_on_gpu(
         run, line, torch.square, torch.square, lambda n=4: (torch.ones(n),), 4)
-    assert (rate.ours, rate.floor, share.close) == (8, 16, 0.5) and not share.reached
-    assert compiled.peer and one.peer and batched.ours == 125.0
-    rate, share = bench_goals.token_rates(run, line, 8000)
+    assert (rate.ours, rate.roofline, share.close) == (8, 16, 0.5) and not share.reached
+    assert compiled.baseline and one.baseline and batched.ours == 125.0
+    rate, share = bench_targets.token_rates(run, line, 8000)
     assert (rate.ours, rate.wanted, share.reached) == (16000, "ours >= 14600", True)
-    rate, share = bench_goals.decoding_rates(run, Line("x", "ms", 4.0, 20.0, floor=3.0))
+    rate, share = bench_targets.decoding_rates(run, Line("x", "ms", 4.0, 20.0, roofline=3.0))
     assert (rate.ours, rate.reached, share.close) == (250, False, 0.75)
     q = torch.randn(1, 2, 8, 4)
-    both = bench_goals.forward_backward(bench_goals.block_causal_attention)
-    assert bench_goals.flash_only(run, lambda *x: both, [q] * 4).reached
+    both = bench_targets.forward_backward(bench_targets.block_causal_attention)
+    assert bench_targets.flash_only(run, lambda *x: both, [q] * 4).reached
 
 
 def test_compiled_decoding_is_asked_for_and_given_back():
-    llm = llama.Llama(bench_goals.TEST)
-    asked = bench_goals.in_fixed_steps(llm, lambda ids: (ids, llm.compiled))
+    llm = llama.Llama(bench_targets.TEST)
+    asked = bench_targets.in_fixed_steps(llm, lambda ids: (ids, llm.compiled))
     assert asked(7) == (7, True) and not llm.compiled
 
 
 def test_without_ffmpeg(run, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    for goal in (bench_media.pictures, bench_media.sound):
-        assert "no ffmpeg on PATH" in goal(run)[0].peer_name
+    for target in (bench_media.pictures, bench_media.sound):
+        assert "no ffmpeg on PATH" in target(run)[0].baseline_name
 
 
 @pytest.mark.parametrize(("name", "library"), [("2", "transformers"), ("4", "peft")])
-def test_without_peers(run, monkeypatch, name, library):
+def test_without_baselines(run, monkeypatch, name, library):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(CannotRun, match=rf'{library} is missing.*pip install -e "\.\[dev\]"'):
-        bench.GOALS[name].measure(run)
-    outcome = bench.run_goal(name, run)
+        bench.TARGETS[name].measure(run)
+    outcome = bench.run_target(name, run)
     assert outcome.reached == "cannot run" and library in outcome.why and not outcome.failed
 
 
 # ---- what is told -------------------------------------------------------------------------------
 
-def goals(**measures):
-    return {name: bench.Goal(f"goal {name}", "cpu", "h200", f) for name, f in measures.items()}
+def targets(**measures):
+    return {name: bench.Target(f"target {name}", "cpu", "h200", f) for name, f in measures.items()}
 
 
 def said_no(_):
@@ -229,44 +229,45 @@ GOOD = Line("fast | thing", "ms", 5.0, 10.0, "other", (0.4, 0.6), 2.5, "ratio <=
 BAD = Line("slow thing", "ms", 9.0, 10.0, "other", wanted="ratio <= 0.3")
 
 
-def test_one_line_a_goal_and_every_measurement(monkeypatch, tmp_path, capsys, run):
-    monkeypatch.setattr(bench, "GOALS", goals(a=lambda _: [GOOD], b=lambda _: [GOOD, BAD],
+def test_one_line_a_target_and_every_measurement(monkeypatch, tmp_path, capsys, run):
+    monkeypatch.setattr(bench, "TARGETS", targets(a=lambda _: [GOOD], b=lambda _: [GOOD, BAD],
                                               c=said_no, d=lambda _: [Line("m", "MiB", 1234.5)]))
     monkeypatch.setattr(bench, "ceilings", lambda run: dict(RATES))
     bench.measure_all(bench.BenchConfig(out=str(tmp_path / "new"), only=tuple("abcd"), threads=1), [
         "--only", "a", "b"])
     text = (tmp_path / "new" / "bench.md").read_text()
-    assert "| a | goal a | cpu | yes | fast / thing (ratio <= 0.7) | 5 ms | 10 (other) " \
+    assert "| a | target a | cpu | yes | fast / thing (ratio <= 0.7) | 5 ms | 10 (other) " \
            "| 0.5 [0.4, 0.6] | 2.5 | 50 % |" in text
-    assert "| b | goal b | cpu | no (1 of 2) | slow thing (ratio <= 0.3) | 9 ms |" in text
-    assert "| c | goal c | cpu | cannot run | no such machine |" in text
-    assert "| d | goal d | cpu | no limit here | m | 1234 MiB |" in text
+    assert "| b | target b | cpu | no (1 of 2) | slow thing (ratio <= 0.3) | 9 ms |" in text
+    assert "| c | target c | cpu | cannot run | no such machine |" in text
+    assert "| d | target d | cpu | no limit here | m | 1234 MiB |" in text
     assert "command: python -m experiments.bench --only a b" in text and torch.__version__ in text
     told = json.loads((tmp_path / "new" / "bench.json").read_text())
-    assert [goal["reached"] for goal in told["goals"]] == ["yes", "no (1 of 2)", "cannot run",
+    assert [target["reached"] for target in told["targets"]] == ["yes", "no (1 of 2)", "cannot run",
                                                            "no limit here"]
-    assert told["goals"][0]["lines"][0]["ratio"] == 0.5 and told["ceilings"] == RATES
+    assert told["targets"][0]["lines"][0]["ratio"] == 0.5 and told["ceilings"] == RATES
     said = capsys.readouterr().out
     assert "NOT reached" in said and "no such machine" in said and "threads: 1" in said
 
 
-def test_a_wrong_goal_ends_with_1_after_the_others(monkeypatch, tmp_path):
+def test_a_wrong_target_ends_with_1_after_the_others(monkeypatch, tmp_path):
     def broken(_):
         raise RuntimeError("out of memory")
-    monkeypatch.setattr(bench, "GOALS", goals(a=differ, b=broken, c=lambda _: [GOOD]))
+    monkeypatch.setattr(bench, "TARGETS", targets(a=differ, b=broken, c=lambda _: [GOOD]))
     monkeypatch.setattr(bench, "ceilings", lambda run: {})
-    with pytest.raises(SystemExit, match="goal a: WRONG, the sides differ.*\ngoal b: error, Run"):
+    failed = "target a: WRONG, the sides differ.*\ntarget b: error, Run"
+    with pytest.raises(SystemExit, match=failed):
         bench.measure_all(bench.BenchConfig(out=str(tmp_path), only=("a", "b", "c"), threads=1), [])
-    told = json.loads((tmp_path / "bench.json").read_text())["goals"]
-    assert [goal["reached"] for goal in told] == ["WRONG", "error", "yes"]
+    told = json.loads((tmp_path / "bench.json").read_text())["targets"]
+    assert [target["reached"] for target in told] == ["WRONG", "error", "yes"]
     assert "the sides differ: attention" in told[0]["why"] and "out of memory" in told[1]["why"]
 
 
-def test_the_furthest_line_speaks_for_a_goal():
+def test_the_furthest_line_speaks_for_a_target():
     near = Line("near", "ms", 6.9, 10.0, wanted="ratio <= 0.7")
     exact = Line("exact", "of 255", 1, wanted="ours <= 1")
     assert bench.Outcome("1", [GOOD, BAD, near]).headline is BAD
-    assert bench.Outcome("1", [GOOD, exact, near]).headline is near, "the one that has a peer"
+    assert bench.Outcome("1", [GOOD, exact, near]).headline is near, "the one that has a baseline"
     assert bench.Outcome("1", [exact]).headline is exact
     assert bench.Outcome("1").headline is None
 

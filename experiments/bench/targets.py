@@ -1,7 +1,8 @@
-"""The goals of bench.py that time one part against a peer: attention, ViT, Whisper, LLM, decoding.
+"""The targets 1 to 4 and 7, which time one part against a baseline: attention, ViT, Whisper, LLM
+and decoding.
 
-Each function takes a bench_measure.Run, gives its Lines, and raises Wrong where the two sides do
-not do the same.  Whole steps: bench_steps.py.  Media: bench_media.py.
+Each function takes a measure.Run, returns its Lines, and raises Wrong where the two sides do not
+compute the same. Whole steps are in steps.py, media in media.py.
 
 Public: attention, vision, hearing, language, decoding."""
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora
-from experiments.bench import baselines as peers
+from experiments.bench import baselines
 from experiments.bench.measure import (
     MIB,
     Line,
@@ -50,10 +51,10 @@ def path_and_difference(run, ours, inputs, far):
     return f"{', '.join(kernels(run, ours, *inputs))}; difference {far:.0e}"
 
 
-def peak_line(run, what, inputs, ours, peer, **rest):
+def peak_line(run, what, inputs, ours, baseline, **rest):
     """Peak memory of both sides, in MiB."""
     return Line(what, "MiB", peak_bytes(run, ours, *inputs) / MIB,
-                peak_bytes(run, peer, *inputs) / MIB, **rest)
+                peak_bytes(run, baseline, *inputs) / MIB, **rest)
 
 
 # ---------------------------------------------------------------- 1: block-causal attention
@@ -81,7 +82,7 @@ def block_causal_flops(batch, heads, frames, per_frame, d):
 
 
 def attention(run: Run):
-    """Goal 1.  Shapes: frames, vectors a frame, batch, heads, limit of the time."""
+    """Target 1.  Shapes: frames, vectors a frame, batch, heads, limit of the time."""
     shapes = run.pick(
         test=((3, 4, 2, 2, ""), (5, 4, 2, 2, "")),
         quick=((10, 32, 4, 12, "ratio <= 0.70"), (20, 64, 1, 6, "ratio <= 0.42"),
@@ -96,20 +97,21 @@ def attention(run: Run):
         def make(shape=(batch, heads, frames * per_frame, d)):
             return [torch.randn(shape, device=run.device, dtype=dtype) for _ in range(4)]
 
-        ours, peer = (forward_backward(lambda q, k, v, f=f, n=per_frame: f(q, k, v, per_frame=n))
+        ours, baseline = (
+            forward_backward(lambda q, k, v, f=f, n=per_frame: f(q, k, v, per_frame=n))
                       for f in (block_causal_attention, explicit_mask))
         inputs, what = make(), f"{frames}x{per_frame}, batch {batch}, {heads} heads x {d}"
         work = block_causal_flops(batch, heads, frames, per_frame, d)
         line = compare(
-            run, f"{what}: forward + backward", make, ours, peer, peer_name="explicit mask",
-            floor=run.floor_ms(work, dtype), wanted=run.wants(limit, limit))
+            run, f"{what}: forward + backward", make, ours, baseline, baseline_name="explicit mask",
+            roofline=run.roofline_ms(work, dtype), wanted=run.wants(limit, limit))
         far = max(check(f"attention {what}", *pair, *TOLERANCE[dtype])
-                  for pair in zip(ours(*inputs), peer(*inputs), strict=True))
+                  for pair in zip(ours(*inputs), baseline(*inputs), strict=True))
         line.note = path_and_difference(run, ours, inputs, far)
         lines.append(line)
-        peaks.append(peak_line(run, f"{what}: peak memory", inputs, ours, peer,
-                               peer_name="explicit mask",
-                               floor=4 * inputs[0].nbytes / MIB))        # output, three gradients
+        peaks.append(peak_line(run, f"{what}: peak memory", inputs, ours, baseline,
+                               baseline_name="explicit mask",
+                               roofline=4 * inputs[0].nbytes / MIB))   # output, three gradients
     if run.size == "full":                # the one mask weighs more where batch and heads are few
         peaks[-1].wanted = run.wants("ratio <= 0.10")
     lines += [*peaks, no_square(run, shapes, peaks)]
@@ -136,11 +138,11 @@ def flash_only(run, ours, inputs):
 # ---------------------------------------------------------------- 2: ViT
 @torch.inference_mode()
 def vision(run: Run):
-    """Goal 2."""
+    """Target 2."""
     config = run.pick(test=ViTConfig(width=32, layers=2, heads=2, ffn=64, image_size=28),
                       quick=ViTConfig(layers=2), cuda=ViTConfig())
     frames, dtype = run.pick(test=2, quick=1, full=8, cuda=256), torch.bfloat16
-    ours, peer = peers.vit_pair(config, dtype, run.device)
+    ours, baseline = baselines.vit_pair(config, dtype, run.device)
 
     def make(n=frames):
         return (torch.randn(n, 3, config.image_size, config.image_size, device=run.device,
@@ -148,40 +150,43 @@ def vision(run: Run):
 
     work = frames * flops.vit_flops(ours)
     line = compare(
-        run, f"{config.layers} layers, bf16, frames: {frames}", make, ours, peer,
-        peer_name="transformers sdpa", floor=run.floor_ms(work, dtype),
+        run, f"{config.layers} layers, bf16, frames: {frames}", make, ours, baseline,
+        baseline_name="transformers sdpa", roofline=run.roofline_ms(work, dtype),
         wanted=run.wants("ratio <= 1.02", f"ratio <= {1 / 1.05:.3f}"))
     inputs = make(1)
-    far = check("ViT", ours(*inputs), peer(*inputs).last_hidden_state, *TOLERANCE[dtype])
+    far = check("ViT", ours(*inputs), baseline(*inputs).last_hidden_state, *TOLERANCE[dtype])
     line.note = path_and_difference(run, ours, inputs, far)
-    return [line, *(vision_on_gpu(run, line, ours, peer, make, frames) if run.full_cuda else ())]
+    more = vision_on_gpu(run, line, ours, baseline, make, frames) if run.full_cuda else ()
+    return [line, *more]
 
 
-def vision_on_gpu(run, line, ours, peer, make, frames):
+def vision_on_gpu(run, line, ours, baseline, make, frames):
     """Frames a second, compiled, and what batching gives."""
-    most = frames / line.floor * 1e3
-    rate = Line(f"{frames} frames at a time", "frames/s", frames / line.ours * 1e3, floor=most,
+    most = frames / line.roofline * 1e3
+    rate = Line(f"{frames} frames at a time", "frames/s", frames / line.ours * 1e3, roofline=most,
                 wanted="ours >= 900")
-    share = Line("share of the GEMM rate", "frames/s", rate.ours, floor=most, wanted="close >= 0.6")
-    compiled = compare(run, "compiled", make, torch.compile(ours), peer, wanted=f"ratio <= "
-                       f"{1 / 1.15:.3f}", peer_name="transformers sdpa", floor=line.floor)
-    one = compare(run, "one frame at a time", lambda: make(1), ours, peer, peer_name="transformers")
+    share = Line("share of the GEMM rate", "frames/s", rate.ours, roofline=most,
+                 wanted="close >= 0.6")
+    compiled = compare(run, "compiled", make, torch.compile(ours), baseline, wanted=f"ratio <= "
+                       f"{1 / 1.15:.3f}", baseline_name="transformers sdpa", roofline=line.roofline)
+    one = compare(run, "one frame at a time", lambda: make(1), ours, baseline,
+                  baseline_name="transformers")
     batched = Line("a frame of the batch / a frame alone", "ms", line.ours / frames, one.ours,
-                   peer_name="one by one", wanted=f"ratio <= {1 / 3:.3f}")
+                   baseline_name="one by one", wanted=f"ratio <= {1 / 3:.3f}")
     return [rate, share, compiled, one, batched]
 
 
 # ---------------------------------------------------------------- 3: Whisper
 @torch.inference_mode()
 def hearing(run: Run):
-    """Goal 3."""
+    """Target 3."""
     config = run.pick(test=WhisperConfig(width=32, layers=2, heads=2, ffn=64),
                       quick=WhisperConfig(layers=2, max_source_positions=250),
                       full=WhisperConfig(layers=2), cuda=WhisperConfig())
     chunks, seconds = run.pick(test=1, cuda=32), config.chunk_samples / config.sample_rate
     lines = []
     for dtype in (torch.bfloat16,) if run.cuda else (torch.float32, torch.bfloat16):
-        ours, peer = peers.whisper_pair(config, dtype, run.device)
+        ours, baseline = baselines.whisper_pair(config, dtype, run.device)
 
         def make(dtype=dtype):
             return (torch.randn(chunks, config.n_mels, 2 * config.max_source_positions,
@@ -190,23 +195,25 @@ def hearing(run: Run):
         work = chunks * flops.whisper_flops(ours, seconds)
         lines.append(compare(
             run, f"encoder, {config.layers} layers, {dtype_name(dtype)}, {chunks} x {seconds:g} s",
-            make, ours, peer, peer_name="transformers sdpa", floor=run.floor_ms(work, dtype),
+            make, ours, baseline, baseline_name="transformers sdpa",
+            roofline=run.roofline_ms(work, dtype),
             wanted=run.wants("ratio <= 1.0", "ratio <= 1.0")))
         inputs = make()
-        far = check(f"Whisper {dtype_name(dtype)}", ours(*inputs), peer(*inputs).last_hidden_state,
+        far = check(f"Whisper {dtype_name(dtype)}", ours(*inputs),
+                    baseline(*inputs).last_hidden_state,
                     *TOLERANCE[dtype])
         lines[-1].note = path_and_difference(run, ours, inputs, far)
     if run.full_cuda:
-        rate, most = (chunks / ms * 1e3 for ms in (lines[-1].ours, lines[-1].floor))
-        lines += [Line("encoder", "chunks/s", rate, floor=most, wanted="ours >= 174",
+        rate, most = (chunks / ms * 1e3 for ms in (lines[-1].ours, lines[-1].roofline))
+        lines += [Line("encoder", "chunks/s", rate, roofline=most, wanted="ours >= 174",
                        note=f"{30 * rate:.0f} times real time"),
-                  Line("encoder, share of the GEMM rate", "chunks/s", rate, floor=most,
+                  Line("encoder, share of the GEMM rate", "chunks/s", rate, roofline=most,
                        wanted="close >= 0.5")]
     return [*lines, log_mel(run)]
 
 
 def log_mel(run):
-    extractor = peers.needed("transformers").WhisperFeatureExtractor()
+    extractor = baselines.needed("transformers").WhisperFeatureExtractor()
     seconds = run.pick(test=1, quick=30)
 
     def make():
@@ -215,14 +222,14 @@ def log_mel(run):
     def ours(audio):
         return log_mel_spectrogram(audio.to(run.device))
 
-    def peer(audio):
+    def baseline(audio):
         return extractor(audio.numpy(), sampling_rate=16000, return_tensors="pt",
                          device=str(run.device)).input_features
 
-    line = compare(run, f"log-mel of {seconds} s", make, ours, peer,
-                   peer_name="WhisperFeatureExtractor", wanted=run.wants("ratio <= 1.0"))
+    line = compare(run, f"log-mel of {seconds} s", make, ours, baseline,
+                   baseline_name="WhisperFeatureExtractor", wanted=run.wants("ratio <= 1.0"))
     inputs = make()
-    far = check("log-mel", ours(*inputs).cpu(), peer(*inputs).cpu(), 1e-4)
+    far = check("log-mel", ours(*inputs).cpu(), baseline(*inputs).cpu(), 1e-4)
     line.note = f"difference {far:.0e}, allowed 1e-4"
     return line
 
@@ -246,8 +253,8 @@ def llm_flops(llm, batch, tokens, answer):
                     + 4 * flops.weights(llm.lm_head) * answer)
 
 
-def both_steps(run, ours, peer, dtype):
-    """(our step, the peer's), functions of embeds (B,T,D) and ids (B,n): forward, backward down to
+def both_steps(run, ours, baseline, dtype):
+    """(our step, the baseline's), functions of embeds (B,T,D), ids (B,n): forward, backward down to
     the embeddings, a step of AdamW with rate 0 -> loss, gradient of the embeddings."""
     def stepping(model, loss_of):
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0,
@@ -263,22 +270,23 @@ def both_steps(run, ours, peer, dtype):
             return loss.detach(), embeds.grad
         return step
 
-    def peer_loss(model, embeds, wanted):
+    def baseline_loss(model, embeds, wanted):
         labels = F.pad(wanted, (embeds.shape[1] - wanted.shape[1], 0), value=-100)
         return model(inputs_embeds=embeds, labels=labels, use_cache=False).loss
 
-    return stepping(ours, llm_step), stepping(peer, peer_loss)
+    return stepping(ours, llm_step), stepping(baseline, baseline_loss)
 
 
 def language(run: Run):
-    """Goal 4."""
+    """Target 4."""
     config = run.pick(test=TEST, quick=replace(SMALL, layers=2), full=SMALL,
                       cuda=LLAMA[run.model])
     batch, tokens, answer = run.pick(test=(2, 16, 4), quick=(1, 128, 20), full=(4, 256, 40),
                                      cuda=({"7b": 32, "13b": 16}[run.model], 292, 40))
     lines, both = [], (torch.float32, torch.bfloat16)
     for dtype in run.pick(test=both, quick=both[:1], full=both, cuda=both[1:]):
-        ours, peer = both_steps(run, *(pair := peers.lora_pair(config, dtype, run.device)), dtype)
+        pair = baselines.lora_pair(config, dtype, run.device)
+        ours, baseline = both_steps(run, *pair, dtype)
 
         def make(dtype=dtype):
             return (0.02 * torch.randn(batch, tokens, config.width, device=run.device, dtype=dtype),
@@ -289,45 +297,46 @@ def language(run: Run):
                 f"{answer} learnt")
         work, limit = llm_flops(pair[0], batch, tokens, answer), dtype == torch.float32
         lines.append(compare(
-            run, f"{what}: step", make, ours, peer, peer_name="transformers + peft",
-            floor=run.floor_ms(work, dtype),
+            run, f"{what}: step", make, ours, baseline, baseline_name="transformers + peft",
+            roofline=run.roofline_ms(work, dtype),
             wanted=run.wants("ratio <= 0.65" if limit else "ratio <= 0.60",
                              f"ratio <= {1 / 1.3:.3f}")))
-        lines[-1].note = same_step(f"LLM step {what}", ours(*inputs), peer(*inputs), dtype)
-        lines.append(peak_line(run, f"{what}: peak memory", inputs, ours, peer,
-                               peer_name="transformers + peft", wanted=run.wants("ratio <= 0.45")))
+        lines[-1].note = same_step(f"LLM step {what}", ours(*inputs), baseline(*inputs), dtype)
+        lines.append(peak_line(run, f"{what}: peak memory", inputs, ours, baseline,
+                               baseline_name="transformers + peft",
+                               wanted=run.wants("ratio <= 0.45")))
         if run.full_cuda:
             lines += token_rates(run, lines[-2], batch * tokens)
-        del pair, ours, peer
+        del pair, ours, baseline
     return lines
 
 
-def same_step(what, ours, peer, dtype):
+def same_step(what, ours, baseline, dtype):
     """Losses to 1e-5, in bf16 0.02; gradients of the input to 1e-3, in bf16 0.2 of their size."""
     exact = dtype == torch.float32
-    far = check(f"{what}: loss", ours[0], peer[0], 1e-5 if exact else 2e-2)
-    check(f"{what}: gradient of its input", ours[1], peer[1], 1e-3 if exact else 0.2, True)
+    far = check(f"{what}: loss", ours[0], baseline[0], 1e-5 if exact else 2e-2)
+    check(f"{what}: gradient of its input", ours[1], baseline[1], 1e-3 if exact else 0.2, True)
     return f"losses differ by {far:.0e}"
 
 
 def token_rates(run, line, tokens):
-    rate, most = (tokens / ms * 1e3 for ms in (line.ours, line.floor))
+    rate, most = (tokens / ms * 1e3 for ms in (line.ours, line.roofline))
     limit = {"7b": 14600, "13b": 7600}[run.model]
-    return [Line(f"{run.model}, {tokens} tokens", "tokens/s", rate, floor=most,
+    return [Line(f"{run.model}, {tokens} tokens", "tokens/s", rate, roofline=most,
                  wanted=f"ours >= {limit}"),
-            Line("share of the GEMM rate, 4 operations a weight", "tokens/s", rate, floor=most,
+            Line("share of the GEMM rate, 4 operations a weight", "tokens/s", rate, roofline=most,
                  wanted="close >= 0.5")]
 
 
 # ---------------------------------------------------------------- 7: decoding
 def merged_pair(config, dtype, device):
     """(ours with LoRA merged in, LlamaForCausalLM on the same merged weights)."""
-    ours, peer = peers.llama(config, dtype, device)
-    lora.inject(ours, peers.LORA)
+    ours, baseline = baselines.llama(config, dtype, device)
+    lora.inject(ours, baselines.LORA)
     for layer in lora.layers(ours).values():
         torch.nn.init.normal_(layer.lora_B.weight, std=0.02)
-    lora.merge(ours)                                   # in place: the peer's weights are these
-    return ours.eval(), peer
+    lora.merge(ours)                                   # in place: the baseline's weights are these
+    return ours.eval(), baseline
 
 
 def in_fixed_steps(llm, generate):
@@ -343,7 +352,7 @@ def in_fixed_steps(llm, generate):
 
 @torch.no_grad()
 def decoding(run: Run):
-    """Goal 7: greedy, batch 1; on a CPU in fp32 on one thread."""
+    """Target 7: greedy, batch 1; on a CPU in fp32 on one thread."""
     config = run.pick(test=TEST, quick=replace(SMALL, layers=2), full=SMALL,
                       cuda=LLAMA[run.model])
     prompt, new = run.pick(test=(5, 6), quick=(32, 16), full=(32, 48), cuda=(292, 128))
@@ -356,25 +365,26 @@ def decoding(run: Run):
     def ours(ids):
         return llm.generate(ids, max_new_tokens=new, eos_id=-1)[0]
 
-    def peer(ids):
+    def baseline(ids):
         return hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
                            do_sample=False)[0, prompt:].tolist()
 
     with threads(torch.get_num_threads() if run.cuda else 1):
-        sides = {"ours": ours, "peer": peer}
+        sides = {"ours": ours, "baseline": baseline}
         if run.cuda or run.size == "full" and shutil.which("g++"):       # a minute to compile
             sides["fixed"] = in_fixed_steps(llm, ours)
         seconds = interleaved(run, "decoding", make, sides)
         note = same_tokens(sides, make, dtype)
     weights = flops.weights(llm.model.layers, llm.lm_head) - flops.weights(
         llm.model.layers, named=".lora_")
-    floor = run.floor_ms(n_bytes=llm.lm_head.weight.element_size() * weights,
+    roofline = run.roofline_ms(n_bytes=llm.lm_head.weight.element_size() * weights,
                          bandwidth="copy" if run.cuda else "gemv, 1 thread")
     names = {"ours": "eager", "fixed": "CUDA graph" if run.cuda else "compiled"}
     lines = [line_of(f"{config.layers} layers, {names[side]}: a token", seconds[side],
-                     seconds["peer"], 1e3 / new, peer_name="transformers generate", floor=floor,
+                     seconds["baseline"], 1e3 / new, baseline_name="transformers generate",
+                     roofline=roofline,
                      note=note)
-             for side in sides if side != "peer"]
+             for side in sides if side != "baseline"]
     lines[-1].wanted = run.wants(f"ratio <= {1 / 1.1:.3f}", f"ratio <= {1 / 3:.3f}")
     return lines + (decoding_rates(run, lines[-1]) if run.full_cuda else [])
 
@@ -385,17 +395,18 @@ def same_tokens(sides, make, dtype):
     (ids,) = make()
     tokens = {name: side(ids) for name, side in sides.items()}
     for name, mine in tokens.items():
-        theirs = tokens["peer"]
+        theirs = tokens["baseline"]
         n = len(theirs) if dtype == torch.float32 else 1
         check_equal(f"decoding, {name}: tokens", mine[:n], theirs[:n])
         check_equal(f"decoding, {name}: number of tokens", len(mine), len(theirs))
-    equal = sum(a == b for a, b in zip(tokens["ours"], tokens["peer"], strict=True))
-    return f"{equal}/{len(tokens['peer'])} tokens equal ({dtype_name(dtype)})"
+    equal = sum(a == b for a, b in zip(tokens["ours"], tokens["baseline"], strict=True))
+    return f"{equal}/{len(tokens['baseline'])} tokens equal ({dtype_name(dtype)})"
 
 
 def decoding_rates(run, line):
     limit = {"7b": 255, "13b": 130}[run.model]
-    rate, most = 1e3 / line.ours, 1e3 / line.floor
-    return [Line(f"{run.model}, batch 1", "tokens/s", rate, floor=most, wanted=f"ours >= {limit}"),
-            Line("share of the copy bandwidth", "tokens/s", rate, floor=most,
+    rate, most = 1e3 / line.ours, 1e3 / line.roofline
+    return [Line(f"{run.model}, batch 1", "tokens/s", rate, roofline=most,
+                 wanted=f"ours >= {limit}"),
+            Line("share of the copy bandwidth", "tokens/s", rate, roofline=most,
                  wanted="close >= 0.8")]
