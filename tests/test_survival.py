@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import steps
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -29,7 +30,6 @@ from test_train import (  # noqa: F401
     program,
     run,
     run_forked,
-    step_of,
     weights,
 )
 from torch.nn.parallel import DistributedDataParallel
@@ -148,15 +148,14 @@ def test_one_of_two_ranks(command, tmp_path, number):  # noqa: F811
     """Killed: the other one ends, too.  Asked to stop: both save and leave.  Then the same."""
     flags = {"steps": 8, "val_every": 2, "show": 0}
     assert run_forked(lambda rank: run(command(tmp_path / "whole", **flags)), 2) == [0, 0]
-    out, whole_step = tmp_path / "stopped", train.train_step
+    out = tmp_path / "stopped"
 
     def work(rank):
-        def train_step(*args):
-            row = whole_step(*args)
-            if rank == 1 and step_of(*args) == 4:
+        def signal_it(step, norm):
+            if rank == 1 and step == 4:
                 os.kill(os.getpid(), number)
-            return row
-        train.train_step = train_step
+            return norm
+        steps.watch(setattr, after=signal_it)
         try:
             run(command(out, **flags))
         except SystemExit as leaving:
@@ -230,16 +229,15 @@ def test_torchrun_restarts(command, tmp_path):  # noqa: F811
     script = tmp_path / "dying.py"
     script.write_text(f"""
 import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import steps, train
 from runtime import cli
-whole_step = train.train_step
-def train_step(*args):
-    step = args[1][0].g // args[2].batch
+
+def die(step, model, items):
     if step == 5 and os.environ["RANK"] == os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    return whole_step(*args)
-train.train_step = train_step
+
+steps.watch(setattr, before=die)
 train.main(cli.parse(train.TrainConfig, "")[0], sys.argv[1:])
 """)
     done = program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
@@ -390,16 +388,12 @@ def test_disjoint_modalities_for_200_steps(command, one_sided, tmp_path, monkeyp
              "val_every": 200, "log_every": 200, "show": 0}
 
     def work(rank):
-        kept, whole_step = {}, train.train_step
-
-        def train_step(model, *rest):
-            kept["model"] = model
-            return whole_step(model, *rest)
-        train.train_step = train_step
+        held = {}
+        steps.watch(setattr, before=lambda step, model, items: held.update(model=model))
         real = distributed.shutdown
 
         def leave(model):
-            (tmp_path / f"rank{rank}").write_text(distributed.fingerprint(kept["model"]))
+            (tmp_path / f"rank{rank}").write_text(distributed.fingerprint(held["model"]))
             real(model)
         distributed.shutdown = leave
         run(command(tmp_path / "run", **flags))

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import steps
 import torch
 
 import data
@@ -31,7 +32,7 @@ import train
 from aveb import answers, tables
 from favor import Favor
 from runtime import checkpoint as checkpoints
-from runtime import cli, loader
+from runtime import cli
 from runtime import feature_cache as features
 from runtime import manifests as corpus
 
@@ -98,11 +99,6 @@ def program(*words, cwd=None, seconds=100):
     """A program of ours in a process of its own."""
     return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True,
                           text=True, timeout=seconds)
-
-
-def step_of(_, drawn, config, *rest):
-    """Which step the arguments of train_step are of."""
-    return drawn[0].g // config.batch
 
 
 def log_of(out):
@@ -243,17 +239,15 @@ def test_two_processes_are_one(command, tmp_path, batch, micro_batch):
 
 
 def test_the_processes_share_the_batch(command, tmp_path, monkeypatch):
-    whole_step = train.train_step
+    out = {}
 
-    def train_step(model, drawn, config, *rest):
-        share = [f"{d.sample.prompt} {d.sample.target} {d.sample.mask}" for d in drawn]
-        step = step_of(model, drawn, config)
-        (tmp_path / f"{config.out[-3:]} {step} {os.getpid()}").write_text(json.dumps(share))
-        return whole_step(model, drawn, config, *rest)
+    def note(step, model, items):
+        share = [f"{i.sample.prompt} {i.sample.target} {i.sample.mask}" for i in items]
+        (tmp_path / f"{out['name']} {step} {os.getpid()}").write_text(json.dumps(share))
 
-    monkeypatch.setattr(train, "train_step", train_step)
-    run(command(tmp_path / "one", steps=2, batch=9))
-    two_processes(command(tmp_path / "two", steps=2, batch=9))
+    steps.watch(monkeypatch.setattr, before=note)
+    for out["name"], go in (("one", run), ("two", two_processes)):
+        go(command(tmp_path / out["name"], steps=2, batch=9))
     for step in (0, 1):
         one, two = ([json.loads(path.read_text()) for path in tmp_path.glob(f"{name} {step} *")]
                     for name in ("one", "two"))
@@ -350,14 +344,11 @@ def test_no_more_processes_than_samples(command, tmp_path):
 
 
 def test_when_one_process_dies_the_other_ends(command, tmp_path):
-    whole_step = train.train_step
-
     def work(rank):
-        def broken_step(*args):
-            if rank == 1 and step_of(*args) == 1:
+        def break_it(step, model, items):
+            if rank == 1 and step == 1:
                 raise RuntimeError("broken on purpose")
-            return whole_step(*args)
-        train.train_step = broken_step
+        steps.watch(setattr, before=break_it)
         run(command(tmp_path))
     assert run_forked(work, processes=2, seconds=30) == [1, 1]
     assert len(log_of(tmp_path)) == 1
@@ -374,14 +365,11 @@ def test_too_small_a_batch(command, tmp_path):
 
 def killed_at(step):
     """Makes the process kill itself in the middle of that step (counted from 0)."""
-    whole_step = train.train_step
-
-    def train_step(*args):
-        result = whole_step(*args)
-        if step_of(*args) == step:
+    def kill(now, norm):
+        if now == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    train.train_step = train_step
+        return norm
+    steps.watch(setattr, after=kill)
 
 
 def test_resume_is_no_stop(command, tmp_path, monkeypatch):
@@ -470,15 +458,6 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_model, tmp_path, mo
 
 # ---- a step -------------------------------------------------------------------------------------
 
-def drawn(samples):
-    return [loader.TrainItem(k, str(k), "any", sample) for k, sample in enumerate(samples)]
-
-
-def one_step(model, samples, config):
-    return train.train_step(model, drawn(samples), config, torch.device("cpu"),
-                            contextlib.nullcontext())
-
-
 @pytest.mark.parametrize("limits", [
     {"micro_batch": 0}, {"micro_batch": 1}, {"micro_batch": 4},
     {"micro_batch": 0, "micro_tokens": 100}, {"micro_batch": 3, "micro_frames": 12}])
@@ -492,13 +471,13 @@ def test_the_loss_of_a_step_is_the_batch_mean(small_model, small_miniature, limi
     config = train.TrainConfig(warmup=0, steps=10, **limits)
     optimiser = train.make_optimiser(small_model, config)
     before = {name: p.detach().clone() for name, p in small_model.named_parameters()}
-    row = one_step(small_model, [*samples, None], config)                     # None: not readable
+    row, share = steps.one_step(small_model, [*samples, None], config)        # None: not readable
     assert [row[name] for name in ("loss", "ce", "diversity")] == pytest.approx(
         [wanted[name].item() for name in ("loss", "ce", "diversity")], abs=1e-5)
-    total, n = row["task_ce"]["any"]
+    total, n = share.task_ce["any"]
     assert n == len(samples) and total / n == pytest.approx(
         wanted["item_ce"].mean().item(), abs=1e-4)
-    assert row["grad_norm"] > 0 and len(row["work"]["llm_tokens"]) == len(samples)
+    assert row["grad_norm"] > 0 and len(share.samples) == len(samples)
     optimiser.step()
     moved = [name for name, p in small_model.named_parameters() if not torch.equal(p, before[name])]
     assert {"lora_B", "audio_proj"} <= {part for name in moved for part in name.split(".")}
@@ -507,18 +486,15 @@ def test_the_loss_of_a_step_is_the_batch_mean(small_model, small_miniature, limi
 
 
 def test_a_step_without_a_readable_clip(small_model):
-    assert one_step(small_model, [None, None], train.TrainConfig()) == {"loss": None}
+    row, share = steps.one_step(small_model, [None, None], train.TrainConfig())
+    assert row == {"loss": None, "ce": None} and not share.parts
 
 
 def test_a_broken_step_stops_the_run(command, tmp_path, monkeypatch, capsys):
     """A loss that is not a number: its ids are written down; it ends, or --max-skips leaves the
     step out and the weights as they were."""
-    whole = train.train_step
-
-    def broken(*args):
-        row = whole(*args)
-        return {**row, "grad_norm": math.nan} if step_of(*args) in (1, 3) else row
-    monkeypatch.setattr(train, "train_step", broken)
+    steps.watch(monkeypatch.setattr,
+                after=lambda step, norm: math.nan if step in (1, 3) else norm)
     with pytest.raises(SystemExit, match="step 2: loss .*, gradient norm nan; the batch's ids"):
         run(command(tmp_path / "ends"))
     events = [json.loads(line) for line in open(tmp_path / "ends" / "events.jsonl")]
@@ -527,9 +503,9 @@ def test_a_broken_step_stops_the_run(command, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     run(command(tmp_path / "goes", max_skips=2, val_every=1, save_every=1, keep=0))
     assert capsys.readouterr().out.count("is left out") == 2
-    steps = [weights(tmp_path / "goes" / f"step-{n:06d}") for n in range(1, 7)]
+    made = [weights(tmp_path / "goes" / f"step-{n:06d}") for n in range(1, 7)]
     same = [all(torch.equal(a[k], b[k]) for k in a)
-            for a, b in zip(steps, steps[1:], strict=False)]
+            for a, b in zip(made, made[1:], strict=False)]
     assert same == [True, False, True, False, False]
     with pytest.raises(SystemExit, match="step 4: "):
         run(command(tmp_path / "few", max_skips=1))
