@@ -2,7 +2,7 @@
 
      moving noise, 720p, GOP 250, 3 B-frames, AAC 48 kHz stereo --PyAV--> clip.mp4
        --media.read_frames--> (F,3,224,224), times     against ffmpeg that only decodes
-       --data.read_audio--> (S,)                      against ffmpeg -ac 1 -ar 16000
+       --media.read_audio--> (S,)                     against ffmpeg -ac 1 -ar 16000
 The peers are ffmpeg's command line on one thread, as a loader worker has one; where there is none,
 a plain PyAV loop, and the lines say so.
 
