@@ -1,5 +1,5 @@
-"""feature_cache.py: cached features are fresh ones; nothing is encoded twice, and nothing is taken for
-something else, whatever is killed, full or broken."""
+"""feature_cache.py: cached features are fresh ones; nothing is encoded twice, and nothing is
+taken for something else, whatever is killed, full or broken."""
 
 import dataclasses
 import errno
