@@ -102,7 +102,7 @@ def check_values(values, where):
         raise ValueError(f"{where}: end {values['end']} is not after start "
                          f"{values.get('start', 0)}; wanted seconds of the source file; correct it")
     if "image" in values and "video" in values:
-        raise ValueError(f"{where}: has an image and a video; keep one of the two")
+        raise ValueError(f"{where}: has an image and a video; use only one of the two")
     return values
 
 
@@ -235,7 +235,7 @@ def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None
         end = min(math.inf if end is None else end, start + max_seconds)
     clip = Clip(is_image=record.image is not None, fps=2.0 if frame_times == "ends" else fps)
     if record.image is not None and record.video is not None:
-        raise ValueError(f"record {record.id!r} has an image and a video; keep one of the two")
+        raise ValueError(f"record {record.id!r} has an image and a video; use only one of the two")
     if record.image is not None and not sound_only:
         clip.frames = read_image(record.image, partial(resize, size=size))
     if record.video is not None:

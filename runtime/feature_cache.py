@@ -36,7 +36,7 @@ from runtime.media import MediaError, probe
 def fingerprint(model, clip_options):
     """Hash of everything that features depend on apart from the clip: the system, the options of
     data.load_clip, size and time of the encoders' files, and a few values of every weight, which
-    tell random weights and other dtypes apart."""
+    distinguish random weights and other dtypes."""
     parts = [model.system, sorted(clip_options.items()), model.config.audio_seconds]
     for source in (model.config.whisper, model.config.instructblip):
         root = Path(hub.local_source(source))

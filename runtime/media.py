@@ -201,7 +201,7 @@ def _window(path, kind, start, end, declared):
 def _warn_if_short(path, kind, decoded, wanted):
     if decoded < wanted - 1 and wanted < math.inf:
         warnings.warn(f"{path}: {kind} decodes up to {decoded:.2f} s of {wanted:.2f} s: it is "
-                      "cut off or its header wrong; going on with what is there", stacklevel=3)
+                      "cut off or its header wrong; using what is there", stacklevel=3)
 
 
 # ---------------------------------------- pictures

@@ -172,7 +172,7 @@ GOOD = '{"id": "1", "task": "t", "prompt": "p"}'
         ('"end": true', "end is True"), ('"refs": "a"', "refs is 'a', wanted a list"),
         ('"options": [1]', "options is"), ('"history": [["q"]]', "history is"),
         ('"meta": []', "meta is"), ('"video": ""', "video is ''"),
-        ('"video": ["a", "b"]', "video is"), ('"video": "a", "image": "b"', "keep one")])])
+        ('"video": ["a", "b"]', "video is"), ('"video": "a", "image": "b"', "use only one")])])
 def test_manifest_errors_name_file_and_line(tmp_path, line, reason):
     path = tmp_path / "m.jsonl"
     line = line if isinstance(line, bytes) else line.encode()

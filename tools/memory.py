@@ -142,7 +142,7 @@ def memory_plan(model, sample, batch, answer=40, recompute=False, shards=1):
     whose features may be on "meta" as the model may.  What autograd keeps is measured: of the
     aligner at its own size, of the LLM on a small one (`llm_bytes`) and scaled.  recompute: blocks
     of the LLM keep their input, one at a time the rest; shards: over so many devices
-    (sharding.py).  Allocator, kernels and the exchange of gradients come on top."""
+    (runtime/distributed.py).  Allocator, kernels and the exchange of gradients come on top."""
     llm, vit = model.llm.config, model.visual.vit.config
     length = model.length(sample) + answer
     wide = next(model.llm.parameters()).element_size()

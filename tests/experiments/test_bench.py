@@ -139,8 +139,8 @@ def unmasked(q, k, v, per_frame):
 
 def later(read_frames):
     """A reader whose third frame is the one after it."""
-    def read(path, **options):
-        frames, times = read_frames(path, **options)
+    def read(path, resize):
+        frames, times = read_frames(path, resize)
         return frames, [t + (i == 2) / 29.97 for i, t in enumerate(times)]
     return read
 
@@ -158,8 +158,8 @@ WRONG = [
     ("6", bench_steps.FeatureCache, "get", lambda f: lambda self, record: bench_steps.dataclasses.
      replace(kept := f(self, record), audio=kept.audio + 1e-2)),
     ("8", bench_media, "read_frames", later),
-    ("8", bench_media, "read_frames", lambda f: lambda path, **options: (
-        f(path, **options)[0].roll(1, 0), f(path, **options)[1])),
+    ("8", bench_media, "read_frames", lambda f: lambda path, resize: (
+        f(path, resize)[0].roll(1, 0), f(path, resize)[1])),
     ("9", bench_media, "read_audio", lambda f: lambda path: 1.4 * f(path)),
     ("10", bench_steps, "in_processes", lambda _: lambda *job: [
         {"loss": 1.0, "grad_norm": 1.0, "seconds": 1.0}] * 2)]

@@ -1,5 +1,5 @@
-"""features.py: kept features are fresh ones; nothing is encoded twice, and nothing is taken for
-something else, whatever is killed, full or broken."""
+"""feature_cache.py: cached features are fresh ones; nothing is encoded twice, and nothing is
+taken for something else, whatever is killed, full or broken."""
 
 import dataclasses
 import errno
@@ -97,7 +97,7 @@ def forked(work):
 
 
 def opened_as(monkeypatch, kind, suffix=""):
-    """The files that features.py writes are of that kind, below their buffer."""
+    """The files that feature_cache.py writes are of that kind, below their buffer."""
     monkeypatch.setattr(features, "open", lambda path, mode, **settings: (
         io.BufferedWriter(kind(path, mode)) if mode == "xb" and str(path).endswith(suffix)
         else open(path, mode, **settings)), raising=False)

@@ -407,7 +407,7 @@ def test_peaks(name, peak):
 
 # ---------------------------------------------------------------- a full disk
 class FullDisk:
-    """Files of runlog.py can be written until the disk is full; then half of a line can."""
+    """Files of log.py can be written until the disk is full; then half of a line can."""
 
     def __init__(self, monkeypatch):
         disk = self

@@ -1,4 +1,4 @@
-"""corpus.py: the index equals the manifest, what is wrong is named with its line, the order is a
+"""manifests.py: the index equals the manifest, what is wrong is named with its line, the order is a
 function of the number."""
 
 import dataclasses
