@@ -265,7 +265,8 @@ def tables(results):
     parts = [f"Commits: {commits}. Means over seeds ± half of the 95 % t-interval; "
              "↓ word error rate %, ↑ % right. Differences are paired by seed. A * marks an "
              "interval that excludes zero (without a correction for multiple tests); the verdicts "
-             "depend on it. p: exact, over all flips of the differences' signs, at least 2 / 2^seeds."]
+             "depend on it. p: exact, over all flips of the differences' signs, at least "
+             "2 / 2^seeds."]
     if results.stages:
         half = results.first.half
         parts += ["## The paper's claims", claim_table(results),

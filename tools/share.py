@@ -1,20 +1,19 @@
-"""Shares what was trained: a model card, a push to the Hub, the LLM with LoRA merged into it.
+"""Shares a checkpoint: writes a model card, uploads to the Hub, merges LoRA into the LLM.
 
      checkpoint (favor.json, model.safetensors, lora/), predictions.json --model_card--> README.md
        --push--> the Hub's user/name, which favor.Favor.from_pretrained("user/name") opens
-     checkpoint's LLM: W + alpha/r B A, tensor by tensor --merge--> a LLaMA folder for any engine
+     checkpoint's LLM: W + alpha/r B A --merge--> a LLaMA folder for any inference engine
 
      python -m tools.share card  runs/7b/best                        prints the card
      python -m tools.share push  runs/7b/best user/name --private
-     python -m tools.share merge runs/7b/best vicuna-favor           then e.g.: vllm serve vicuna-favor
+     python -m tools.share merge runs/7b/best vicuna-favor        then e.g.: vllm serve vicuna-favor
 
-The card says what is written down in the checkpoint, and in the report of eval.py that lies in its
-folder or the one above if that is of these very weights.  What is not written down it calls so.
+The card holds what the checkpoint records, and the scores of eval.py's report in its folder or the
+one above, if that report is about the same weights. It names what is not recorded.
 
 Public: model_card, push, merge."""
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -23,33 +22,34 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCardData
 from safetensors.torch import load_file
 
 import lora
 from aveb import metrics
-from aveb.tables import write_text
 from llama import LLM_TENSORS, JsonTokenizer, Llama, LlamaConfig, Tokenizer, as_tuple
 from runtime import hub
 from runtime.checkpoint import weights_hash
+from runtime.files import markdown_table, write_text
 
-MARK = ("<!-- Written by share.py, which writes it anew at every push. Remove this line to keep "
-        "your own edits. -->")
+MARK = ("<!-- tools/share.py writes this card again at every push. Remove this line to keep your "
+        "own edits. -->")
 PARTS = {"whisper": "Whisper", "instructblip": "InstructBLIP", "llm": "LLM"}
 REPO = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 ADAPTERS = ("lora/adapter_config.json", "lora/adapter_model.safetensors")
 DTYPES = ("bfloat16", "float16", "float32")
-# What favor.prompt_ids makes of a text without a clip (test_share.py)
+# The prompt of favor.prompt_ids for a text without a clip (tests/tools/test_share.py).
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
     "{{ ('USER:GAP' if loop.first else 'USER: ') + m['content'] + '\\nASSISTANT:' }}"
     "{% elif m['role'] == 'assistant' %}{{ 'GAP' + m['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('wanted user and assistant only, it has met no other role') }}"
+    "{% else %}{{ raise_exception('wanted the roles user and assistant only') }}"
     "{% endif %}{% endfor %}")
 
 
 def read_checkpoint(folder):
-    """A checkpoint's folder, or a run's, of which best/ counts -> its path, what favor.json says,
-    the files it consists of."""
+    """The folder of a checkpoint, or of a run, whose best/ is taken -> its path, the content of
+    favor.json, the names of its files. FileNotFoundError or ValueError if it is no checkpoint."""
     root = Path(folder).expanduser()
     root = root if (root / "favor.json").exists() else root / "best"
     if not (root / "favor.json").exists():
@@ -67,48 +67,42 @@ def read_checkpoint(folder):
     return root, saved, files
 
 
-# ---------------------------------------------------------------- text that cannot break out
+# ---------------------------------------------------------------- safe Markdown and YAML
 def plain(text):
     """One line of printable characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def cell(text):
-    """The same for Markdown, also inside a table: every character stands for itself."""
+    """The same with Markdown's special characters escaped."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", plain(text))
 
 
-def markdown_table(head, rows):
-    lines = [head, ["---"] * len(head), *([cell(x) for x in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def table(head, rows):
+    """A Markdown table whose cells are shown as they are."""
+    return markdown_table(head, [[cell(x) for x in row] for row in rows])
 
 
 def front_matter(**fields):
-    """YAML between lines of ---; what is empty is left out."""
-    lines = []
-    for key, value in fields.items():
-        # A string as JSON writes it is YAML too.
-        texts = [json.dumps(plain(v), ensure_ascii=False) for v in (
-            value if isinstance(value, list) else [value]) if v]
-        if texts:
-            lines.append(f"{key}: " + (f"[{', '.join(texts)}]" if isinstance(value, list)
-                                       else texts[0]))
-    return "\n".join(["---", *lines, "---"])
+    """YAML between lines of ---; empty fields are left out."""
+    lines = {key: [plain(v) for v in value] if isinstance(value, list) else plain(value)
+             for key, value in fields.items() if value}
+    return f"---\n{ModelCardData(**lines).to_yaml()}\n---"
 
 
 # ---------------------------------------------------------------- the card
 def is_ours(source):
-    """A part of the miniature, which lies in the code's repository."""
+    """Whether a source is a part of the miniature, which comes with the code."""
     return source.startswith(("miniature/", "tiny/")) and hub.local_source(source) != source
 
 
 def is_repo(source):
-    """Of the Hub, which refuses a card that names anything else as a base model."""
+    """Whether a source is a repo of the Hub, which accepts only those as base models of a card."""
     return bool(REPO.fullmatch(source)) and not Path(hub.local_source(source)).is_dir()
 
 
 def licence(sources):
-    """Where the frozen parts came from -> front matter's fields, and the same in words."""
+    """Sources of the frozen parts -> fields of the front matter, and a paragraph on the licence."""
     if all(map(is_ours, sources)):
         return {"license": "mit"}, "The frozen parts come with the code, all under the MIT licence."
     repos = [f"https://huggingface.co/{source}" for source in sources if is_repo(source)]
@@ -116,12 +110,12 @@ def licence(sources):
             "license_link": repos[-1] if repos else ""}, (
         "The trained parts inherit the terms of the base models they were trained with: LLaMA's, "
         "Vicuna's and InstructBLIP's, where those are the base. Read them before use: "
-        + (", ".join(repos) or "they lie in local folders, ask who made this")
+        + (", ".join(repos) or "the base models were in local folders, so ask who made this")
         + ". The code is under the MIT licence.")
 
 
 def find_report(root):
-    """-> eval.py's report of these weights, ""; or None, why there is none."""
+    """-> eval.py's report about these weights and "", or None and the reason why there is none."""
     why = "Not scored."
     for path in (root / "predictions.json", root.parent / "predictions.json"):
         if not path.exists():
@@ -139,48 +133,48 @@ def find_report(root):
 
 
 def scores_text(report):
-    """A line a task, view and metric: score, interval, n; and what they were made with."""
+    """One line per task, view and metric (score, interval, n), then the settings of eval.py."""
     rows, settings = [], report["settings"]
     known = {True: "zero-shot", False: "trained on it", None: "unknown"}
     for task, views in report["scores"].items():
         lost, seen = report["missing"].get(task, 0), known[report.get("zero-shot", {}).get(task)]
         for view, found in views.items():
-            for name, told in found.items():
-                if isinstance(told, str):                               # n/a, and why
-                    rows.append((task, view, name, told, "-", "-", seen))
+            for name, value in found.items():
+                if isinstance(value, str):                          # n/a and the reason
+                    rows.append((task, view, name, value, "-", "-", seen))
                     continue
-                score = metrics.Score(**told)
+                score = metrics.Score(**value)
                 name = " ".join(filter(None, (name, score.unit, score.arrow, score.note)))
                 rows.append((task, view, name, score, score.n, score.missing + lost, seen))
     said = [f"{name} {settings[name]}" for name in (
         "beams", "repetition penalty", "max new tokens", "history", "dtype", "questions",
         "manifest", "ids") if name in settings]
-    return (markdown_table(("task", "sees", "metric", "score [95 %]", "n", "missing", "data set"),
+    return (table(("task", "sees", "metric", "score [95 %]", "n", "missing", "data set"),
                            rows) + "\n\nIn brackets the 95 % interval; missing: clips that could "
             "not be read and answers without a score.\n\nDecoding and questions: "
-            + cell(", ".join(said) or "not written down") + ".")
+            + cell(", ".join(said) or "not recorded") + ".")
 
 
 def training_text(saved):
-    """The data and how it was trained, as far as that is written down."""
+    """The training data and the settings of the training, as far as they are recorded."""
     mixture, train = saved.get("mixture"), saved.get("train") or {}
-    text = "Training data unknown: the checkpoint does not say which data sets it was trained on."
+    text = "Training data unknown: the checkpoint does not record its data sets."
     if mixture:
-        text = markdown_table(("data set (own: not named)", "task", "samples"), [
+        text = table(("data set (own: not named)", "task", "samples"), [
             (name, task, n) for name, tasks in mixture.items() for task, n in tasks.items()])
     run = {name: train.get(name) for name in (
         "model", "data", "start_from", "batch", "lr", "mask", "seed")} | {
         name: saved.get(name) for name in ("step", "val_ce", "commit", "dirty", "command")}
     rows = [(name, value) for name, value in run.items() if value not in (None, "")]
-    return text + "\n\n" + (markdown_table(("run", "value"), rows) if rows else
-                            "How it was trained is not written down.")
+    return text + "\n\n" + (table(("run", "value"), rows) if rows else
+                            "The settings of the training are not recorded.")
 
 
 def loading_text(saved, sources, repo_id):
-    """How to open it, in Python and on the command line."""
+    """How to load the checkpoint, in Python and on the command line."""
     module, kind, command = {
         "favor": ("favor", "Favor", 'demo.py clip.mp4 "What happens after the beep?"'),
-        "instructblip": ("baselines", "InstructBlip",
+        "instructblip": ("baselines.instructblip", "InstructBlip",
                          "eval.py --system instructblip --data test.jsonl")}[saved["system"]]
     local = [p for p, source in sources.items() if not is_repo(source) and not is_ours(source)]
     flags = "".join(f" --{part} FOLDER" for part in local)
@@ -188,30 +182,30 @@ def loading_text(saved, sources, repo_id):
     return f"""With the code of FAVOR:
 
 ```python
-import {module}
-model = {module}.{kind}.from_pretrained({arguments})
+from {module} import {kind}
+model = {kind}.from_pretrained({arguments})
 print(model.answer("clip.mp4", "What happens after the beep?"))
 ```
 ```sh
 hf download {repo_id} --local-dir checkpoint
 python {command} --checkpoint checkpoint{flags}
-```""" + "".join(f"\n\nThe {PARTS[part]} was in a local folder: pass where you have it." for part
+```""" + "".join(f"\n\n{PARTS[part]} was in a local folder, so pass your own." for part
                  in local)
 
 
 def model_card(folder, repo_id="user/name"):
-    """README.md of a checkpoint, with the Hub's front matter."""
+    """The text of README.md for a checkpoint, with the Hub's front matter."""
     root, saved, _ = read_checkpoint(folder)
     config, favor = saved["config"], saved["system"] == "favor"
     sources = {part: str(config.get(part, "unknown")) for part in PARTS
-               if favor or part != "whisper"}                # InstructBLIP does not hear
+               if favor or part != "whisper"}                # InstructBLIP takes no audio
     places = list(dict.fromkeys(sources.values()))
     (report, unscored), (terms, terms_text) = find_report(root), licence(places)
     head = front_matter(
         **terms, library_name="favor",
         pipeline_tag="video-text-to-text" if favor else "image-text-to-text",
         base_model=[place for place in places if is_repo(place)],
-        datasets=[name for name in saved.get("mixture") or {}      # others the Hub would refuse
+        datasets=[name for name in saved.get("mixture") or {}      # the Hub refuses other names
                   if name != "own" and REPO.fullmatch(name if "/" in name else f"x/{name}")],
         tags=["favor", "video", *(["audio-visual", "speech", "lora"] if favor else [])])
     what = ("[FAVOR](https://arxiv.org/abs/2310.05863), an audio-visual LLM: the trained parts "
@@ -220,31 +214,31 @@ def model_card(folder, repo_id="user/name"):
             "the trained parts (Q-Former, queries, projection)")
     parts = [(PARTS[part], source if is_repo(source) or is_ours(source) else
               f"a local folder, {Path(source).name}") for part, source in sources.items()]
-    names = ("sync", "window_frames", "causal", "queries", "fps", "diversity", "lora_r", "lora_alpha",
-             "lora_targets") if favor else ("queries",)
+    names = ("sync", "window_frames", "causal", "queries", "fps", "diversity", "lora_r",
+             "lora_alpha", "lora_targets") if favor else ("queries",)
     switches = [(name, ", ".join(value) if isinstance(value, list) else value)
                 for name in ("variant", *names)
-                for value in [config.get(name, "not written down")]]
+                for value in [config.get(name, "not recorded")]]
     return "\n\n".join([
         f"{head}\n{MARK}", f"# {cell(repo_id.split('/')[-1])}",
-        f"{what}, variant {cell(config.get('variant', 'unknown'))}. The frozen parts are not in "
-        "here, they are loaded from where they came.", loading_text(saved, sources, repo_id),
-        "## Parts\n\n" + markdown_table(("frozen part", "base model"), parts),
-        markdown_table(("switch", "value"), switches), f"## Training\n\n{training_text(saved)}",
+        f"{what}, variant {cell(config.get('variant', 'unknown'))}. The frozen parts are not "
+        "included; they are loaded from their own sources.", loading_text(saved, sources, repo_id),
+        "## Parts\n\n" + table(("frozen part", "base model"), parts),
+        table(("switch", "value"), switches), f"## Training\n\n{training_text(saved)}",
         f"## Scores\n\n{scores_text(report) if report else unscored}",
         f"## Licence\n\n{terms_text}"]) + "\n"
 
 
 # ---------------------------------------------------------------- to the Hub
 def push(folder, repo_id, private=False, token=None, api=None):
-    """Uploads the trained parts, favor.json and the card, nothing else -> what the Hub says.  A
-    README.md without our mark goes as it is.  api: a huggingface_hub.HfApi."""
+    """Uploads the trained parts, favor.json and the card, and nothing else -> the Hub's answer. A
+    README.md without our mark is uploaded unchanged. api: a huggingface_hub.HfApi."""
     if not REPO.fullmatch(repo_id):
         raise ValueError(f"{repo_id}: wanted the name of a repo on the Hub, user/name")
     root, _, files = read_checkpoint(folder)
-    hub.open_tensors(root)                               # half a file is said here
+    hub.open_tensors(root)                               # an error for a truncated file
     if api is None:
-        import huggingface_hub  # only now, as in hub.py
+        import huggingface_hub
         if not (token or huggingface_hub.get_token()):
             raise PermissionError("no token for the Hub; `hf auth login`, or set HF_TOKEN, to one "
                                   "that may write: https://huggingface.co/settings/tokens")
@@ -253,11 +247,11 @@ def push(folder, repo_id, private=False, token=None, api=None):
     if not card.exists() or MARK in card.read_text():
         write_text(card, model_card(root, repo_id))
     try:
-        # None is the default of the account; --private changes nothing where the repo is there.
+        # None leaves the account's default; an existing repo keeps its visibility.
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
-            raise ValueError(f"{repo_id}: is there and public, so nothing was uploaded; name "
-                             "another, or make it private in its settings")
+            raise ValueError(f"{repo_id} exists and is public, so nothing was uploaded; name "
+                             "another repo, or make it private in its settings")
         return api.upload_folder(repo_id=repo_id, folder_path=root, commit_message="share.py push",
                                  allow_patterns=[*files, "README.md"])
     except Exception as error:
@@ -268,10 +262,10 @@ def push(folder, repo_id, private=False, token=None, api=None):
 
 
 def _known_failure(error, repo_id, card):
-    """What usually goes wrong, in a line that says what to do; None: it is something else."""
+    """A usual failure as an error of one line that names the remedy; None for any other error."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        return PermissionError(f"{repo_id}: the Hub refuses ({status}), this token may not write "
+        return PermissionError(f"{repo_id}: the Hub refuses ({status}): this token may not write "
                                "there; `hf auth login` with one that may, or name your own user")
     if status:
         return OSError(f"{repo_id}: the Hub answers {status}: {plain(error)}")
@@ -294,7 +288,7 @@ def merge(folder, out, dtype="bfloat16", shard_gb=5, llm=None):
         raise ValueError(f"dtype {dtype}, shards of {shard_gb} GB; wanted one of "
                          f"{', '.join(DTYPES)}, and more than 0")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: there is something in it; name another folder")
+        raise FileExistsError(f"{out}: the folder is not empty; name another folder")
     if ADAPTERS[1] not in files:
         raise ValueError(f"{root}: --system {saved['system']} has no LoRA, so there is nothing "
                          f"to merge: its LLM is {saved['config']['llm']} as published")
@@ -305,7 +299,7 @@ def merge(folder, out, dtype="bfloat16", shard_gb=5, llm=None):
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     terms, terms_text = licence([place])
     new = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(new, ignore_errors=True)                   # of one that was killed
+    shutil.rmtree(new, ignore_errors=True)                   # left by a killed run
     new.mkdir(parents=True)
     try:
         write_shards(new, shapes, read, shard_gb * 1e9)
@@ -320,13 +314,13 @@ def merge(folder, out, dtype="bfloat16", shard_gb=5, llm=None):
 
 The LLM of a FAVOR checkpoint (code of commit {cell(saved.get('commit', 'unknown'))}), LoRA merged
 into it, {dtype}. **It takes text alone: the audio-visual parts are not in here** (Whisper, ViT,
-Q-Formers, projections); they are used by `favor.Favor` with the checkpoint itself. The prompt is
+Q-Formers, projections); for them load the checkpoint with `favor.Favor`. The prompt is
 the chat template's: `USER: question`, new line, `ASSISTANT:`.
 
 {terms_text}
 """)
         os.replace(new, out)
-    except BaseException:                                    # a full disk should get its room back
+    except BaseException:                                    # frees the space on a full disk
         shutil.rmtree(new, ignore_errors=True)
         raise
     return out
@@ -389,9 +383,9 @@ def write_shards(root, shapes, read, limit):
 
 
 def write_tokenizer(root, source, tokenizer):
-    """The source's files and our prompt as chat template.  InstructBLIP's call </s> the beginning
-    of a text, so that of an InstructBLIP only the pieces are taken; what engines want beside a
-    tokenizer.model is made of it."""
+    """Writes the source's tokenizer files, and our prompt as chat template. InstructBLIP's files
+    name </s> as the first token of a text, so of those only the pieces are taken. The other files
+    that inference engines need are made from tokenizer.model."""
     names, is_json = ["tokenizer.model", "tokenizer.json"], isinstance(tokenizer, JsonTokenizer)
     inside = "text_config" in hub.read_json(source / "config.json")
     if not is_json and (inside or not (source / "tokenizer.json").exists()):
@@ -408,14 +402,14 @@ def write_tokenizer(root, source, tokenizer):
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
             "bos_token": piece(tokenizer.bos_id), "eos_token": piece(tokenizer.eos_id),
             "add_bos_token": True, "add_eos_token": False})
-    # Whether each segment of a prompt starts with a word boundary of its own: sentencepiece's do.
+    # With sentencepiece each segment of a prompt starts with a word boundary of its own.
     two = tokenizer.decode(tokenizer.encode("a") + tokenizer.encode("b"))
     gap = " " if " " in two.strip() else ""
     (root / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("GAP", gap))
 
 
 def write_tokenizer_json(path, tokenizer):
-    """tokenizer.json of a sentencepiece BPE: the pieces' order is the merges'."""
+    """Writes tokenizer.json for a sentencepiece BPE; its pieces are in the order of the merges."""
     from tokenizers import AddedToken, decoders, models, normalizers, processors
     from tokenizers import Tokenizer as Pieces
     vocab = {tokenizer.pieces.id_to_piece(i): i for i in range(tokenizer.vocab_size)}
@@ -445,22 +439,22 @@ def main(argv=None):
         new = commands.add_parser(name, help=short, description=text,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
         new.add_argument("run", metavar="RUN", help="a checkpoint with favor.json, such as "
-                         "runs/7b/best; of a run's folder its best/ is taken")
+                         "runs/7b/best, or a run's folder, whose best/ is taken")
         return new
     command("card", "print the model card", """\
-Prints the card that push would upload.  To change it by hand (and take out the line that says so):
+Prints the card that push would upload. To edit it by hand, remove its comment line, too:
 
   python -m tools.share card runs/7b/best > README.tmp && mv README.tmp runs/7b/best/README.md"""
             ).add_argument("repo", metavar="user/name", nargs="?", default="user/name")
     new = command("push", "upload to the Hub", """\
-Uploads favor.json, model.safetensors, lora/ and README.md, the card; neither the optimiser's state
-nor predictions.  favor.json holds the command line and the paths of this machine: look at it first.
+Uploads favor.json, model.safetensors, lora/ and README.md (the card), but neither the optimiser's
+state nor predictions. favor.json holds the command line and paths of this machine: read it first.
 
   hf auth login
   python -m tools.share push runs/7b/best user/name --private
   python -c 'import favor; favor.Favor.from_pretrained("user/name")'""")
-    new.add_argument("repo", metavar="user/name", help="made if it is not there")
-    new.add_argument("--private", action="store_true", help="nobody else sees it")
+    new.add_argument("repo", metavar="user/name", help="the repo; it is created if need be")
+    new.add_argument("--private", action="store_true", help="only its owner sees the repo")
     new = command("merge", "the LLM with LoRA merged in, as a LLaMA folder", """\
 Writes the LLM with LoRA merged into it as a LLaMA in the Hub's layout, with tokenizer and our
 prompt as chat template: for text alone, without the audio-visual parts.  On the CPU, one shard at
@@ -469,8 +463,9 @@ a time.
   python -m tools.share merge runs/7b/best vicuna-favor && vllm serve vicuna-favor""")
     new.add_argument("out", metavar="OUT", help="a new or empty folder")
     new.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="default: %(default)s")
-    new.add_argument("--shard-gb", type=float, default=5, help="largest file (default: 5)")
-    new.add_argument("--llm", help="where the LLM is, if not where the checkpoint says")
+    new.add_argument("--shard-gb", type=float, default=5,
+                     help="size of the largest file in GB (default: 5)")
+    new.add_argument("--llm", help="folder or repo of the LLM (default: the one in favor.json)")
     args = parser.parse_args(argv)
     try:
         if args.command == "card":
