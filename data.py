@@ -158,6 +158,16 @@ def read_manifest(path):
     return records
 
 
+def find_manifest(path, split):
+    """A manifest file, or <folder>/<split>.jsonl.  SystemExit if it does not exist."""
+    path = Path(path)
+    manifest = path if path.suffix == ".jsonl" else path / f"{split}.jsonl"
+    if not manifest.exists():
+        raise SystemExit(f"{manifest}: no such manifest; name a .jsonl file or a folder with "
+                         f"{split}.jsonl (the miniature: python -m miniature make)")
+    return manifest
+
+
 def write_manifest(path, records):
     """Atomically; fields at their default are left out, media below the manifest's folder become
     relative to it, so that the folder can move. What would not read back is refused."""

@@ -402,18 +402,19 @@ class Favor(nn.Module):
                                          config.lora_targets))
 
     @classmethod
-    def from_config(cls, config, dtype=None, device=None, random_init=False):
+    def from_config(cls, config, dtype=None, device=None, load=None, random_init=False):
         """Pretrained frozen parts from the sources the config names, fresh trained parts.
         random_init: the same sizes with random weights and nothing to download (sizes.py); on the
         device "meta" only the shapes."""
-        load = partial(sizes.random_part if random_init else pretrained_part,
-                       dtype=dtype, device=device)
-        tokenizer, qformer_tokenizer = load_tokenizers(config, random_init)
-        rows = None if random_init else tokenizer.vocab_size    # InstructBLIP pads 32000 to 32064
+        load = load or (sizes.random_part if random_init else load_pretrained)
+        tokenizer = load(Tokenizer, config.llm)
+        qformer_tokenizer = load(QFormerTokenizer, config.instructblip)
+        load = partial(load, dtype=dtype, device=device)
         with torch.device("meta" if device == "meta" else "cpu"):
             model = cls(config, load(WhisperEncoder, config.whisper),
                         load(VisualEncoder, config.instructblip),
-                        load(Llama, config.llm, vocab_size=rows), tokenizer, qformer_tokenizer)
+                        load(Llama, config.llm, vocab_size=tokenizer.vocab_size),
+                        tokenizer, qformer_tokenizer)
         return model.to(device) if device else model
 
     @classmethod
@@ -749,16 +750,6 @@ def from_official(path, model=None, dtype=None, device=None, **changes):
     return favor.eval()
 
 
-def pretrained_part(cls, source, **settings):
-    return cls.from_pretrained(hub.local_source(source), **settings)
-
-
-def load_tokenizers(config, random_init=False):
-    """The LLM's and the Q-Former's.  With random weights the miniature's stand in where a source is
-    no local folder with a tokenizer: their ids fit into any vocabulary."""
-    def source(name, stand_in):
-        there, weights = Path(hub.local_source(name)), HERE / "miniature" / "weights"
-        files = "qformer_tokenizer" if stand_in == "instructblip" else "tokenizer.*"
-        return there if not random_init or any(there.glob(files)) else weights / stand_in
-    return (Tokenizer.from_pretrained(source(config.llm, "llama")),
-            QFormerTokenizer.from_pretrained(source(config.instructblip, "instructblip")))
+def load_pretrained(kind, source, **settings):
+    """Makes a part or a tokenizer of class `kind` from a folder or a Hub repo."""
+    return kind.from_pretrained(hub.local_source(source), **settings)

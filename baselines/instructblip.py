@@ -1,16 +1,14 @@
-"""The paper's two single-modality baselines, from the same parts as FAVOR.  Paper Sec. 4.2, Tables
-2 and 3.  Both work with public weights and no training of ours.
+"""InstructBLIP, the paper's visual baseline, from the same parts as FAVOR.  Paper Sec. 4.2, Tables 2
+and 3.
 
-     whisper        sound (S,) --Whisper large-v2 with its decoder--> text          asr, avsr
-     instructblip   an image, or 5 frames of a video (F,3,224,224) --ViT--> (F,P,1408)
-                      --Q-Former + prompt--> (F,V,768) --language_projection--> (F*V,D_llm)
-                      --[vectors | </s> prompt]--> Vicuna --> answer                the silent tasks
+     an image, or 5 frames of a video (F,3,224,224) --ViT--> (F,P,D_vit)
+        --Q-Former, which reads the prompt--> (F,V,D) --language_projection--> (F*V,D_llm)
+        --[vectors | </s> prompt]--> Vicuna --> answer
 
-Each has those methods of Favor that eval.py and train.py call.  InstructBLIP can be fine-tuned (the
-"fine-tuned" row of Table 2): Q-Former, queries and projection learn, as in its own instruction
-tuning; ViT and LLM stay frozen.
-
-Public: SYSTEMS, WhisperBaseline, InstructBlip."""
+   It works with public weights alone and offers the methods of Favor that eval.py and train.py call.
+   It can also be fine-tuned (the row "fine-tuned" of Table 2): Q-Former, queries and projection
+   learn, as in InstructBLIP's own instruction tuning, while ViT and LLM stay frozen.
+   Public: InstructBlip."""
 
 import dataclasses
 
@@ -18,14 +16,13 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from baselines.whisper import Whisper
-from favor import Favor, Features, load_tokenizers, pretrained_part
-from llama import Llama
+from data import Features
+from favor import Favor, load_pretrained
+from llama import Llama, Tokenizer
 from runtime import hub
-from tools import memory as sizes
-from vit_qformer import VisualEncoder, to_pixels
+from vit_qformer import QFormerTokenizer, VisualEncoder, to_pixels
 
-FRAMES = 5                       # of a video, equally spaced: 5 x 32 = 160 vectors (Sec. 4.2)
+FRAMES = 5                       # equally spaced frames per video: 5 x 32 = 160 vectors (Sec. 4.2)
 
 
 class InstructBlip(Favor):
@@ -51,17 +48,19 @@ class InstructBlip(Favor):
         visual.qformer.set_dropout(config.dropout)
 
     @classmethod
-    def from_config(cls, config, dtype=None, device=None, random_init=False):
-        """All four parts from config.instructblip, the LLM from config.llm."""
-        tokenizer, qformer_tokenizer = load_tokenizers(config, random_init)
-        load = sizes.random_part if random_init else pretrained_part
+    def from_config(cls, config, dtype=None, device=None, load=load_pretrained):
+        """Makes ViT, Q-Former and projection from config.instructblip and the LLM from config.llm.
+        load(kind, source, dtype=, device=, ...) makes one part or tokenizer; with any other `load`
+        than the default (random weights) the projection is random as well."""
+        tokenizer = load(Tokenizer, config.llm)
+        qformer_tokenizer = load(QFormerTokenizer, config.instructblip)
         visual = load(VisualEncoder, config.instructblip, dtype=dtype, device=device)
-        llm = load(Llama, config.llm, dtype=dtype, device=device,
-                   vocab_size=None if random_init else tokenizer.vocab_size)
+        llm = load(Llama, config.llm, dtype=dtype, device=device, vocab_size=tokenizer.vocab_size)
         with torch.device("meta" if device == "meta" else "cpu"):
             projection = nn.Linear(visual.width, llm.config.width)
-            if not random_init:
-                root = hub.folder(hub.local_source(config.instructblip), (), ("language_projection.",))
+            if load is load_pretrained:
+                root = hub.folder(hub.local_source(config.instructblip), (),
+                                  ("language_projection.",))
                 hub.load_into(projection, root, prefix="language_projection.")
             model = cls(config, visual, projection, llm, tokenizer, qformer_tokenizer)
         return (model.to(device) if device else model).eval()
@@ -138,38 +137,3 @@ class InstructBlip(Favor):
         pieces = [rearrange(piece, "f v d -> (f v) d") * float(s.mask not in ("visual", "both"))
                   + touched for s, piece in zip(samples, tokens[:-1].split(counts), strict=True)]
         return pieces, queries[:-1]
-
-
-class WhisperBaseline(nn.Module):
-    """Whisper with its own decoder: hears the sound of a clip, whatever the question."""
-    system = "whisper"
-    tasks = ("asr", "avsr")
-
-    def __init__(self, config, whisper):
-        super().__init__()
-        self.config, self.whisper = config, whisper
-
-    @classmethod
-    def from_config(cls, config, dtype=None, device=None):
-        return cls(config, pretrained_part(Whisper, config.whisper, dtype=dtype, device=device))
-
-    def clip_options(self):
-        return {"sound_only": True}
-
-    def encode_sample(self, sample):
-        return dataclasses.replace(sample, features=Features(
-            audio=sample.clip.audio if sample.clip else sample.features.audio), clip=None)
-
-    def encode_batch(self, samples):
-        return [*map(self.encode_sample, samples)]
-
-    def generate(self, samples, num_beams=1):
-        """A transcript of each Sample; "" where there is no sound or it is masked."""
-        heard = [None if s.mask in ("audio", "both") else self.encode_sample(s).features.audio
-                 for s in samples]
-        said = iter(self.whisper.transcribe(
-            [audio for audio in heard if audio is not None], beams=num_beams))
-        return ["" if audio is None else next(said) for audio in heard]
-
-
-SYSTEMS = {"favor": Favor, "instructblip": InstructBlip, "whisper": WhisperBaseline}

@@ -10,6 +10,7 @@ rank and step follow from --seed, the data's position from the step.
 Public: save, save_or_say, latest, load_state, resume, prune, StopSignal."""
 
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+
+COMMITTED = Path(__file__).parent.parent / "miniature" / "weights" / "favor"
 
 
 def save(folder, model, facts, state=None):
@@ -124,3 +127,26 @@ class StopSignal:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def find_checkpoint(path, model="tiny"):
+    """The given folder, else the last own run, else the committed one.  SystemExit if there is no
+    checkpoint."""
+    places = [Path(path)] if path else [Path(f"runs/{model}/best")]
+    if model == "tiny" and not path:
+        places.append(COMMITTED)
+    for place in places:
+        if (place / "favor.json").exists():
+            return place
+    raise SystemExit(f"no checkpoint in {' or '.join(map(str, places))} (wanted favor.json there); "
+                     "make one with: python train.py"
+                     + (f" --model {model}" if model != "tiny" else ""))
+
+
+def weights_hash(folder):
+    """12 hexadecimal digits of the trained weights in a checkpoint; None without one."""
+    files = sorted(folder.rglob("*.safetensors")) if folder else []
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.read_bytes() + b"\0")
+    return total.hexdigest()[:12] if files else None

@@ -15,8 +15,15 @@ from pathlib import Path
 import torch
 
 import lora
-from llama import Llama, LlamaConfig
-from vit_qformer import FRAMES_AT_ONCE, QFormerConfig, VisualEncoder, ViTConfig, read_config
+from llama import Llama, LlamaConfig, Tokenizer
+from vit_qformer import (
+    FRAMES_AT_ONCE,
+    QFormerConfig,
+    QFormerTokenizer,
+    VisualEncoder,
+    ViTConfig,
+    read_config,
+)
 from whisper_enc import WhisperConfig, WhisperEncoder
 
 VICUNA_13B = LlamaConfig(width=5120, layers=40, heads=40, kv_heads=40, ffn=13824)
@@ -34,6 +41,10 @@ FROM_FOLDER = {
     VisualEncoder: read_config,
     Llama: lambda root: (LlamaConfig.from_folder(root),),
 }
+WEIGHTS = Path(__file__).parent.parent / "miniature" / "weights"
+# The miniature's tokenizers stand in where a source has none: their ids fit into any vocabulary.
+TOKENIZERS = {Tokenizer: (WEIGHTS / "llama", "tokenizer.*"),
+              QFormerTokenizer: (WEIGHTS / "instructblip", "qformer_tokenizer")}
 GIB = 2 ** 30
 
 
@@ -44,6 +55,9 @@ def random_part(cls, source, dtype=None, device=None, vocab_size=None):
     root = Path(source).expanduser()
     if not root.is_dir():
         root = Path(__file__).parent.parent / source            # miniature/...
+    if cls in TOKENIZERS:
+        stand_in, files = TOKENIZERS[cls]
+        return cls.from_pretrained(root if any(root.glob(files)) else stand_in)
     if root.is_dir():
         settings = FROM_FOLDER[cls](root)
     elif (cls, str(source)) in PUBLISHED:
