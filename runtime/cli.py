@@ -1,6 +1,31 @@
-"""The command line is the dataclass: one flag a field, its comment as help.  And the cores in use.
+"""The command line of a program is a dataclass: each field is a flag.  And worker processes.
 
-Public: parse, cores, parallel."""
+     @dataclass(frozen=True)
+     class TrainConfig:
+         # -- data                                   a group's title in --help: the fields below it
+         data: tuple = ("media/my",)  # <manifest> files to learn from
+         # -- model
+         model: Literal["tiny", "7b"] = "tiny"  # preset that sets the sizes
+         mask: Literal["audio", "visual"] | None = None  # modality to leave out (default: none)
+         # -- optimisation
+         max_norm: float = 1.0  # <norm> gradients are scaled down to at most this norm, which
+                                # is the norm over all parameters together
+         test: bool = True  # print the table at the end
+
+         ALIASES = {"clip-norm": "max_norm"}       # further names of a flag, where there are any
+
+         def __post_init__(self):
+             cli.check_choices(self)               # the same check for TrainConfig(model="8b")
+
+     config, given = cli.parse(TrainConfig, __doc__)
+
+The help of a flag is the comment behind its field; comment lines below it that are indented further
+continue it.  A first word in <> names the value's unit or kind; otherwise the help shows INT, FLOAT,
+STR or the choices of a Literal, where "" means that the flag is not given.  Booleans become --x and
+--no-x, tuples take several words, and the default is shown unless it is None, "" or ().  Fields
+above the first group are in the group "options".
+
+Public: parse, check_choices, cores, parallel."""
 
 import argparse
 import dataclasses
@@ -8,20 +33,117 @@ import inspect
 import multiprocessing
 import os
 import re
+import shlex
 import threading
+import types
 import typing
 from concurrent.futures import ProcessPoolExecutor
 
 
+def parse(cls, doc, argv=None):
+    """Command line -> (instance of the dataclass `cls`, set of the names of the fields given).
+
+    doc: the description at the top of --help; argv: the words, by default those of the program.
+    A wrong word, and a ValueError of the dataclass itself, end the program as usage errors."""
+    parser = argparse.ArgumentParser(description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)         # --step must not mean --steps
+    documentation, hints, groups = _documentation(cls), typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        group, text = documentation[field.name]
+        if group and group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        aliases = [a for a, name in getattr(cls, "ALIASES", {}).items() if name == field.name]
+        flags = ["--" + name.replace("_", "-") for name in (field.name, *aliases)]
+        (groups[group] if group else parser).add_argument(
+            *flags, dest=field.name, default=argparse.SUPPRESS,
+            **_argument(hints[field.name], text, field.default))
+    given = vars(parser.parse_args(argv))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    try:
+        return cls(**given), set(given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _argument(hint, text, default):
+    """What argparse should know about a field of this type, with this comment and default."""
+    unit, text = re.fullmatch(r"(?:<([^>]*)> *)?(.*)", text).groups()
+    if default not in (None, (), ""):
+        shown = default
+        if isinstance(default, bool):
+            shown = "on" if default else "off"
+        elif isinstance(default, tuple):
+            shown = shlex.join(map(str, default))
+        text += f" (default: {shown})"
+    text = text.strip().replace("%", "%%")
+    kind, choices, several = _kind(hint)
+    if kind is bool:
+        return {"help": text, "action": argparse.BooleanOptionalAction}
+    settings = {"help": text, "type": kind, "metavar": unit or kind.__name__.upper()}
+    if choices:
+        settings |= {"choices": [choice for choice in choices if choice != ""], "metavar": unit}
+    return settings | ({"nargs": "+"} if several else {})
+
+
+def _kind(hint):
+    """A type hint -> (type of a word, its choices or (), whether there may be several words)."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):           # X | None
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    several = tuple in (hint, typing.get_origin(hint))
+    if several:                                                              # tuple[X, ...]
+        hint = (*typing.get_args(hint), str)[0]
+    choices = ()
+    if typing.get_origin(hint) is typing.Literal:
+        choices = typing.get_args(hint)
+        hint = type(choices[0])
+    return hint, choices, several
+
+
+def check_choices(config):
+    """Raises ValueError where a field of this dataclass has a value that its Literal lacks."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        _, choices, several = _kind(hints[field.name])
+        value = getattr(config, field.name)
+        if not choices or value == field.default:
+            continue
+        for word in value if several else [value]:
+            if word not in choices:
+                raise ValueError(f"--{field.name.replace('_', '-')} {word}: no such choice; choose "
+                                 f"from {', '.join(str(c) for c in choices if c != '')}")
+
+
+def _documentation(cls):
+    """{field: (title of its group or "", its comment)} from the source of the dataclass."""
+    found = {field.name: ("", "") for field in dataclasses.fields(cls)}
+    group = name = ""
+    for line in inspect.getsource(cls).splitlines():
+        if title := re.fullmatch(r" +# -- (.*)", line):
+            group, name = title[1].strip(), ""
+        elif field := re.match(r" {4}(\w+):", line):
+            name = field[1]
+            if name in found:
+                found[name] = (group, line.partition("  # ")[2].strip())
+        elif (more := re.fullmatch(r" {5,}# ?(.*)", line)) and name in found:
+            found[name] = (group, f"{found[name][1]} {more[1].strip()}")
+        else:
+            name = ""
+    return found
+
+
+# ---------------------------------------------------------------- worker processes
 def cores():
-    """Processor cores this process may use."""
+    """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def parallel(function, jobs, workers, start=None, args=(), chunk=8):
-    """Yields function(job) in the order of the jobs, from `workers` fresh processes, each of which
-    calls start(*args) first; 1 worker: in this process, without start.
-    A worker that dies ends all with an error; multiprocessing.Pool would wait for it for ever."""
+    """Yields function(job) in the order of the jobs, computed by `workers` new processes.
+
+    Each process calls start(*args) first.  With 1 worker everything runs in this process, without
+    start.  A worker that dies raises BrokenProcessPool here; multiprocessing.Pool would wait for it
+    forever."""
     if workers <= 1:
         yield from map(function, jobs)
         return
@@ -31,45 +153,9 @@ def parallel(function, jobs, workers, start=None, args=(), chunk=8):
 
 
 def _start_worker(start, args):
-    def leave_with_parent():                      # else a killed run leaves its workers behind
+    def exit_with_parent():                   # otherwise the workers outlive a run that is killed
         multiprocessing.parent_process().join()
         os._exit(1)
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     if start:
         start(*args)
-
-
-def _comments(cls):
-    """{field: the comment behind it} from the dataclass's source."""
-    return dict(re.findall(r"^ +(\w+):[^#\n]*# ?(.*)$", inspect.getsource(cls), re.MULTILINE))
-
-
-def parse(cls, doc, argv=None):
-    """Command line -> (instance of dataclass `cls`, the set of fields that were given).
-    Booleans are --x / --no-x, tuples are repeated words; unknown flags fail.  cls.ALIASES {other
-    name: field}, where there are any."""
-    parser = argparse.ArgumentParser(description=doc,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)         # --step must not mean --steps
-    comments, kinds = _comments(cls), typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        options = [k for k in typing.get_args(kinds[field.name]) if k is not type(None)]
-        kind = options[0] if options and kinds[field.name] is not tuple else kinds[field.name]
-        shown = comments.get(field.name, "").replace("%", "%%")
-        shown += f" (default: {field.default})" if field.default not in (None, (), "") else ""
-        settings = {"help": shown, "default": argparse.SUPPRESS}
-        if kind is bool:
-            settings["action"] = argparse.BooleanOptionalAction
-        elif kind is tuple:
-            settings |= {"nargs": "+", "metavar": "X"}
-        else:
-            settings |= {"type": kind, "metavar": kind.__name__.upper()}
-        aliases = [a for a, name in getattr(cls, "ALIASES", {}).items() if name == field.name]
-        parser.add_argument(*("--" + name.replace("_", "-") for name in (field.name, *aliases)),
-                            dest=field.name, **settings)
-    given = vars(parser.parse_args(argv))
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    try:
-        return cls(**given), set(given)
-    except ValueError as error:
-        parser.error(str(error))

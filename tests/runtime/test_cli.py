@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 
@@ -81,13 +82,83 @@ def test_help_teaches(capsys):
     flat = " ".join(shown.split())
     for line in ("--steps INT optimiser steps, 100 % of them (default: 7)",
                  "--lr FLOAT peak (default: 0.001)",
-                 "--test, --no-test end with the table (default: True)",
+                 "--test, --no-test end with the table (default: on)",
                  "--out STR folder (default: runs)",
                  "--keep, --no-keep keep what was computed",
-                 "--views X [X ...] which (default: ('a', 'b'))",
+                 "--views STR [STR ...] which (default: a b)",
                  "--log-every INT (default: 20)"):
         assert line in flat, line
     assert "(default: )" not in flat and "(default: None)" not in flat
+
+
+# ---- groups, choices, units ---------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Grouped:
+    seed: int = 0  # of the random numbers
+    # -- data
+    data: tuple = ("media/my clips", "b")  # <manifest> files to learn from; 50 %
+    sets: tuple[Literal["asr", "ac"], ...] = ()  # tasks to keep
+    sizes: tuple[float, ...] = (0.5,)  # <seconds> of the clips,
+                                       # the longest first
+    # a comment that is no help text
+    # -- the method
+    sync: bool = False  # join the modalities
+    mask: Literal["", "audio", "visual"] = ""  # what is left out
+    causal: Literal["past", "none"] | None = None  # what a frame sees
+    beams: Literal[1, 5] = 1  # <beams> kept
+
+    ALIASES = {"join-all": "sync"}
+
+    def __post_init__(self):
+        cli.check_choices(self)
+
+
+def grouped(*words):
+    return cli.parse(Grouped, "", list(words))
+
+
+def test_literals_are_choices(capsys):
+    config, given = grouped("--mask", "audio", "--causal", "none", "--beams", "5", "--sets", "ac",
+                            "asr", "--sizes", "1", "2.5", "--join-all")
+    assert config == Grouped(sets=("ac", "asr"), sizes=(1.0, 2.5), sync=True, mask="audio",
+                             causal="none", beams=5)
+    assert given == {"mask", "causal", "beams", "sets", "sizes", "sync"}
+    for words, listed in ((["--mask", "sound"], "'audio', 'visual'"),
+                          (["--causal", "future"], "'past', 'none'"), (["--beams", "2"], "1, 5"),
+                          (["--sets", "asr", "vqa"], "'asr', 'ac'")):
+        with pytest.raises(SystemExit) as error:
+            grouped(*words)
+        assert error.value.code == 2
+        shown = capsys.readouterr().err
+        assert f"argument {words[0]}: invalid choice: " in shown and f"from {listed})" in shown
+
+
+def test_literals_are_checked_without_a_command_line():
+    assert Grouped(mask="visual", causal="past", sets=("ac",)).beams == 1
+    for changes, message in (({"mask": "sound"}, "--mask sound: no such choice; choose from audio, "
+                                                 "visual"),
+                             ({"sets": ("ac", "vqa")}, "--sets vqa: .* choose from asr, ac"),
+                             ({"beams": 2}, "--beams 2: .* choose from 1, 5"),
+                             ({"causal": ""}, "--causal : .* choose from past, none")):
+        with pytest.raises(ValueError, match=message):
+            Grouped(**changes)
+
+
+def test_help_has_groups_choices_and_units(capsys):
+    with pytest.raises(SystemExit):
+        grouped("--help")
+    options, data, method = capsys.readouterr().out.partition("options:")[2].replace(
+        "the method:", "data:").split("data:\n")
+    flat = [" ".join(part.split()) for part in (options, data, method)]
+    assert flat == [
+        "-h, --help show this help message and exit --seed INT of the random numbers (default: 0)",
+        "--data manifest [manifest ...] files to learn from; 50 % (default: 'media/my clips' b) "
+        "--sets {asr,ac} [{asr,ac} ...] tasks to keep "
+        "--sizes seconds [seconds ...] of the clips, the longest first (default: 0.5)",
+        "--sync, --no-sync, --join-all, --no-join-all join the modalities (default: off) "
+        "--mask {audio,visual} what is left out --causal {past,none} what a frame sees "
+        "--beams beams kept (default: 1)"]
 
 
 @pytest.mark.parametrize("program", ["train", "eval"])
@@ -97,7 +168,8 @@ def test_every_flag_of_the_programs_is_explained(program, capsys):
     with pytest.raises(SystemExit):
         cli.parse(getattr(module, config), module.__doc__, ["--help"])
     options = capsys.readouterr().out.partition("options:")[2]
-    comments = cli._comments(getattr(module, config))
+    comments = {name: text for name, (_, text) in
+                cli._documentation(getattr(module, config)).items()}
     for name in getattr(module, config).__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in options
         assert len(comments[name]) > 8, f"--{name} is not explained"
