@@ -31,11 +31,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import eval as evaluation
+import miniature
 from aveb import tables
 from aveb.answers import readable_samples
 from baselines.instructblip import SYSTEMS
 from favor import Sample, preset
-from miniature import world as miniature
 from runtime import checkpoint as checkpoints
 from runtime import cli, distributed, flops, hub, loader
 from runtime import log as runlog
@@ -275,7 +275,7 @@ def read_data(config, kind, say):
     """The manifests as a Corpus."""
     if [Path(path) for path, _ in config.manifests] == [Path(TrainConfig.data[0])]:
         with distributed.main_process_first():
-            miniature.make(config.manifests[0][0], log=say)
+            miniature.make(config.manifests[0][0])
     manifests = [(evaluation.find_manifest(path, "train"), weight)
                  for path, weight in config.manifests]
     usable = (lambda media: (media & (IMAGE | VIDEO)) > 0) if kind.needs_picture else None

@@ -1,1 +1,17 @@
-"""AVEB in miniature: a generated benchmark, the pretraining of its tiny parts, their weights."""
+"""AVEB in miniature: the benchmark's eleven tasks on generated clips. Each clip is written as a real
+.mp4, .wav or .png file with a JSONL manifest, and is read back through data.py like anybody's data.
+
+     world.py     colours, shapes, lips, digits, sounds and voices: how things look and sound
+     scenes.py    what happens in a clip, and the questions about it
+     generate.py  scenes -> files and manifests: `make`
+     pretrain.py  trains the tiny Whisper, InstructBLIP and LLaMA that the tiny FAVOR starts from
+     sheet.py     draws docs/miniature.png;  voices.py  renders the spoken words
+
+`import miniature` loads neither torch nor the model."""
+
+from miniature.generate import VERSION, demo, make
+from miniature.scenes import PROMPTS, SCENES, TASKS, TEST_CLIPS, TRAIN_CLIPS
+from miniature.world import COLOURS, SHAPES, SOUNDS, WORDS
+
+__all__ = ["COLOURS", "PROMPTS", "SCENES", "SHAPES", "SOUNDS", "TASKS", "TEST_CLIPS", "TRAIN_CLIPS",
+           "VERSION", "WORDS", "demo", "make"]

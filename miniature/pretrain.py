@@ -1,15 +1,15 @@
-"""Pretrains the three frozen parts of the miniature, as the paper starts from pretrained parts,
-each saved in the Hub's folder layout with the Hub's tensor names (fp16).  Training voices and
-training scenes only: what miniature.py holds out stays unseen here too.
+"""Pretrains the three frozen parts of the miniature, as the paper starts from pretrained parts.
+Each is saved in the Hub's folder layout with the Hub's tensor names (fp16). Only training voices
+and training scenes are used, so what the test clips hold out stays unseen here, too.
 
-     llama         reads a clip told in words, answers questions about it      -> weights/llama
-     whisper       says at every 50 ms which word or sound is heard            -> weights/whisper
-     instructblip  one still + instruction -> the answer or the caption, query i saying word i
-                   through a head that is not kept                             -> weights/instructblip
-     projection    the same through the frozen LLaMA's lm_head                 -> weights/instructblip
+     llama         reads a clip described in words, answers questions about it  -> weights/llama
+     whisper       names the word or sound that is heard at every 50 ms         -> weights/whisper
+     instructblip  reads one still and an instruction, gives the answer or the caption: query i
+                   gives word i through a head that is thrown away         -> weights/instructblip
+     projection    the same through the frozen LLaMA's lm_head             -> weights/instructblip
 
-Run by `python -m miniature pretrain [llama whisper instructblip projection]`, in this order; under
-torchrun the processes share each batch.  What each run printed stands in weights/README.md."""
+`python -m miniature pretrain [llama whisper instructblip projection]` runs them in this order. Under
+torchrun the processes share each batch. weights/README.md has what each run printed."""
 
 import io
 import json
@@ -26,26 +26,28 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from aveb.metrics import edit_distance
 from favor import prompt_ids
 from llama import Llama, LlamaConfig, Tokenizer
 from miniature import world
+from miniature.scenes import PROMPTS, SCENES
 from runtime import hub
 from vit_qformer import QFormerConfig, QFormerTokenizer, VisualEncoder, ViTConfig, preprocess
 from whisper_enc import WhisperConfig, WhisperEncoder, log_mel_spectrogram
 
 TINY = Path(__file__).parent / "weights"
-WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))     # torchrun
-NOTHING = world.NOTHING                         # also the word for a query with no more to say
+WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))     # torchrun
+NOTHING = world.NOTHING                        # also the word of a query that has no word to give
 
 
-def meet():
-    """All processes wait for all."""
-    if WORLD > 1:
+def barrier():
+    """Waits until all processes have come here."""
+    if WORLD_SIZE > 1:
         dist.barrier()
 
 
 def train_loop(name, steps, parameters, batch_loss, lr, log_every=200):
-    """AdamW with warm-up and cosine decay over `batch_loss(step) -> (loss, dict of numbers)`."""
+    """AdamW with warm-up and cosine decay. batch_loss(step) -> the loss, {name: number to print}."""
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     started = time.time()
     for step in range(steps):
@@ -56,10 +58,10 @@ def train_loop(name, steps, parameters, batch_loss, lr, log_every=200):
         loss, numbers = batch_loss(step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        if WORLD > 1:                                 # each process had its share of the batch
+        if WORLD_SIZE > 1:                            # each process had its share of the batch
             for parameter in parameters:
                 dist.all_reduce(parameter.grad)
-                parameter.grad /= WORLD
+                parameter.grad /= WORLD_SIZE
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         if RANK == 0 and ((step + 1) % log_every == 0 or step + 1 == steps):
@@ -70,7 +72,7 @@ def train_loop(name, steps, parameters, batch_loss, lr, log_every=200):
 
 
 def read_out(labels, silence=0):
-    """Frame-wise labels (T,) -> what was said: repeats merged, silence dropped."""
+    """Frame-wise labels (T,) -> the words: repeats are merged, silence is dropped."""
     out, last = [], silence
     for label in labels:
         if label not in (last, silence):
@@ -116,8 +118,9 @@ def mel_of(audio):
 
 
 def other_voices(mel):
-    """(B,M,T) -> as if spoken by others: the frequency axis stretched by up to 14 % (a longer or
-    shorter vocal tract), tilted, and up to twelve neighbouring bands silenced."""
+    """Log-mel (B,M,T) -> the same as if other people had spoken: the frequency axis is stretched by
+    up to 14 % (a longer or shorter vocal tract) and tilted, and up to twelve neighbouring bands are
+    silenced."""
     B, M, T = mel.shape
     band = torch.arange(M) * torch.empty(B, 1).uniform_(0.87, 1.15)                      # (B,M)
     low = band.long().clamp(max=M - 1)
@@ -131,8 +134,8 @@ def other_voices(mel):
 
 
 def pretrain_whisper(steps=3000, varied_steps=1500, batch=32, seed=1):
-    """First the voices as they are, then `varied_steps` with other_voices, without which the test
-    voices are understood much worse."""
+    """Trains `steps` steps on the voices as they are, then `varied_steps` steps with other_voices.
+    Without the second part the test voices are understood much worse."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, RANK])
     encoder, head = WhisperEncoder(WHISPER), nn.Linear(WHISPER.width, len(HEARD))
@@ -145,7 +148,7 @@ def pretrain_whisper(steps=3000, varied_steps=1500, batch=32, seed=1):
 
     def loss_of(change):
         def loss(step):
-            mel, labels = batch_of("train", batch // WORLD)
+            mel, labels = batch_of("train", batch // WORLD_SIZE)
             logits = head(encoder(change(mel)))                                      # (B,P,classes)
             right = (logits.argmax(-1) == labels)[labels > 0].float().mean()
             return (F.cross_entropy(logits.flatten(0, 1), labels.flatten()),
@@ -159,7 +162,7 @@ def pretrain_whisper(steps=3000, varied_steps=1500, batch=32, seed=1):
         return
     save_whisper(encoder)
     encoder.eval()
-    with torch.no_grad():                                              # how good it is alone
+    with torch.no_grad():                                              # the score of this part alone
         for split in ("train", "test"):
             right = total = errors = spoken = 0
             for _ in range(8):
@@ -168,7 +171,6 @@ def pretrain_whisper(steps=3000, varied_steps=1500, batch=32, seed=1):
                 right += (said == labels)[labels > 0].sum().item()
                 total += (labels > 0).sum().item()
                 for ours, theirs in zip(said.tolist(), labels.tolist(), strict=True):
-                    from aveb.metrics import edit_distance
                     ours, theirs = read_out(ours), read_out(theirs)
                     errors, spoken = errors + edit_distance(ours, theirs), spoken + len(theirs)
             print(f"whisper alone, {split} voices: {100 * right / total:.1f} % of the sounding "
@@ -195,12 +197,12 @@ def save_whisper(encoder):
 
 # ---------------------------------------------------------------- llama: the miniature's language
 LLAMA = {"width": 128, "layers": 4, "heads": 4, "kv_heads": 4, "ffn": 352, "max_positions": 1024}
-CONTENT_NOISE = 0.5        # clips will speak in vectors near words, not in words: train for that
+CONTENT_NOISE = 0.5    # a clip's vectors will lie near words rather than on them: train for that
 
 
 def told_in_words(rng, scene, question):
-    """A scene's facts as words that stand in for the clip's vectors, each a group of one: frame by
-    frame what is seen, then what is heard; every frame, or changes only."""
+    """A scene's facts as words that stand in for the clip's vectors: frame by frame what is seen,
+    then what is heard, for every frame or for changes only -> groups of one word each."""
     task, _, target, extras = question
     if task == "vqa" and (extras["type"] == "place" or rng.random() < 0.5):
         return [[word] for word in target.split()]        # the Q-Former has answered already
@@ -214,8 +216,8 @@ def told_in_words(rng, scene, question):
 
 
 def told_in_vectors(rng, scene, question):
-    """As told_in_words, but what belongs together is one group and becomes one vector: a frame with
-    its sound, a quarter of a still.  This is nearer to what the causal Q-Former will say."""
+    """As told_in_words, but what belongs together (a frame with its sound, a quarter of a still) is
+    one group and becomes one vector. This is nearer to what the causal Q-Former will give."""
     if rng.random() < 0.3:
         return told_in_words(rng, scene, question)
     every, groups, last = rng.random() < 0.6, [], None
@@ -232,21 +234,21 @@ def told_in_vectors(rng, scene, question):
 
 
 def frames_of(scene, extras):
-    """[(words seen, words heard)] of the clip with the sound that the question is about."""
+    """Yields (words seen, words heard) per frame, with the sound that the question is about."""
     for seen, heard in scene.facts:
         heard = heard[extras["audio"]] if isinstance(heard, dict) else heard
         yield seen, heard
 
 
 def recall(rng, n, turns=8, scenes=("still", "parade", "concert"), steps=(-1, -1, 0, 1), where=0.5):
-    """n samples (groups of words, turns), turns = ((question, answer), ...), without sentences: a
-    clip told, then look-ups such as "colour ball", "shape before red" or "where ball".  What other
-    answers are built on, in a fifth of the tokens: a model that starts with sentences hardly finds
-    it.  steps: what is asked of a video, 1 "after", -1 "before"; where: the share of places asked
-    of a still that is told by quarters."""
+    """n samples (groups of words, turns), turns = ((question, answer), ...). The questions are
+    look-ups rather than sentences, such as "colour ball", "shape before red" or "where ball". Other
+    answers are built on look-ups, and they take a fifth of the tokens; a model that starts with
+    sentences hardly learns them. steps: what is asked of a video, 1 "after", -1 "before"; where: the
+    share of questions about places, of a still that is described by quarters."""
     out = []
     while len(out) < n:
-        scene = world.SCENES[str(rng.choice(scenes))](rng, "train")
+        scene = SCENES[str(rng.choice(scenes))](rng, "train")
         told = told_in_vectors(rng, scene, scene.questions[0])
         things, last = [], None
         for seen, heard in frames_of(scene, {}):           # a still's quarters, a video's changes
@@ -273,10 +275,10 @@ def recall(rng, n, turns=8, scenes=("still", "parade", "concert"), steps=(-1, -1
 
 
 def language(rng, n, tell=told_in_words):
-    """n samples (groups of words, turns) of single questions, from all scenes."""
+    """n samples (groups of words, turns) with one question each, from all scenes."""
     out = []
     while len(out) < n:
-        scene = world.SCENES[str(rng.choice(list(world.SCENES)))](rng, "train")
+        scene = SCENES[str(rng.choice(list(SCENES)))](rng, "train")
         out += [(tell(rng, scene, question),
                  (*question[3].get("history", ()), (question[1], question[2])))
                 for question in scene.questions]
@@ -287,12 +289,12 @@ TALKED_ABOUT = {"parade": 3, "concert": 3, "spoken_question": 2}       # others:
 
 
 def dialogues(rng, n, tell=told_in_words):
-    """n samples as language(), with many questions about each clip, mostly about those scenes whose
-    answers must be looked up (what came after what): one by one they are hardly learnt."""
-    scenes, out = list(world.SCENES), []
+    """n samples as language(), with many questions about each clip, mostly about scenes whose answers
+    must be looked up (what came after what). Asked one by one, they are hardly learnt."""
+    scenes, out = list(SCENES), []
     weights = np.array([TALKED_ABOUT.get(scene, 0.5) for scene in scenes])
     while len(out) < n:
-        scene = world.SCENES[str(rng.choice(scenes, p=weights / weights.sum()))](rng, "train")
+        scene = SCENES[str(rng.choice(scenes, p=weights / weights.sum()))](rng, "train")
         first = scene.questions[int(rng.integers(len(scene.questions)))]
         first = scene.questions[0] if first[0] == "vqa" else first
         told = tell(rng, scene, first)
@@ -325,8 +327,8 @@ def train_tokenizer(rng):
 
 
 def text_and_labels(tokenizer, n_clip, turns):
-    """-> ids before the clip's n_clip vectors, ids after them, labels of the whole row (-100 where
-    no answer or its </s> is to be said)."""
+    """-> ids before the clip's n_clip vectors, ids after them, labels of the whole row: -100 at every
+    place that is neither an answer nor its </s>."""
     labels = []
     for k, (question, target) in enumerate(turns):
         before, after, answer = prompt_ids(tokenizer, question, turns[:k], target)
@@ -336,7 +338,7 @@ def text_and_labels(tokenizer, n_clip, turns):
 
 
 def terse_and_labels(tokenizer, n_clip, turns):
-    """As text_and_labels, of recall's turns: nothing but <s>, question, answer and </s>."""
+    """As text_and_labels, for recall's turns: only <s>, question, answer and </s>."""
     after, labels = [], [-100] * (1 + n_clip)
     for question, target in turns:
         question, answer = tokenizer.encode(question), [*tokenizer.encode(target), tokenizer.eos_id]
@@ -346,8 +348,8 @@ def terse_and_labels(tokenizer, n_clip, turns):
 
 
 def embed_rows(llm, tokenizer, rows):
-    """rows of (ids before, groups of words, ids after) -> (B,T,D), and (B,T) True at the groups:
-    the vector of a group is the sum of its words' embeddings."""
+    """rows of (ids before, groups of words, ids after) -> embeddings (B,T,D), and a mask (B,T) that
+    is True at the groups. The vector of a group is the sum of its words' embeddings."""
     lengths = [(len(before), len(told), len(after)) for before, told, after in rows]
     B, T = len(rows), max(map(sum, lengths))
     groups = [[*([i] for i in before), *(tokenizer.encode(" ".join(words)) for words in told),
@@ -362,11 +364,13 @@ def embed_rows(llm, tokenizer, rows):
 
 
 def telling_loss(llm, tokenizer, rng, kinds, part=32):
-    """Loss of a training step: the answers about clips told, so many samples of each of `kinds`."""
+    """-> function step -> (loss of the answers, numbers to print).
+    kinds: (function that makes samples, prompt template, samples per step), ...;
+    part: samples per forward pass."""
     def loss(step):
         rows = []
         for samples, template, n in kinds:
-            for told, turns in samples(rng, n // WORLD):
+            for told, turns in samples(rng, n // WORLD_SIZE):
                 before, after, labels = template(tokenizer, len(told), turns)
                 rows.append((before, told, after, torch.tensor(labels)))
         rows.sort(key=lambda row: len(row[3]))         # parts of like length: little padding
@@ -377,7 +381,7 @@ def telling_loss(llm, tokenizer, rng, kinds, part=32):
             noise = CONTENT_NOISE * torch.rand(len(labels), 1) * embeds.detach().std() * told
             embeds = embeds + noise[..., None] * torch.randn_like(embeds)
             labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-            asked = labels[:, 1:] >= 0                 # padding is behind all that is asked
+            asked = labels[:, 1:] >= 0                 # padding comes after every answer
             logits = llm.lm_head(llm.hidden(embeds=embeds)[:, :-1][asked])
             wanted = labels[:, 1:][asked]
             total = total + F.cross_entropy(logits, wanted, reduction="sum")
@@ -388,12 +392,12 @@ def telling_loss(llm, tokenizer, rng, kinds, part=32):
     return loss
 
 
-# Samples a step, of each kind.
+# (samples, template, samples per step) of each stage.
 RECALL = ((recall, terse_and_labels, 96),)
 LANGUAGE = ((recall, terse_and_labels, 16),
             (partial(language, tell=told_in_vectors), text_and_labels, 32),
             (partial(dialogues, tell=told_in_vectors), text_and_labels, 32))
-# What is still missing after these: "before", and places.
+# What these stages still miss: "before", and places.
 HARD_RECALL = ((partial(recall, scenes=("parade",), steps=(-1,)), terse_and_labels, 48),
                (partial(recall, scenes=("still",), where=1.0), terse_and_labels, 16),
                *LANGUAGE[:1], (*LANGUAGE[2][:2], 16))
@@ -403,12 +407,12 @@ LLAMA_STAGES = (("look-ups", 1000, RECALL, 1.5e-3), ("language", 3000, LANGUAGE,
 
 
 def pretrain_llama(seed=2, stages=LLAMA_STAGES):
-    """Look-ups, then questions and dialogues, about clips told in words and in vectors, each vector
-    the sum of a few words' embeddings."""
+    """Trains on look-ups, then on questions and dialogues. The clips are described in words, and in
+    vectors that are the sum of a few words' embeddings."""
     torch.manual_seed(seed)
     if RANK == 0:
         train_tokenizer(np.random.default_rng(seed))
-    meet()
+    barrier()
     tokenizer, rng = Tokenizer.from_pretrained(TINY / "llama"), np.random.default_rng([seed, RANK])
     llm = Llama(LlamaConfig(vocab_size=tokenizer.vocab_size, **LLAMA))
     # LLaMA's own 0.02 is for wide matrices: at width 128 attention would start flat and stay so.
@@ -431,11 +435,11 @@ def pretrain_llama(seed=2, stages=LLAMA_STAGES):
 
 @torch.no_grad()
 def llama_alone(llm, tokenizer, rng, n=600):
-    """Prints how many whole answers are right when clips are told in words and in vectors."""
+    """Prints how many whole answers are right for clips described in words and in vectors."""
     for tell in (told_in_words, told_in_vectors):
         tally = {}
         for _ in range(n):
-            scene = world.SCENES[str(rng.choice(list(world.SCENES)))](rng, "train")
+            scene = SCENES[str(rng.choice(list(SCENES)))](rng, "train")
             question = scene.questions[int(rng.integers(len(scene.questions)))]
             told = tell(rng, scene, question)
             turns = (*question[3].get("history", ()), (question[1], question[2]))
@@ -451,13 +455,13 @@ def llama_alone(llm, tokenizer, rng, n=600):
 
 # ---------------------------------------------------------------- instructblip: stills, questions
 VIT = ViTConfig(width=96, layers=3, heads=4, ffn=384, image_size=32, patch_size=8)
-CAPTION, ANSWER = 8, 2                            # queries that say what is there, and the answer
+CAPTION, ANSWER = 8, 2                            # queries for what is there, and for the answer
 
 
 def qformer_vocabulary():
-    """WordPiece entries: the specials, whole words, and letters so that any text has ids."""
+    """WordPiece entries: special tokens, whole words, and letters so that any text has ids."""
     prompts = " ".join([
-        *world.PROMPTS.values(), "What colour shape comes right after before the object "
+        *PROMPTS.values(), "What colour shape comes right after before the object "
         "at and is it that Choose one from Where Which sounds are heard objects light up"])
     words = set("".join(c if c.isalpha() else " " for c in prompts.lower()).split())
     words |= {*world.COLOURS, *world.SHAPES, *world.SOUNDS, *world.WORDS, *world.LIPS,
@@ -468,24 +472,24 @@ def qformer_vocabulary():
 
 
 LOOKED_AT = {"still": 12, "number": 10, "spoken_question": 3, "spoken_caption": 2, "parade": 1,
-             "lips": 1, "concert": 1, "lamps": 1, "flash": 1}       # how often, against each other
+             "lips": 1, "concert": 1, "lamps": 1, "flash": 1}       # relative frequencies
 
 
 def strange_colours(rng, image):
-    """The picture with its channels mixed at random: shapes in colours that have no name."""
+    """The picture with its channels mixed at random, which gives colours that have no name."""
     mix = rng.uniform(-0.3, 1, (3, 3))
     return np.clip(image @ (mix / mix.sum(axis=0)).clip(-1, 2), 0, 255).astype(np.uint8)
 
 
 def looking_samples(rng, split, n, strange=0.0):
-    """n (image (64,64,3), instruction, words for the 10 queries): the caption of the picture, and
-    behind it the answer where the picture alone gives it.  A share `strange` of the pictures has
-    strange colours and None for words that would then be wrong: shapes have to be told apart by
-    their form, or pairs of colour and shape that were never shown are not recognised."""
+    """n samples (image (64,64,3), instruction, words of the 10 queries). The words are the caption of
+    the picture, then the answer if the picture alone gives it. A share `strange` of the pictures has
+    strange colours, and None for the words that would then be wrong. So the model must tell shapes
+    apart by their form; otherwise it misses pairs of colour and shape that it was never shown."""
     weights = np.array(list(LOOKED_AT.values())) / sum(LOOKED_AT.values())
     out = []
     while len(out) < n:
-        scene = world.SCENES[str(rng.choice(list(LOOKED_AT), p=weights))](rng, split)
+        scene = SCENES[str(rng.choice(list(LOOKED_AT), p=weights))](rng, split)
         pictures = scene.stills()
         for k in rng.permutation(len(pictures))[:5]:
             question = scene.questions[int(rng.integers(len(scene.questions)))]
@@ -507,8 +511,8 @@ SAYABLE = (NOTHING, *world.COLOURS, *world.SHAPES, *world.LIPS, *"0123456789",
 
 
 def say_loss(logits, wanted):
-    """Cross-entropy of (F,V,words), in which NOTHING, most of what there is to say, weighs less and
-    -1 is not asked for."""
+    """Cross-entropy of logits (F,V,words) -> loss, numbers to print. NOTHING, by far the most
+    frequent word, has less weight, and -1 has none."""
     weight = 0.15 * (wanted == 0) + (wanted > 0)
     ce = F.cross_entropy(logits.flatten(0, 1), wanted.flatten().clamp(min=0), reduction="none")
     right = (logits.argmax(-1) == wanted)
@@ -519,34 +523,34 @@ def say_loss(logits, wanted):
 
 
 def looking_batch(rng, tokenizer, split, n, strange=0.0):
-    """n looking_samples -> pixels, ids, mask, wanted (n,10): index into SAYABLE, -1 not asked for;
-    and the samples."""
+    """n looking_samples -> pixels, ids, mask, wanted (n,10), the samples. wanted: the index of each
+    query's word in SAYABLE, -1 for None."""
     samples = looking_samples(rng, split, n, strange)
     pixels = preprocess(np.stack([s[0] for s in samples]), VIT.image_size)
-    pixels = pixels + 0.05 * torch.randn_like(pixels)                # 3 of 255: what a codec may do
+    pixels = pixels + 0.05 * torch.randn_like(pixels)                # 3 of 255: as a codec might
     return pixels, *tokenizer([s[1] for s in samples]), torch.tensor(
         [[-1 if w is None else SAYABLE.index(w) for w in s[2]] for s in samples]), samples
 
 
 def saying_loss(rng, tokenizer, encoder, read_out, batch=64):
-    """Loss of a training step: query i of the Q-Former says word i through `read_out`."""
+    """-> function step -> (loss, numbers to print): query i gives word i through `read_out`."""
     def loss(step):
         pixels, ids, mask, wanted, _ = looking_batch(
-            rng, tokenizer, "train", batch // WORLD, strange=0.3)
+            rng, tokenizer, "train", batch // WORLD_SIZE, strange=0.3)
         return say_loss(read_out(encoder(pixels, ids, mask)), wanted)                 # (F,V,words)
     return loss
 
 
 def pretrain_instructblip(vit_steps=1500, steps=2500, joint_steps=2000, batch=64, seed=3):
-    """In three stages: the ViT alone (captions, read from all its tokens), the Q-Former on the
-    frozen ViT, both together."""
+    """Trains in three stages: the ViT alone (captions from all its tokens), the Q-Former on the
+    frozen ViT, then both together."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, RANK])
     folder, vocabulary = TINY / "instructblip", qformer_vocabulary()
     if RANK == 0:
         (folder / "qformer_tokenizer").mkdir(parents=True, exist_ok=True)
         (folder / "qformer_tokenizer" / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    meet()
+    barrier()
     tokenizer = QFormerTokenizer.from_pretrained(folder)
     qformer = QFormerConfig(width=96, layers=4, heads=4, ffn=384, vocab_size=len(vocabulary),
                             max_positions=128, encoder_width=VIT.width)
@@ -556,7 +560,7 @@ def pretrain_instructblip(vit_steps=1500, steps=2500, joint_steps=2000, batch=64
     flat_head = nn.Linear((VIT.n_patches + 1) * VIT.width, CAPTION * len(SAYABLE))
 
     def vit_loss(step):
-        pixels, _, _, wanted, _ = looking_batch(rng, tokenizer, "train", batch // WORLD, 0.3)
+        pixels, _, _, wanted, _ = looking_batch(rng, tokenizer, "train", batch // WORLD_SIZE, 0.3)
         logits = flat_head(encoder.encode_image(pixels).flatten(1)).unflatten(1, (CAPTION, -1))
         return say_loss(logits, wanted[:, :CAPTION])
 
@@ -575,7 +579,7 @@ def pretrain_instructblip(vit_steps=1500, steps=2500, joint_steps=2000, batch=64
 
 
 def pretrain_projection(steps=400, seed=4):
-    """InstructBLIP's language_projection: each query says its word through the frozen LLaMA."""
+    """InstructBLIP's language_projection: each query gives its word through the frozen LLaMA."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, RANK])
     encoder = VisualEncoder.from_pretrained(TINY / "instructblip").requires_grad_(False)
@@ -592,14 +596,14 @@ def pretrain_projection(steps=400, seed=4):
     if RANK > 0:
         return
     save_instructblip(encoder, projection)
-    with torch.no_grad():                                              # how good it is alone
+    with torch.no_grad():                                              # the score of this part alone
         for split in ("train", "test"):
             tally = {}
             for _ in range(20):
                 pixels, ids, mask, wanted, samples = looking_batch(rng, tokenizer, split, 100)
                 right = say(encoder(pixels, ids, mask)).argmax(-1) == wanted
                 for (_, prompt, words_), ok in zip(samples, right, strict=True):
-                    task = next((k for k, v in world.PROMPTS.items() if v == prompt),
+                    task = next((k for k, v in PROMPTS.items() if v == prompt),
                                 prompt.split(" the ")[0])
                     answers = words_[CAPTION] != NOTHING
                     tally.setdefault(task, []).append(
@@ -610,7 +614,7 @@ def pretrain_projection(steps=400, seed=4):
 
 
 def initialise(encoder):
-    """N(0, 1/fan-in) matrices, embeddings of a size that positions can be told apart by."""
+    """Matrices ~ N(0, 1/fan-in); embeddings are large enough to tell positions apart."""
     for name, parameter in encoder.named_parameters():
         if parameter.ndim >= 2 and "patch" not in name:
             embedding = any(word in name for word in ("embedding", "query_tokens"))
@@ -650,8 +654,8 @@ def pretrain(parts=()):
     if unknown:
         raise SystemExit(f"unknown parts {sorted(unknown)}; there are {', '.join(PARTS)}")
     torch.set_num_threads(1)
-    if WORLD > 1:
+    if WORLD_SIZE > 1:
         dist.init_process_group("gloo")
     for part in parts or PARTS:
         PARTS[part]()
-        meet()                                        # the first process has written it
+        barrier()                                     # the first process has written it

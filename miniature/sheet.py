@@ -1,27 +1,23 @@
-"""Draws the sheet of clips in the README: one test clip of each task as the model gets it (frames
-at 2 Hz, log-mel of the sound) with its questions.  Run by `python -m miniature sheet` (needs
-matplotlib)."""
+"""Draws docs/miniature.png: one test clip of each task as the model gets it (frames at 2 Hz, log-mel
+of the sound) with its questions. `python -m miniature sheet` runs it; it needs the extra `plot`."""
 
 import textwrap
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-
-from data import load_clip, read_manifest  # noqa: E402
-from miniature import world as miniature  # noqa: E402
-from miniature.world import SIZE, TASKS  # noqa: E402
-from whisper_enc import log_mel_spectrogram  # noqa: E402
+from data import load_clip, read_manifest
+from miniature.generate import make
+from miniature.scenes import TASKS
+from miniature.world import SIZE
+from whisper_enc import log_mel_spectrogram
 
 SECONDS = 5
 
 
 def strip(clip):
-    """uint8 (64, 10*66, 3): the frames side by side, an image once."""
+    """uint8 (64, 10*66, 3): the frames of a video side by side, or one image."""
     canvas = np.full((SIZE, 10 * (SIZE + 2), 3), 255, np.uint8)
     for i, frame in enumerate(
             [] if clip.frames is None else clip.frames.permute(0, 2, 3, 1).numpy()):
@@ -30,8 +26,9 @@ def strip(clip):
 
 
 def draw_sheet(path, folder="media/miniature"):
-    """One row a task into `path` (PNG); the test clips in `folder` are made first when missing."""
-    miniature.make(folder, splits=("test",))
+    """Writes one row per task into `path` (PNG). Missing test clips are made in `folder` first."""
+    plt.switch_backend("Agg")                              # draws into files; needs no display
+    make(folder, splits=("test",))
     records = read_manifest(Path(folder) / "test.jsonl")
     figure, axes = plt.subplots(len(TASKS), 3, figsize=(15, 1.22 * len(TASKS)),
                                 gridspec_kw={"width_ratios": [5.2, 2.6, 4.4]})

@@ -1,11 +1,11 @@
-"""Renders the miniature's spoken words with espeak-ng, once: every word by every voice -> one
-small Opus file a voice and weights/voices/index.json with each word's place in it (samples at 16 kHz).
+"""Renders the miniature's spoken words with espeak-ng: every word by every voice -> one small Opus
+file per voice, and weights/voices/index.json with the place of each word (samples at 16 kHz).
 
-No test speaker is heard in training, and one of the two test accents neither.  (Scottish test
-voices were tried: espeak's vowels differ so much there that the tiny Whisper, trained without them,
-misses 44 % of single clean words, against 14 % for the received pronunciation.)
+No test speaker is heard in training, nor is one of the two test accents. Scottish test voices were
+tried, but espeak's vowels differ so much there that the tiny Whisper, trained without them, misses
+44 % of single clean words (received pronunciation: 14 %).
 
-Run by `python -m miniature voices`."""
+`python -m miniature voices` runs it."""
 
 import json
 import shutil
@@ -56,6 +56,7 @@ def write_opus(path, audio):
 
 
 def make_voices(folder=VOICES):
+    """Writes all voices and their index into `folder`. SystemExit where espeak-ng is missing."""
     if not shutil.which("espeak-ng"):
         raise SystemExit("espeak-ng is not installed (apt install espeak-ng); the committed word "
                          f"bank in {folder} needs no rendering")

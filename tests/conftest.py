@@ -24,10 +24,11 @@ def _seed():
 @pytest.fixture(scope="session")
 def small_miniature(tmp_path_factory):
     """Folder of a miniature with 4 training and 2 test clips a scene, made once: real files."""
-    from miniature import world as miniature
+    import miniature
     folder = tmp_path_factory.mktemp("miniature")
     counts = {split: dict.fromkeys(miniature.SCENES, n) for split, n in (("train", 4), ("test", 2))}
-    return miniature.make(folder, workers=1, counts=counts, log=lambda *_: None)
+    miniature.make(folder, workers=1, counts=counts, progress=False)
+    return folder.resolve()
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +40,7 @@ def small_parts(tmp_path_factory):
     import sentencepiece
     from torch import nn
 
+    import miniature
     from llama import Llama, LlamaConfig
     from miniature import pretrain, world
     from vit_qformer import QFormerConfig, VisualEncoder, ViTConfig
@@ -47,7 +49,7 @@ def small_parts(tmp_path_factory):
     (root / "llama").mkdir()
     (root / "instructblip" / "qformer_tokenizer").mkdir(parents=True)
     words = " ".join([*world.WORDS, *world.COLOURS, *world.SHAPES, *world.SOUNDS,
-                      *world.PROMPTS.values()])
+                      *miniature.PROMPTS.values()])
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([words, "USER: <Img> </Img> ASSISTANT:"] * 20), model_writer=model,

@@ -26,10 +26,10 @@ import demo
 import eval as evaluation
 import favor
 import lora
+import miniature
 import train
 from aveb import answers, tables
 from favor import Favor
-from miniature import world as miniature
 from runtime import checkpoint as checkpoints
 from runtime import cli, loader
 from runtime import feature_cache as features

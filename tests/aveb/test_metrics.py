@@ -9,7 +9,7 @@ import pytest
 from aveb import metrics, paper_numbers
 from aveb import sets as aveb_sets
 from aveb.whisper_norm import whisper_english
-from miniature import world as miniature
+import miniature
 
 
 def row(answer, *references, **more):

@@ -1,16 +1,19 @@
-"""miniature.py: the questions' answers worked out again from what is seen and heard, what is held
+"""The miniature: the questions' answers worked out again from what is seen and heard, what is held
 out, how the answers are spread, and the files as data.py reads them."""
 
 import collections
 import hashlib
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 import data
-from miniature import world
+import miniature
+from miniature import generate, world
 
 COLOURS, SHAPES = list(world.COLOURS), list(world.SHAPES)
 
@@ -18,7 +21,7 @@ COLOURS, SHAPES = list(world.COLOURS), list(world.SHAPES)
 def scenes(kind, split, n=200, seed=0):
     """n scenes of one kind, nothing of them drawn."""
     for index in range(n):
-        yield world.SCENES[kind](np.random.default_rng([seed, index]), split)
+        yield miniature.SCENES[kind](np.random.default_rng([seed, index]), split)
 
 
 def of_task(kind, split, task, n=200):
@@ -154,11 +157,11 @@ def test_the_places_are_where_the_objects_are_drawn():
 
 def test_no_held_out_pair_in_training():
     seen = set()
-    for kind in world.SCENES.keys() - {"speech", "lips"}:        # those are words in any order
+    for kind in miniature.SCENES.keys() - {"speech", "lips"}:        # those are words in any order
         for scene in scenes(kind, "train", 300):
             for words in all_texts(scene):
                 seen |= set(pairs_in(words))
-    held_out = {(c, s) for c in COLOURS for s in SHAPES if world._held_out_pair(c, s)}
+    held_out = {(c, s) for c in COLOURS for s in SHAPES if world.is_held_out_pair(c, s)}
     assert len(held_out) == 8 == len(COLOURS) * len(SHAPES) / 6
     assert {c for c, _ in held_out} == {*COLOURS} and {s for _, s in held_out} == {*SHAPES}
     assert seen == {(c, s) for c in COLOURS for s in SHAPES} - held_out
@@ -169,7 +172,7 @@ def test_no_held_out_pair_in_training():
 def test_every_test_scene_has_a_held_out_pair(kind):
     for scene in scenes(kind, "test", 100):
         pairs = {pair for words in all_texts(scene) for pair in pairs_in(words)}
-        assert any(world._held_out_pair(*pair) for pair in pairs)
+        assert any(world.is_held_out_pair(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize("kind, task", [("speech", "asr"), ("lips", "avsr")])
@@ -177,10 +180,10 @@ def test_word_orders(kind, task):
     for split in ("train", "test"):
         for _, _, target, _ in of_task(kind, split, task, 500):
             words = target.split()
-            orders = [world._held_out_order(a, b) for a, b in zip(words, words[1:], strict=False)]
+            orders = [world.is_held_out_order(a, b) for a, b in zip(words, words[1:], strict=False)]
             assert any(orders) == (split == "test"), (split, target)
             assert len({*words}) == len(words) >= 2
-    share = np.mean([world._held_out_order(a, b) for a in world.WORDS for b in world.WORDS
+    share = np.mean([world.is_held_out_order(a, b) for a in world.WORDS for b in world.WORDS
                      if a != b])
     assert 0.1 < share < 0.25
 
@@ -256,10 +259,10 @@ def test_the_right_option_stands_anywhere():
 
 def test_the_test_split_is_large_enough():
     count = collections.Counter()
-    for kind in world.SCENES:
+    for kind in miniature.SCENES:
         for task, *_ in next(scenes(kind, "test", 1)).questions:
-            count[task] += world.TEST_CLIPS[kind]
-    assert all(count[task] >= 500 for task in world.TASKS)
+            count[task] += miniature.TEST_CLIPS[kind]
+    assert all(count[task] >= 500 for task in miniature.TASKS)
 
 
 # ---- the files ----------------------------------------------------------------------------------
@@ -272,7 +275,7 @@ def test_manifests(small_miniature):
     for split, n in (("train", 4), ("test", 2)):
         records = records_of(small_miniature, split)
         tasks = collections.Counter(r.task for r in records)
-        assert {*tasks} == {*world.TASKS} | ({"caption"} if split == "train" else set())
+        assert {*tasks} == {*miniature.TASKS} | ({"caption"} if split == "train" else set())
         assert tasks["avm"] == 4 * n and tasks["asr"] == n and tasks["vqa"] == 3 * n
         for record in records:
             assert record.refs == (record.target,)
@@ -351,31 +354,97 @@ def hashes(folder):
 
 
 def test_same_seed_same_files(small_miniature, tmp_path):
-    one_each = {"train": dict.fromkeys(world.SCENES, 1)}
-    quiet = {"splits": ("train",), "counts": one_each, "log": lambda *_: None}
-    two = world.make(tmp_path / "two", workers=2, **quiet)                    # other processes
+    one_each = {"train": dict.fromkeys(miniature.SCENES, 1)}
+    quiet = {"splits": ("train",), "counts": one_each, "progress": False}
+    two, other = tmp_path / "two", tmp_path / "other"
+    miniature.make(two, workers=2, **quiet)                                   # other processes
     ours, first = hashes(two / "train"), hashes(small_miniature / "train")
     assert len(ours) == 5 + 4 + 7                                             # mp4, png, wav
     assert ours == {name: first[name] for name in ours}
     lines = (small_miniature / "train.jsonl").read_text().splitlines()
     assert {*(two / "train.jsonl").read_text().splitlines()} <= {*lines}
     some = {"train": {"speech": 1, "number": 1, "parade": 1, "spoken_caption": 1}}
-    other = world.make(tmp_path / "other", seed=1, workers=1, **quiet | {"counts": some})
+    miniature.make(other, seed=1, workers=1, **quiet | {"counts": some})
     assert all(value != ours[name] for name, value in hashes(other / "train").items())
 
 
-def test_made_clips_are_kept(tmp_path):
+@pytest.fixture
+def made(monkeypatch):
+    """(split, scene, index) of the clips that are drawn, as long as one worker draws them."""
+    drawn, inner = [], generate.make_clip
+    monkeypatch.setattr(generate, "make_clip", lambda job: drawn.append(job[1:4]) or inner(job))
+    return drawn
+
+
+def test_made_clips_stay(tmp_path, made):
     counts = {"train": {"sounds": 2}, "test": {"sounds": 1}}
-    logged = []
-    for seed, made in ((0, 2), (0, 0), (1, 2)):
-        logged.clear()
-        world.make(tmp_path, seed=seed, workers=1, counts=counts, log=logged.append)
-        assert len(logged) == made, logged
-    logged.clear()
-    world.make(tmp_path, seed=1, workers=1, counts=counts | {"train": {"sounds": 3}},
-               log=logged.append)
-    assert len(logged) == 1 and "train clips: 3/3" in logged[0]
+    quiet = {"workers": 1, "progress": False}
+    for seed, wanted in ((0, 3), (0, 0), (1, 3)):
+        made.clear()
+        paths = miniature.make(tmp_path, seed=seed, counts=counts, **quiet)
+        assert len(made) == wanted, made
+        assert paths == {s: tmp_path.resolve() / f"{s}.jsonl" for s in ("train", "test")}
+    made.clear()
+    miniature.make(tmp_path, seed=1, counts=counts | {"train": {"sounds": 3}}, **quiet)
+    assert made == [("train", "sounds", 2)]
     assert len(records_of(tmp_path, "train")) == 3
+    miniature.make(tmp_path, seed=1, counts=counts, **quiet)          # fewer again
+    assert len(records_of(tmp_path, "train")) == 2
+
+
+def test_a_part_makes_only_the_clips_it_needs(tmp_path, small_miniature, made):
+    """Its questions are the first ones of each task in the whole manifest, and the whole set that is
+    made later is the very same."""
+    whole = records_of(small_miniature, "test")
+
+    def first(records, tasks, limit):
+        taken = collections.Counter()
+        return [r.id for r in records if r.task in tasks
+                and (taken.update([r.task]) or taken[r.task] <= limit)]
+    counts = {"test": dict.fromkeys(miniature.SCENES, 2)}
+    quiet = {"workers": 1, "progress": False, "splits": ("test",), "counts": counts}
+    path = miniature.make(tmp_path, tasks=("avsd", "avm"), limit=3, **quiet)["test"]
+    assert made == [("test", "concert", 0), ("test", "concert", 1), ("test", "flash", 0),
+                    ("test", "flash", 1)]
+    assert [r.id for r in data.read_manifest(path)] == first(whole, ("avsd", "avm"), 3)
+    assert not (tmp_path / "test.jsonl").exists()
+    made.clear()
+    path = miniature.make(tmp_path, limit=1, **quiet)["test"]          # one of every task
+    assert [r.id for r in data.read_manifest(path)] == first(whole, miniature.TASKS, 1)
+    assert len(made) == len({scene for _, scene, _ in made}) == 8      # not concert, flash, captions
+    made.clear()
+    assert miniature.make(tmp_path, **quiet)["test"].name == "test.jsonl"
+    assert len(made) == 2 * len(miniature.SCENES) - 4 - 8
+    assert hashes(tmp_path / "test") == hashes(small_miniature / "test")
+    assert (tmp_path / "test.jsonl").read_text() == (small_miniature / "test.jsonl").read_text()
+    made.clear()                                     # the whole set is there: no part any more
+    assert miniature.make(tmp_path, tasks=("avsd",), limit=1, **quiet)["test"].name == "test.jsonl"
+    assert not made
+    miniature.make(tmp_path, seed=1, tasks=("ocr",), limit=1, **quiet)
+    assert made == [("test", "number", 0)] and not (tmp_path / "test.jsonl").exists()
+    with pytest.raises(ValueError, match="unknown task avd; there are asr, ac"):
+        miniature.make(tmp_path, tasks=("avd",))
+
+
+def test_the_committed_demo_is_a_test_clip_that_needs_both_modalities(tmp_path):
+    """demo.mp4 is what `python -m miniature demo` writes, and the committed checkpoint answers its
+    question right, but neither without the sound nor without the picture."""
+    from favor import Favor
+    for new in miniature.demo(tmp_path):
+        assert new.read_bytes() == (world.HERE / new.name).read_bytes()
+    facts = json.loads((world.HERE / "demo.json").read_text())
+    clip = world.HERE / facts["clip"]
+    assert clip.stat().st_size < 100_000
+    model = Favor.from_pretrained(world.HERE / "weights" / "favor").eval()
+    answers = {mask: model.answer(clip, facts["question"], mask=mask)
+               for mask in (None, "audio", "visual")}
+    assert answers[None] == facts["answer"]
+    assert facts["answer"] not in (answers["audio"], answers["visual"])
+
+
+def test_importing_the_miniature_loads_no_torch():
+    code = "import sys, miniature; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=world.HERE.parent).returncode == 0
 
 
 # ---- the language -------------------------------------------------------------------------------
@@ -386,7 +455,7 @@ def test_every_word_of_an_answer_is_one_piece():
     from llama import Tokenizer
     tokenizer = Tokenizer.from_pretrained(world.HERE / "weights" / "llama")
     words = set()
-    for kind in world.SCENES:
+    for kind in miniature.SCENES:
         for scene in scenes(kind, "train", 100):
             words |= {word for _, _, target, _ in scene.questions
                       for word in re.findall(r"\w+", target)}
@@ -395,7 +464,7 @@ def test_every_word_of_an_answer_is_one_piece():
              if len(tokenizer.encode(w)) != 1 + w.isdigit()}
     assert not spelt
     assert tokenizer.decode(tokenizer.encode("red ball, blue box")) == "red ball, blue box"
-    prompts = {question[1] for kind in world.SCENES for scene in scenes(kind, "test", 20)
+    prompts = {question[1] for kind in miniature.SCENES for scene in scenes(kind, "test", 20)
                for question in scene.questions}
     unknown = [p for p in prompts if tokenizer.decode(tokenizer.encode(p)) != p]
     assert not unknown

@@ -43,7 +43,7 @@ def test_recall_asks_for_what_was_told():
                 assert answer == pairs[k + step][("colour", "shape").index(kind)]
         for first, second in zip(words, words[1:], strict=False):
             assert not (first in world.COLOURS and second in world.SHAPES
-                        and world._held_out_pair(first, second)), words
+                        and world.is_held_out_pair(first, second)), words
     assert {(k, *w, "seen") for k in ("colour", "shape")
             for w in ((), ("after",), ("before",))} < kinds
     assert ("colour", "after", "sound") in kinds
@@ -85,7 +85,7 @@ def test_pictures_hold_no_held_out_pair_and_strange_ones_ask_for_no_colour():
     for _, _, words in samples:
         for first, second in zip(words, words[1:], strict=False):
             if first in world.COLOURS and second in world.SHAPES:
-                assert not world._held_out_pair(first, second), words
+                assert not world.is_held_out_pair(first, second), words
 
 
 def test_other_voices_change_the_spectrum_but_not_the_times():
