@@ -159,11 +159,11 @@ def read_manifest(path):
 
 
 def find_manifest(path, split):
-    """A manifest file, or <folder>/<split>.jsonl.  SystemExit if it does not exist."""
+    """A manifest file, or <folder>/<split>.jsonl.  ValueError if it does not exist."""
     path = Path(path)
     manifest = path if path.suffix == ".jsonl" else path / f"{split}.jsonl"
     if not manifest.exists():
-        raise SystemExit(f"{manifest}: no such manifest; name a .jsonl file or a folder with "
+        raise ValueError(f"{manifest}: no such manifest; name a .jsonl file or a folder with "
                          f"{split}.jsonl (the miniature: python -m miniature make)")
     return manifest
 

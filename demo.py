@@ -10,12 +10,15 @@
 import argparse
 import sys
 import time
+from pathlib import Path
 
 import torch
 
+from baselines import load_system
 from data import clip_from_path
-from eval import EvalConfig, load_model, resolve_config
+from favor import preset
 from runtime import distributed, hub
+from runtime.checkpoint import find_checkpoint
 from tools import memory as sizes
 
 
@@ -48,17 +51,19 @@ def main(argv=None):
     parser.add_argument("--beams", type=int, default=0, help="beam search instead of streaming")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="end the answer after these")
     args = parser.parse_args(argv)
-    try:
-        config = resolve_config(EvalConfig(**{name: getattr(args, name) for name in (
-            "model", "checkpoint", "whisper", "instructblip", "llm", "dtype", "merge",
-            "compile", "random_init", "offline")}))
-    except ValueError as error:
-        parser.error(str(error))
+    if args.checkpoint:
+        find_checkpoint(args.checkpoint)
+        args.model = hub.read_json(Path(args.checkpoint) / "favor.json").get("train", {}).get(
+            "model", args.model)
+    sources = {name: getattr(args, name) for name in ("whisper", "instructblip", "llm")
+               if getattr(args, name)}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hub.offline(args.offline)
-    dtype = distributed.precision(args.dtype, config.model, device)[0]
+    dtype = distributed.precision(args.dtype, args.model, device)[0]
     try:
-        model, checkpoint = load_model(config, dtype, device)
+        model, checkpoint = load_system(
+            "favor", preset(args.model, **sources), args.model, args.checkpoint, sources, dtype,
+            device, args.merge, args.compile, sizes.random_part if args.random_init else None)
         clip = clip_from_path(args.clip, args.audio, args.start, args.end, **model.clip_options())
     except (FileNotFoundError, ValueError) as error:        # a MediaError is a ValueError
         sys.exit(str(error))

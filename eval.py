@@ -13,7 +13,6 @@ score falls.  Accuracy is exact match of the whole answer; asr, ac and avsr are 
 The predictions are written as JSONL, with a table and a JSON report beside them."""
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,20 +22,13 @@ import torch
 
 import miniature
 from aveb import judge
-from aveb.answers import (
-    Journal,
-    evaluate,
-    find_manifests,
-    read_manifests,
-    short_hash,
-    views_of,
-)
+from aveb.answers import Journal, evaluate, find_manifests, read_manifests, views_of
 from aveb.tables import report_text, write_report
-from aveb.tasks import TASKS, VIEWS
+from aveb.tasks import TASKS
 from baselines import SYSTEMS, load_system
 from favor import preset
 from runtime import cli, distributed, hub
-from runtime.checkpoint import COMMITTED, find_checkpoint, weights_hash
+from runtime.checkpoint import COMMITTED, find_checkpoint, short_hash, weights_hash
 from runtime.feature_cache import keep_features
 from runtime.files import read_json
 from tools import memory

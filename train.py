@@ -30,16 +30,16 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import eval as evaluation
 import miniature
 from aveb import tables
-from aveb.answers import readable_samples
-from baselines.instructblip import SYSTEMS
+from aveb.answers import evaluate, readable_samples, views_of
+from baselines import SYSTEMS
 from favor import Sample, preset
 from runtime import checkpoint as checkpoints
 from runtime import cli, distributed, flops, hub, loader
 from runtime import log as runlog
 from runtime.feature_cache import FeatureCache
+from runtime.files import write_text
 from runtime.manifests import IMAGE, VIDEO, Corpus, Index, Order, split_weight
 from runtime.mixing import Mixing
 from tools import memory as sizes
@@ -253,7 +253,7 @@ def log_samples(model, records, store, mask, say):
 def dry_run(config):
     """Prints what each part takes, and the memory of a step and of an answer, without weights."""
     dtype, _, why = distributed.precision(config.dtype, config.model, torch.device("cpu"))
-    model = SYSTEMS[config.system].from_config(config.method(), dtype, "meta", random_init=True)
+    model = SYSTEMS[config.system].from_config(config.method(), dtype, "meta", load=sizes.random_part)
     sample = sizes.empty_sample(model, config.clip_seconds)
     batch = config.micro_batch or config.batch
     print(f"--model {config.model} --system {config.system}, weights {why}")
@@ -276,7 +276,7 @@ def read_data(config, kind, say):
     if [Path(path) for path, _ in config.manifests] == [Path(TrainConfig.data[0])]:
         with distributed.main_process_first():
             miniature.make(config.manifests[0][0])
-    manifests = [(evaluation.find_manifest(path, "train"), weight)
+    manifests = [(data.find_manifest(path, "train"), weight)
                  for path, weight in config.manifests]
     usable = (lambda media: (media & (IMAGE | VIDEO)) > 0) if kind.needs_picture else None
     with distributed.main_process_first():
@@ -291,7 +291,7 @@ def build(config, kind, dtype, device, found):
     """The model: frozen parts as they were pretrained; the trained ones fresh, of --start-from, or
     of the checkpoint that was found."""
     model = kind.from_config(config.method(), dtype, "cpu" if config.shard else device,
-                             random_init=config.random_init)
+                             **({"load": sizes.random_part} if config.random_init else {}))
     if config.start_from and not found:
         model.load_trained(config.start_from)
     if found:
@@ -375,7 +375,7 @@ def prepare(config, argv, device, dtype, why, say):
 
 def features_of(config, model, records, say):
     """Kept features of the records, made by the first process, read by all."""
-    beside = evaluation.find_manifest(config.manifests[0][0], "train").parent / "features"
+    beside = data.find_manifest(config.manifests[0][0], "train").parent / "features"
     with distributed.main_process_first():
         store = FeatureCache(config.features or beside, model, log=say)
         if distributed.rank() == 0:
@@ -447,7 +447,7 @@ def main(config, argv):
         say(str(run.skipped))
     if rank == 0:
         say(curve := runlog.draw_curve(log.rows))
-        write_or_note(run, tables.write_text, "loss.txt", curve + "\n")
+        write_or_note(run, write_text, "loss.txt", curve + "\n")
     if config.test:
         test(run, config)
     if run.unsaved:
@@ -556,7 +556,7 @@ def val_batch(config, world):
 
 def test(run, config):
     """The table of eval.py on <data>/test.jsonl, with best/."""
-    manifest = evaluation.find_manifest(config.manifests[0][0], "train").parent / "test.jsonl"
+    manifest = data.find_manifest(config.manifests[0][0], "train").parent / "test.jsonl"
     if not manifest.exists():
         return
     if config.shard:
@@ -570,12 +570,12 @@ def test(run, config):
     tested = [r for r in data.read_manifest(manifest)
               if not model.tasks or r.task in model.tasks]
     store = features_of(config, model, tested, run.say) if run.store is not None else None
-    views = evaluation.views_of(config.system, config.mask)
-    predictions, missing = evaluation.evaluate(
+    views = views_of(config.system, config.mask)
+    predictions, missing = evaluate(
         model, tested, store, views, 4 * val_batch(config, distributed.world()), log=run.say)
     if distributed.rank() == 0:
         facts = {"checkpoint": str(run.out / "best"), "mixture": run.facts["mixture"],
-                 "weights": evaluation.weights_hash(run.out / "best")}
+                 "weights": checkpoints.weights_hash(run.out / "best")}
         if write_or_note(run, tables.write_report, "predictions.jsonl", predictions, views,
                          missing, facts):
             run.say((run.out / "predictions.md").read_text())
@@ -598,11 +598,11 @@ if __name__ == "__main__":
     if settings.dry_run:
         sys.exit(dry_run(settings))
     if settings.start_from:                         # what is missing is said before the processes
-        evaluation.find_checkpoint(settings.start_from)                # start, not once by each
+        checkpoints.find_checkpoint(settings.start_from)                # start, not once by each
     try:
         for path, _ in settings.manifests:
             if Path(path) != Path(TrainConfig.data[0]):
-                Index.of(evaluation.find_manifest(path, "train"))
+                Index.of(data.find_manifest(path, "train"))
         runlog.check_wandb(settings.wandb)
     except ValueError as error:
         sys.exit(str(error))

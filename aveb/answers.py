@@ -6,11 +6,9 @@
    The journal is written while answers are made; a run that was killed answers only the batches that
    the journal lacks.  A batch holds the same questions however many processes there are and however
    often the run was killed, so its answers are the same to the bit.
-   Public: evaluate, views_of, find_manifests, read_manifests; Journal, answer_all, readable_samples,
-   short_hash."""
+   Public: evaluate, views_of, find_manifests, read_manifests; Journal, answer_all, readable_samples."""
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
@@ -39,11 +37,15 @@ def views_of(system, mask="", chosen=()):
 
 def find_manifests(path, tasks):
     """The manifests that --data means: a .jsonl file, <folder>/test.jsonl, or <folder>/<task>.jsonl
-    of those tasks that have one (as `python -m aveb prepare` names them)."""
+    of those tasks that have one.  SystemExit if there is none of these."""
     path = Path(path)
     found = [file for task in tasks if (file := path / f"{task}.jsonl").exists()]
-    return (found if found and not (path / "test.jsonl").exists()
-            else [data.find_manifest(path, "test")])
+    if found and not (path / "test.jsonl").exists():
+        return found
+    try:
+        return [data.find_manifest(path, "test")]
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 def read_manifests(manifests):
@@ -123,15 +125,6 @@ class Journal:
             distributed.all_gather_object(None)
             if distributed.rank() == 0:
                 shutil.rmtree(self.folder)
-
-
-def short_hash(*things):
-    """Short hash of strings and of files' contents (Path)."""
-    whole = hashlib.sha256()
-    for thing in things:
-        whole.update(thing.read_bytes() if isinstance(thing, Path) else str(thing).encode())
-        whole.update(b"\0")
-    return whole.hexdigest()[:12]
 
 
 # ---------------------------------------------------------------- answering

@@ -294,7 +294,7 @@ def read_verdicts(path, rows, view="both"):
 
 def report(task, judge, verdicts):
     """One line: accuracy with its 95 % interval (Wilson), how many were judged, and by whom."""
-    from aveb.metrics import wilson                   # needs numpy, which --help should not load
+    from aveb.metrics import wilson  # needs numpy, which --help should not load
     right, n = sum(v is True for v in verdicts), sum(v is not None for v in verdicts)
     text = "no accuracy"
     if n:

@@ -5,6 +5,7 @@
 
 import re
 
+
 # ---------------------------------------------------------------- text: plain, and as VQA does it
 def normalise(text):
     """Lower case, words only: 'Red ball, blue box.' -> ['red', 'ball', 'blue', 'box']."""

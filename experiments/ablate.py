@@ -40,9 +40,11 @@ import numpy as np
 import torch
 
 import data
-import eval as evaluation
+import miniature
 import train
+from aveb import metrics
 from aveb import tables as reports
+from aveb.answers import evaluate, views_of
 from experiments import figures
 from experiments.tables import (
     FPS,
@@ -53,9 +55,9 @@ from experiments.tables import (
     tables,
 )
 from favor import Favor
-from miniature import world as miniature
 from runtime import cli, distributed, hub
 from runtime.feature_cache import keep_features
+from runtime.files import write_text
 from runtime.log import duration
 
 HERE = Path(__file__).parent.parent
@@ -289,11 +291,11 @@ def remaining(took, waiting, running, at_once):
 # ---------------------------------------------------------------- scoring one run
 def prepare(config, say=print):
     """Clips and their kept features, once, on all cores; the runs find them."""
-    if Path(config.data) == Path(evaluation.EvalConfig.data):
-        miniature.make(config.data, log=say)
+    if Path(config.data) == Path("media/miniature"):
+        miniature.make(config.data)
     model = load(train_config(config, "complete", 0, 1))
     records = [r for split in ("train", "test")
-               for r in data.read_manifest(evaluation.find_manifest(config.data, split))]
+               for r in data.read_manifest(data.find_manifest(config.data, split))]
     keep_features(model, records, Path(config.data) / "features", log=say)
 
 
@@ -332,7 +334,7 @@ def rows_of(predictions, view):
     rows = []
     for task, group in reports.by_task(predictions).items():
         for part, some in (("", group), *sorted(reports.parts_of(group).items())):
-            score = next(iter(reports.scores_of(some, view).values()))
+            score = next(iter(metrics.score(some, view).values()))
             rows.append({"task": task, "part": part, "score": score.value, "n": score.n,
                          "low": score.low, "high": score.high})
     return rows
@@ -344,8 +346,8 @@ def score(config, system, seed, round, say=print):
     and of round 1 of seed 0 the pictures (figures.look_inside) in OUT/inside/<system>.npz."""
     job, rows = job_of(config, system, seed, round), []
     trained = train_config(config, system, seed, round)
-    view = evaluation.views_of("favor", trained.mask, ("both",))[0]
-    records = limited(data.read_manifest(evaluation.find_manifest(config.data, "test")),
+    view = views_of("favor", trained.mask, ("both",))[0]
+    records = limited(data.read_manifest(data.find_manifest(config.data, "test")),
                       config.limit)
     read = partial(keep_features, folder=Path(config.data) / "features", workers=1, log=say)
     before, steps = steps_of(config, round)
@@ -358,7 +360,7 @@ def score(config, system, seed, round, say=print):
                  "vectors": vectors_a_clip(method), "commit": made.get("commit"),
                  "dirty": made.get("dirty")}
         store = read(model, records)
-        predictions, missing = evaluation.evaluate(model, records, store, (view,), log=say)
+        predictions, missing = evaluate(model, records, store, (view,), log=say)
         reports.write_report(checkpoint / "predictions.jsonl", predictions, (view,), missing,
                              {"checkpoint": str(checkpoint), "view": view})
         rows += [facts | row for row in rows_of(predictions, view)]
@@ -381,7 +383,7 @@ def at_other_rates(model, records, read, say=print):
     asked, method, rows = [r for r in records if r.task == "videoqa"], model.config, []
     for fps in FPS if asked else ():
         model.config = dataclasses.replace(method, fps=fps)
-        predictions, _ = evaluation.evaluate(model, asked, read(model, asked), ("both",), log=say)
+        predictions, _ = evaluate(model, asked, read(model, asked), ("both",), log=say)
         rows.append(rows_of(predictions, "both")[0] | {
             "part": f"at {fps:g} Hz", "vectors": vectors_a_clip(model.config)})
     model.config = method
@@ -394,8 +396,8 @@ def collect(out):
     rows = [row for file in Path(out).glob("*-seed*/**/scores.json")
             for row in json.loads(file.read_text())["rows"]]
     results = Results(in_order(rows))
-    reports.write_text(Path(out) / "results.jsonl", jsonl(results.rows))
-    reports.write_text(Path(out) / "results.md", tables(results) + "\n")
+    write_text(Path(out) / "results.jsonl", jsonl(results.rows))
+    write_text(Path(out) / "results.md", tables(results) + "\n")
     return results
 
 

@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from aveb.metrics import ERROR_RATES
+from aveb.tasks import ERROR_RATES
 from experiments import figures
 from experiments import tables as ablation
 from experiments.ablate import COMMITTED, in_order, jsonl

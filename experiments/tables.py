@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from aveb.metrics import ERROR_RATES
 from aveb.paper_numbers import PAPER
+from aveb.tasks import ERROR_RATES
 from miniature import world as miniature
 
 # name: (what the tables call it, its flags of train.py).  The tiny preset: K 5 frames, 10 queries.

@@ -143,10 +143,16 @@ def find_checkpoint(path, model="tiny"):
                      + (f" --model {model}" if model != "tiny" else ""))
 
 
-def weights_hash(folder):
-    """12 hexadecimal digits of the trained weights in a checkpoint; None without one."""
-    files = sorted(folder.rglob("*.safetensors")) if folder else []
-    total = hashlib.sha256()
-    for file in files:
-        total.update(file.read_bytes() + b"\0")
-    return total.hexdigest()[:12] if files else None
+def weights_hash(checkpoint):
+    """Short hash of the trained weights of a checkpoint folder; None without a folder or weights."""
+    files = sorted(Path(checkpoint).rglob("*.safetensors")) if checkpoint else []
+    return short_hash(*files) if files else None
+
+
+def short_hash(*things):
+    """Hash of 12 hex digits of strings and of the contents of files (Path)."""
+    whole = hashlib.sha256()
+    for thing in things:
+        whole.update(thing.read_bytes() if isinstance(thing, Path) else str(thing).encode())
+        whole.update(b"\0")
+    return whole.hexdigest()[:12]

@@ -29,6 +29,8 @@ import lora
 import miniature
 import train
 from aveb import answers, tables
+from aveb.tasks import VIEWS
+from baselines import load_system
 from favor import Favor
 from runtime import checkpoint as checkpoints
 from runtime import cli, loader
@@ -172,7 +174,7 @@ def test_a_run(finished, unbroken, small_parts):
     for task in miniature.TASKS:
         assert f"| **{task}** " in table
     answered = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    assert len(answered) == 36 and {*evaluation.VIEWS} < {*answered[0]}
+    assert len(answered) == 36 and {*VIEWS} < {*answered[0]}
 
 
 def test_flags_reach_the_method(command, tmp_path):
@@ -626,7 +628,7 @@ def test_one_modality_alone(command, small_miniature, tmp_path, monkeypatch, mas
     masks.clear()
     evaluation.main(evaluation.EvalConfig(
         checkpoint=str(tmp_path / "run" / "best"), data=str(small_miniature), mask=mask,
-        task="avm", out=str(tmp_path / "said.jsonl")), [])
+        task="avm", out=str(tmp_path / "said.jsonl")))
     assert masks == {mask}
 
 
@@ -701,7 +703,7 @@ def test_eval_one_task(finished, small_miniature, tmp_path):
     for row, r in zip(rows, records, strict=True):
         assert {*row} == {"id", "task", "prompt", "answer", "references", "meta", "options",
                           "scores",
-                          *evaluation.VIEWS}
+                          *VIEWS}
         assert (row["references"], row["prompt"], row["meta"]) == ([r.target], r.prompt, r.meta)
     head = "| task | n | missing | both | audio only | visual only | blind | chance |"
     assert head in done.stdout
@@ -716,7 +718,7 @@ def test_eval_one_task(finished, small_miniature, tmp_path):
 
 
 def evaluate(*words):
-    evaluation.main(cli.parse(evaluation.EvalConfig, "", [*map(str, words)])[0], [])
+    evaluation.main(cli.parse(evaluation.EvalConfig, "", [*map(str, words)])[0])
 
 
 def test_views(small_model, small_miniature):
@@ -728,10 +730,10 @@ def test_views(small_model, small_miniature):
     for parameter in small_model.trained_parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     small_model.eval()
-    rows, _ = evaluation.evaluate(small_model, records, store, batch=5, log=quiet)
+    rows, _ = answers.evaluate(small_model, records, store, batch=5, log=quiet)
     assert [row["id"] for row in rows] == [r.id for r in records]
     differ = 0
-    for view, mask in evaluation.VIEWS.items():
+    for view, mask in VIEWS.items():
         _, samples = answers.readable_samples(small_model, records, store, mask)
         said = [small_model.generate([sample])[0] for sample in samples]
         assert [row[view] for row in rows] == said
@@ -780,8 +782,7 @@ def test_eval_merges_unless_told_not_to(finished):
     out, answers = finished[0], []
     for merge in (True, False):
         assert evaluation.EvalConfig().merge
-        model, _ = evaluation.load_model(evaluation.EvalConfig(
-            checkpoint=str(out / "best"), merge=merge))
+        model, _ = load_system("favor", None, checkpoint=str(out / "best"), merge=merge)
         layers = list(lora.layers(model).values())
         assert layers and all(layer.merged == merge for layer in layers)
         assert all(layer.unmerged_weight is None for layer in layers)
@@ -792,13 +793,13 @@ def test_eval_merges_unless_told_not_to(finished):
 def test_which_checkpoint(tmp_path, monkeypatch):
     """The last own run, else the committed one, else what to do."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "HERE", tmp_path / "repo")
+    monkeypatch.setattr(checkpoints, "COMMITTED", tmp_path / "repo")
     with pytest.raises(SystemExit, match="python train.py"):
-        evaluation.find_checkpoint("")
-    for folder in (tmp_path / "repo" / "miniature" / "weights" / "favor", Path("runs/tiny/best")):
+        checkpoints.find_checkpoint("")
+    for folder in (tmp_path / "repo", Path("runs/tiny/best")):
         folder.mkdir(parents=True)
         (folder / "favor.json").write_text("{}")
-        assert evaluation.find_checkpoint("") == folder
+        assert checkpoints.find_checkpoint("") == folder
 
 
 def test_table():

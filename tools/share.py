@@ -27,10 +27,10 @@ from safetensors.torch import load_file
 
 import lora
 from aveb import metrics
-from aveb.tables import write_text
-from eval import weights_hash
 from llama import LLM_TENSORS, JsonTokenizer, Llama, LlamaConfig, Tokenizer, as_tuple
 from runtime import hub
+from runtime.checkpoint import weights_hash
+from runtime.files import write_text
 
 MARK = ("<!-- Written by share.py, which writes it anew at every push. Remove this line to keep "
         "your own edits. -->")

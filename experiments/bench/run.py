@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 
-from aveb import tables
 from experiments.bench import goals as bench_goals
 from experiments.bench import media as bench_media
 from experiments.bench import questions as bench_questions
@@ -37,6 +36,7 @@ from experiments.bench import steps as bench_steps
 from experiments.bench.measure import CannotRun, Line, Run, Wrong, ceilings
 from runtime import cli
 from runtime import log as runlog
+from runtime.files import write_text
 
 
 # ---------------------------------------------------------------- goals
@@ -245,12 +245,12 @@ def facts_of(run, config, argv):
 def write(out, outcomes, run, facts):
     """bench.md and bench.json; after each goal, so that a kill loses none that is done."""
     out.mkdir(parents=True, exist_ok=True)
-    tables.write_text(out / "bench.md", markdown(outcomes, run, facts) + "\n")
+    write_text(out / "bench.md", markdown(outcomes, run, facts) + "\n")
     goals = [{"goal": o.name, "text": GOALS[o.name].text, "reached": o.reached, "why": o.why,
               "seconds": o.seconds, "wanted": GOALS[o.name].h200 if run.cuda
               else GOALS[o.name].cpu, "lines": [line.to_dict() for line in o.lines]}
              for o in outcomes]
-    tables.write_text(out / "bench.json", json.dumps(
+    write_text(out / "bench.json", json.dumps(
         {"facts": facts, "ceilings": run.ceilings, "first_calls_s": run.first, "goals": goals},
         indent=1) + "\n")
 

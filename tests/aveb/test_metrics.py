@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 
+import miniature
 from aveb import metrics, paper_numbers
 from aveb import sets as aveb_sets
 from aveb.whisper_norm import whisper_english
-import miniature
 
 
 def row(answer, *references, **more):

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import data
-import eval as evaluation
 import favor
 import train
-from aveb import captions, tables
+from aveb import captions, metrics, tables
 from aveb import prepare as aveb
+from aveb.answers import evaluate
 from aveb.sets import SAVEBENCH, SETS, Files, narration
 from favor import Favor
 
@@ -319,7 +319,7 @@ def test_all_sets_are_here():
     assert len(SETS) == 20 and {name.split()[0] for name in CASES} == set(SETS)
 
 
-def no_java(name):
+def no_java():
     raise captions.CannotRun("needs Java")
 
 
@@ -350,11 +350,11 @@ def test_prepare_check_eval(case, tmp_path, clips, small_model, monkeypatch):
     broken = about.broken
     assert aveb.check(manifest, workers=1, log=lines.append) == broken
     assert any(f": {broken} broken" in line for line in lines)
-    rows, lost = evaluation.evaluate(small_model, records, None, ("both",), log=lines.append)
+    rows, lost = evaluate(small_model, records, None, ("both",), log=lines.append)
     assert len(rows) == len(records) - broken == len(records) - lost.total()
-    monkeypatch.setattr(captions, "_java", no_java)          # METEOR takes half a minute to load
+    monkeypatch.setattr(captions, "package_folder", no_java)          # METEOR takes half a minute to load
     for part in tables.by_task(rows).values():
-        scores = tables.scores_of(part, "both")
+        scores = metrics.score(part, "both")
         assert set(scores) == set(part[0]["meta"]["metrics"])
     assert tables.table(rows, ("both",), lost).count("\n") >= len(scores)
 

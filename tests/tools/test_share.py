@@ -20,13 +20,13 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 from parity import check
 
-import eval as evaluation
 import lora
 from aveb import tables
 from baselines.instructblip import InstructBlip
 from favor import Favor, preset, prompt_ids
 from llama import Llama, LlamaConfig, Tokenizer
 from runtime import hub
+from runtime.checkpoint import weights_hash
 from tools import share
 
 ROOT = Path(share.__file__).parent.parent
@@ -171,7 +171,7 @@ def write_report(path, **settings):
 
 def test_scores_of_these_weights(run):
     best = run / "best"
-    write_report(best / "predictions.json", weights=evaluation.weights_hash(best), beams=5,
+    write_report(best / "predictions.json", weights=weights_hash(best), beams=5,
                  manifest="m|n.jsonl", questions=4, ids="12ab", history="gold", dtype="float32")
     card = share.model_card(run)
     rows = rows_of(card)
