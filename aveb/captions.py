@@ -9,6 +9,7 @@ package pycocoevalcap (extra `eval`).
    but CIDEr-D is 0..10.
    Public: tokenise, bleu_counts, bleu, cider_d, meteor, spice, CannotRun."""
 
+import contextlib
 import functools
 import importlib.util
 import shutil
@@ -96,6 +97,8 @@ def cider_d(answers, references):
     """Tokens -> CIDEr-D of each item.  An n-gram's weight is taken from the references of the items
     at hand, so a part of a set has other weights, and with one item all are 0."""
     package_folder()
+    if not any(any(group) for group in references):
+        raise CannotRun("no words in the references")
     from pycocoevalcap.cider.cider import Cider
     return Cider().compute_score(*_by_item(answers, references))[1]
 
@@ -130,6 +133,8 @@ def meteor(answers, references, resamples=None):
         return total, evaluate(sums)[:-1]
     except (OSError, ValueError) as error:
         scorer.meteor_p.kill()
+        with contextlib.suppress(BrokenPipeError):        # what Java has not read is lost
+            scorer.meteor_p.stdin.close()
         message = scorer.meteor_p.stderr.read().decode(errors="replace").strip().splitlines()
         raise CannotRun(f"METEOR's Java program stopped: {(message or [error])[-1]}") from error
 

@@ -214,6 +214,7 @@ def test_what_cannot_run_says_so(fake_java):
     (fake_java / "spice" / "lib" / "stanford-corenlp-3.6.0.jar").unlink()
     assert str(metrics.METRICS["spider"](rows)) == "n/a (SPICE not installed)"
     (fake_java / "java").write_text(f"#!{sys.executable}\n")
+    rows.append({**rows[0], "answer": "a cat"})
     forget()
     assert str(metrics.METRICS["cider"](rows)) == "n/a (the tokeniser's Java program failed)"
     (fake_java / "java").unlink()
