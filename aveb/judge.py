@@ -305,7 +305,7 @@ def report(task, judge, verdicts):
 
 def main(argv=None):
     """-> exit status: 1 when some answers are not judged."""
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser("python -m aveb.judge", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("predictions", help="JSONL that eval.py wrote")
@@ -330,7 +330,7 @@ def main(argv=None):
             prompt_of(row, args.view)                             # says what a line lacks
         return _judged(args, rows)
     except (ValueError, OSError, JudgeError) as error:
-        sys.exit(f"judge.py: {error}")
+        sys.exit(f"aveb.judge: {error}")
 
 
 def _judged(args, rows):

@@ -52,7 +52,7 @@ TABLES = {title: (tuple((task, metric, "zero-shot" if task in ZERO_SHOT else "")
                         for name in tasks for task, metric in (*COLUMNS, *CAPTION_COLUMNS)
                         if task == name), systems)
           for title, (tasks, systems) in TABLES.items()}
-# the data sets (aveb_sets.SETS) after which a task is no longer zero-shot; isqa and avm: any
+# the data sets (sets.SETS) after which a task is no longer zero-shot; isqa and avm: any
 # training on the task itself
 TRAINED_BY = {"asr": ("librispeech",), "ac": ("audiocaps",), "ic": ("flickr30k",),
               "ocr": ("textvqa",), "vqa": ("gqa",), "videoqa": ("nextqa",), "avsr": ("how2",),

@@ -11,8 +11,8 @@ from test_train import run_forked
 
 import data
 import eval as evaluation
+from aveb import __main__ as command
 from aveb import metrics, tables
-from aveb import prepare as aveb
 from aveb.answers import find_manifests, read_manifests
 from favor import Favor
 
@@ -142,7 +142,7 @@ def test_from_an_official_folder_to_the_table(checkpoint, tmp_path, capsys):
         data.write_wav(chapter / f"12-34-000{n}.wav", torch.randn(8000) * 0.1)
         (chapter / f"12-34-000{n}.wav").rename(chapter / f"12-34-000{n}.flac")   # by content
     manifest = tmp_path / "test.jsonl"
-    aveb.main(["prepare", "librispeech", "--root", str(tmp_path / "LibriSpeech"), "--split",
+    command.main(["prepare", "librispeech", "--root", str(tmp_path / "LibriSpeech"), "--split",
                "test", "--out", str(manifest), "--workers", "1"])
     records = data.read_manifest(manifest)
     assert len(records) == 2 and records[0].target == "red ball"
