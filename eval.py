@@ -50,8 +50,8 @@ class EvalConfig:
                           # there is none, the committed checkpoint)
     whisper: str | None = None  # <source> folder or Hub repo of Whisper (default: as in the
                                 # checkpoint or preset), such as openai/whisper-large-v2
-    instructblip: str | None = None  # <source> the same for InstructBLIP's ViT and Q-Former, such as
-                                     # Salesforce/instructblip-vicuna-7b
+    instructblip: str | None = None  # <source> the same for InstructBLIP's ViT and Q-Former, such
+                                     # as Salesforce/instructblip-vicuna-7b
     llm: str | None = None  # <source> the same for the LLM: a LLaMA, or an InstructBLIP with one
     random_init: bool = False  # use random weights of the full size, without any download, to see
                                # whether they fit into memory and how fast they answer
@@ -64,8 +64,8 @@ class EvalConfig:
                                # answers, no turns, or the model's own answers
     beams: int = 0  # <beams> size of the beam search; 0 takes the checkpoint's, 1 is greedy
     # -- judge
-    judge: str = ""  # <way> who judges avsd and avssd: url (a server), self (this model), none (only
-                     # writes the prompts) or file:VERDICTS (default: url with --judge-url)
+    judge: str = ""  # <way> who judges avsd and avssd: url (a server), self (this model), none
+                     # (only writes the prompts) or file:VERDICTS (default: url with --judge-url)
     judge_url: str = ""  # <address> of an OpenAI-compatible server; its key comes from the
                          # environment variable FAVOR_JUDGE_KEY
     judge_model: str = ""  # <name> of the judge on that server; it is reported beside the score
@@ -75,15 +75,15 @@ class EvalConfig:
                    # folder, in runs/tiny-committed for the committed one)
     # -- speed
     batch: int = 128  # <questions> answered at a time
-    keep_features: bool = True  # encode each clip of the tiny model once, in a feature cache that is
-                                # written beside the manifest
-    processes: int = 0  # <processes> on a CPU without torchrun; 0 means one per core for tiny, four at
-                        # most, and one otherwise
+    keep_features: bool = True  # encode each clip of the tiny model once, in a feature cache that
+                                # is written beside the manifest
+    processes: int = 0  # <processes> on a CPU without torchrun; 0 means one per core for tiny, four
+                        # at most, and one otherwise
     dtype: Literal["", "bfloat16", "float32"] = ""  # of the frozen weights (default: float32 for
                                                     # tiny on a CPU, otherwise bfloat16)
     merge: bool = True  # add LoRA into the LLM's own weights, so that it costs no time
-    compile: bool = False  # compile the decoding of new tokens (on a GPU as a CUDA graph); it has no
-                           # effect on beam search
+    compile: bool = False  # compile the decoding of new tokens (on a GPU as a CUDA graph); it has
+                           # no effect on beam search
 
     def __post_init__(self):
         cli.check_choices(self)

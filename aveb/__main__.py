@@ -8,9 +8,9 @@
      python -m aveb subset gqa-testdev_balanced.jsonl --n 1000 --seed 0
 
 prepare reads the official annotation files below --root, looks for each clip there and in --media,
-reports how many it found, writes <set>-<split>.jsonl and checks it.  A check that was cut off goes on
-where it stopped; the exit status is 1 if files cannot be decoded.  A subset depends on the seed and
-the ids alone: the same hash of ids means the same questions."""
+reports how many it found, writes <set>-<split>.jsonl and checks it.  A check that was cut off goes
+on where it stopped; the exit status is 1 if files cannot be decoded.  A subset depends on the seed
+and the ids alone: the same hash of ids means the same questions."""
 
 import argparse
 import sys
@@ -39,11 +39,13 @@ def arguments():
                      help="folder of the annotation files, and mostly of the media")
     one.add_argument("--media", action="append", default=[], metavar="DIR",
                      help="another folder with media; may be given several times")
-    one.add_argument("--split", help="one of the splits that `list` prints (default: the one that the paper scores, "
-                     "or trains on)")
+    one.add_argument("--split", metavar="SPLIT",
+                     help="one of the splits that `list` prints (default: the one that the paper "
+                     "scores, or trains on)")
     one.add_argument("--out", metavar="JSONL",
                      help="the manifest to write (default: <set>-<split>.jsonl)")
-    one.add_argument("--sample", type=int, metavar="N", help="sample N questions, or N whole dialogues")
+    one.add_argument("--sample", type=int, metavar="N",
+                     help="sample N questions, or N whole dialogues")
     one.add_argument("--hours", type=float, metavar="HOURS",
                      help="sample time windows of this length in all (the paper's ego4d: 600)")
     one.add_argument("--seed", type=int, default=0, metavar="SEED",
@@ -72,7 +74,7 @@ def arguments():
 
 
 def options_of(args, parser):
-    """The options of the set's reader that were given; the program ends if it has no such option."""
+    """The given options of the set's reader; the program ends if it has no such option."""
     options = {"merge": args.merge, "window": args.window}
     options = {key: value for key, value in options.items() if value is not None}
     if unknown := sorted(set(options) - set(SETS[args.set].options)):
@@ -89,7 +91,7 @@ def write_subset(args):
 
 
 def main(argv=None):
-    """-> exit status: 1 if clips cannot be decoded, 2 if files are missing or have another shape."""
+    """-> exit status: 1 if clips cannot be decoded, 2 if files are missing or unusable."""
     parser = arguments()
     args = parser.parse_args(argv)
     try:

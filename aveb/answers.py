@@ -3,10 +3,11 @@
      records --sorted, cut into batches that never change--> batch k belongs to process k mod world
        --model.generate, once per view--> a line of the journal --all processes--> predictions
 
-   The journal is written while answers are made; a run that was killed answers only the batches that
-   the journal lacks.  A batch holds the same questions however many processes there are and however
-   often the run was killed, so its answers are the same to the bit.
-   Public: evaluate, views_of, find_manifests, read_manifests; Journal, answer_all, readable_samples."""
+   The journal is written while answers are made; a run that was killed answers only the batches
+   that the journal lacks.  A batch holds the same questions however many processes there are and
+   however often the run was killed, so its answers are the same to the bit.
+   Public: evaluate, views_of, find_manifests, read_manifests; Journal, answer_all,
+   readable_samples."""
 
 import dataclasses
 import json
@@ -28,8 +29,8 @@ from runtime.files import read_jsonl
 
 # ---------------------------------------------------------------- questions
 def views_of(system, mask="", chosen=()):
-    """The views in which each question is answered: the one that `mask` means, or the chosen ones, or
-    all four (only "both" for a baseline, which has but one modality)."""
+    """The views in which each question is answered: the one that `mask` means, or the chosen ones,
+    or all four (only "both" for a baseline, which has but one modality)."""
     if mask:
         return tuple(view for view, masked in VIEWS.items() if masked == mask)
     return tuple(chosen) or (tuple(VIEWS) if system == "favor" else ("both",))
@@ -81,9 +82,9 @@ def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, hist
 # ---------------------------------------------------------------- the journal
 class Journal:
     """Lines {"id", "prompt", "answers": {view: text}, "references"} or {"id", "skipped": reason} in
-    a folder, written while they are made.  Every start of every process has a file of its own, whose
-    first line holds the settings.  folder None: nothing is written.  SystemExit if the folder holds
-    answers of other settings."""
+    a folder, written while they are made.  Every start of every process has a file of its own,
+    whose first line holds the settings.  folder None: nothing is written.  SystemExit if the folder
+    holds answers of other settings."""
 
     def __init__(self, folder, settings=None):
         self.folder, self.lines, self.file = folder and Path(folder), {}, None
@@ -129,8 +130,8 @@ class Journal:
 
 # ---------------------------------------------------------------- answering
 def readable_samples(model, records, store, mask=None, skipped=None):
-    """Records and their cached features (or, without, their decoded clips) -> the records whose clip
-    can be read, and their Samples.  (id, reason) of the others joins the list `skipped`."""
+    """Records and their cached features (or, without, their decoded clips) -> the records whose
+    clip can be read, and their Samples.  (id, reason) of the others joins the list `skipped`."""
     skipped, read, samples = [] if skipped is None else skipped, [], []
     reading = model.clip_options() if store is None else store.reading
     for r in records:

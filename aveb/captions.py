@@ -36,8 +36,8 @@ def package_folder():
 
 
 def tokenise(answers, references):
-    """Answers and each one's list of references -> the same as tuples of tokens: lower case, without
-    punctuation.  The tokeniser runs once for all of them."""
+    """Answers and each one's list of references -> the same as tuples of tokens: lower case,
+    without punctuation.  The tokeniser runs once for all of them."""
     lines = [" ".join(caption.split()) for caption in (
         *answers, *(reference for group in references for reference in group))]
     # pycocoevalcap's wrapper loses count at an empty line, so these stay here.
@@ -70,8 +70,8 @@ def _by_item(answers, references):
 
 
 def bleu_counts(answers, references):
-    """Tokens -> (items, 10): matched n-grams of each order, n-grams of the answer of each order, its
-    length, the length of the reference closest to it."""
+    """Tokens -> (items, 10): matched n-grams of each order, n-grams of the answer of each order,
+    its length, the length of the reference closest to it."""
     package_folder()
     from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
     rows = []
@@ -145,7 +145,7 @@ def spice(answers, references):
     download that pycocoevalcap.spice.get_stanford_models makes."""
     folder = package_folder()
     if not list(folder.glob("spice/lib/stanford-corenlp-3.6.0*.jar")):
-        raise CannotRun("SPICE not installed")           # it would be downloaded now, without asking
+        raise CannotRun("SPICE not installed")        # the package would now download it unasked
     from pycocoevalcap.spice.spice import Spice
     try:
         _, items = Spice().compute_score(*_by_item(answers, references))

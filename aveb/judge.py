@@ -69,7 +69,7 @@ def prompt_of(row, view="both"):
 
 
 def key_of(prompt, model=""):
-    """What an answer is kept under: another prompt or another judge is another question."""
+    """The key of a reply in the cache; another prompt or another judge has another key."""
     return hashlib.sha256(f"{prompt}\n{model}".encode()).hexdigest()
 
 
@@ -132,7 +132,7 @@ class Judge:
 
     def verdicts(self, rows, view="both"):
         """Lines of predictions -> True, False or None (not judged, see `stopped` and `failures`)
-        for each. JudgeError when the server cannot be asked like this; what it said is kept."""
+        for each.  JudgeError if the server cannot be asked like this; its replies so far are cached."""
         prompts = [prompt_of(row, view) for row in rows]
         keys = [p and key_of(p, self.model) for p in prompts]
         self._ask({k: p for k, p in zip(keys, prompts, strict=True)
@@ -169,7 +169,7 @@ class Judge:
                     return
                 self.asked += 1
             try:
-                return self._keep(key, prompt, self._request(prompt))
+                return self._cache_reply(key, prompt, self._request(prompt))
             except _Trouble as trouble:
                 why, after, again = trouble.args
             except Exception:                         # JudgeError, a full disk: nobody asks on
@@ -189,8 +189,8 @@ class Judge:
             if self._in_a_row >= GIVE_UP:
                 self._stop(f"{GIVE_UP} prompts one after the other got no answer, the last: {why}")
 
-    def _keep(self, key, prompt, said):
-        """Appends to the cache, a line in one piece."""
+    def _cache_reply(self, key, prompt, said):
+        """Appends the reply to the cache, as one whole line."""
         line = json.dumps({"key": key, "model": self.model, "prompt": prompt, "said": said})
         with self._lock, open(self.cache, "ab", buffering=0) as file:
             file.write(f"{line}\n".encode())
@@ -221,7 +221,7 @@ class Judge:
                            ) from None
 
     def _explain(self, response):
-        """An HTTP error -> _Trouble if another attempt or another prompt may do, else JudgeError."""
+        """Raises _Trouble if another attempt or another prompt may help, otherwise JudgeError."""
         status, text = response.status_code, self._without_key(response.text)
         why = f"HTTP {status}: {' '.join(text.split())[:200]}"
         if (status in (408, 425, 429) or status >= 500) and "insufficient_quota" not in text:
@@ -237,8 +237,8 @@ class Judge:
 
 
 class OwnJudge:
-    """Our own model as the judge: it reads the same prompt as a text question, greedy.  `asked` and
-    `stopped` as in Judge; nothing is kept, as the model is at hand."""
+    """Our own model as the judge: it reads the same prompt as a text question and answers greedily.
+    `asked` and `stopped` are as in Judge; nothing is cached on disk."""
     stopped = ""
 
     def __init__(self, model, name=""):
@@ -309,14 +309,15 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("predictions", help="JSONL that eval.py wrote")
-    add("--task", required=True, choices=tuple(TEMPLATES))
-    add("--view", default="both", help='whose answers: both, "audio only" ... (default: both)')
+    add("--task", required=True, choices=tuple(TEMPLATES), help="whose answers are judged")
+    add("--view", default="both", metavar="VIEW",
+        help='answers of which view: both, "audio only", "visual only" or blind (default: both)')
     add("--judge", default="url", metavar="url|none|file:PATH",
-        help="ask a server (default), write the prompts, or read verdicts")
+        help="ask a server (default), only write the prompts, or read verdicts")
     add("--judge-url", default="", help="the server's address, mostly ending in /v1")
     add("--judge-model", default="", help="the judge's name, as the server knows it")
-    for name, text in (("cache", "where answers are kept"), ("budget", "most requests of this run"),
-                       ("timeout", "seconds for one request"), ("workers", "requests at a time")):
+    for name, text in (("cache", "file that caches the replies"), ("budget", "most requests of this run"),
+                       ("timeout", "seconds that one request may take"), ("workers", "requests at the same time")):
         default = getattr(Judge, name)
         add("--judge-" + name, type=type(default), default=default,
             help=f"{text} (default: {default})")

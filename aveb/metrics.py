@@ -43,7 +43,7 @@ class Score:
     missing: int = 0                  # items without an answer, not among the n
     unit: str = "%"
     better: str = "higher"
-    note: str = ""                    # how it was made: 'tok=regex'
+    note: str = ""                    # how it was made: 'norm=ours'
     items: dict = field(default_factory=dict, repr=False, compare=False)   # id: its own score
 
     def __str__(self):
@@ -97,7 +97,7 @@ def bootstrap(counts, measure, **kind):
 
 
 def mean_score(values, **kind):
-    """Score of the mean of one number an item."""
+    """Score of the mean of one number per item."""
     counts = np.stack([np.asarray(values, float), np.ones(len(values))], 1)
     return bootstrap(counts, lambda sums: sums[..., 0] / sums[..., 1],
                      items=[round(100 * float(value), 4) for value in values], **kind)
@@ -144,14 +144,14 @@ def metric(name, key="answer"):
 
 
 def default_metrics(task):
-    """The metrics of records that name none: word error rate or exact match (the miniature's answers
-    are normalised words)."""
+    """The metrics of records that name none: word error rate or exact match (the miniature's
+    answers are normalised words)."""
     return ("wer_basic",) if task in ERROR_RATES else ("exact",)
 
 
 def score(rows, view="answer"):
-    """{metric: Score or Unavailable} of the answers in row[view]: each metric over the rows that name
-    it.  ValueError if a row names a metric that does not exist."""
+    """{metric: Score or Unavailable} of the answers in row[view]: each metric over the rows that
+    name it.  ValueError if a row names a metric that does not exist."""
     rows = [{"options": [], **row, "answer": row[view],
              "verdict": row.get("verdicts", {}).get(view, row.get("verdict"))} for row in rows]
     named = [(row, row["meta"].get("metrics") or default_metrics(row["task"])) for row in rows]
@@ -358,6 +358,6 @@ def judged(rows):
 
 @metric("answer_length")
 def answer_length(rows):
-    """Words an answer, to read beside word_match: who enumerates candidates is right more often."""
+    """Words per answer, to read beside word_match: listing many candidates scores higher there."""
     result = mean_score([len(row["answer"].split()) / 100 for row in rows])
     return dataclasses.replace(result, unit="words", better="")

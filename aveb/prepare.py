@@ -3,8 +3,8 @@
      annotation files --prepare--> <set>-<split>.jsonl --check--> which clips cannot be decoded
      manifest --subset--> n questions, the same ones for the same seed
 
-   A check that was cut off goes on where it stopped.  A subset depends on the seed and the ids alone:
-   the same hash of ids means the same questions.
+   A check that was cut off goes on where it stopped.  A subset depends on the seed and the ids
+   alone: the same hash of ids means the same questions.
    Public: prepare, check, subset, ids_hash."""
 
 import hashlib
@@ -33,9 +33,9 @@ def ids_hash(records):
 
 
 def subset(records, n=None, seed=0, hours=None):
-    """n questions, or `hours` of time windows, sampled by a hash of seed and id, in the order they had.
-    A dialogue counts as one question and stays whole.  If clips are missing, the same others are
-    sampled.  ValueError if `hours` is asked of records without time windows."""
+    """n questions, or `hours` of time windows, sampled by a hash of seed and id, in the order they
+    had.  A dialogue counts as one question and stays whole.  If clips are missing, the same others
+    are sampled.  ValueError if `hours` is asked of records without time windows."""
     firsts, chosen, seconds = {}, set(), 0.0
     for record in records:
         firsts.setdefault(_unit(record), record)
@@ -62,8 +62,8 @@ def _unit(record):
 
 def prepare(name, root, split=None, media=(), out=None, sample=None, hours=None, seed=0, log=print,
             **options):
-    """Official files -> path of the manifest (default: <set>-<split>.jsonl here).  sample, hours, seed:
-    as in subset; options: those of the set's reader."""
+    """Official files -> path of the manifest (default: <set>-<split>.jsonl here).  sample, hours,
+    seed: as in subset; options: those of the set's reader."""
     files, records, reported = Files(name, root, split, media), [], time.time()
     for record in files.records(**options):
         records.append(record)
@@ -113,12 +113,14 @@ def check_clip(record):
 
 
 def check(manifest, workers=None, log=print):
-    """Decodes every clip of a manifest on all cores -> number of clips that cannot be read.  Results
-    are written to <manifest>.check.jsonl while they come, so only new or changed files are read."""
+    """Decodes every clip of a manifest on all cores -> number of clips that cannot be read.
+    Results are written to <manifest>.check.jsonl while they come, so only new or changed files are
+    read."""
     records, results_file = data.read_manifest(manifest), Path(f"{manifest}.check.jsonl")
     keys = {record.id: clip_key(record) for record in records}
     clips = {keys[record.id]: record for record in reversed(records)}          # the first of each
-    results = {key: row for row in read_jsonl(results_file) if (key := row.pop("clip", "")) in clips}
+    results = {key: row for row in read_jsonl(results_file)
+               if (key := row.pop("clip", "")) in clips}
     todo = [key for key in dict.fromkeys(keys.values()) if key not in results]
     workers = min(workers or cli.cores(), 1 + len(todo) // 16)   # a worker takes seconds to start
     if results:

@@ -7,8 +7,8 @@
      python -m aveb.speech avm --vggss vggss-test.jsonl --spokencoco spokencoco-val.jsonl --out aveb
 
 isqa: image + question --text to speech--> image + wav (16 kHz, mono) in <out>/isqa/, isqa.jsonl.
-     The same --n and --seed as in python -m aveb subset speak the very questions of ocr and vqa.  The
-     paper used a commercial system: the protocol is the same, the numbers are not comparable.
+     The same --n and --seed as in python -m aveb subset speak the very questions of ocr and vqa.
+     The paper used a commercial system: the protocol is the same, the numbers are not comparable.
 avm:  half of the pictures keep their own sound ("Yes"), half get one from the same data set ("No"),
      never of the same record, file or class; avm.jsonl.
 

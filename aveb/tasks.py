@@ -1,12 +1,12 @@
-"""The tasks of AVEB (paper Sec. 4.1, Table 1): their names, what scores them, and the views in which
-a question is answered.
+"""The tasks of AVEB (paper Sec. 4.1, Table 1): their names, what scores them, and the views in
+which a question is answered.
 
    Public: TASKS, METRICS, ERROR_RATES, VIEWS, HISTORIES."""
 
 # asr speech recognition, ac audio captions, ic image captions, ocr text in images, vqa questions
 # about images, videoqa about videos, avsr audio-visual speech recognition, avsd dialogues about
-# videos, isqa spoken questions about images, avssd which thing makes the sound, avm whether sound and
-# picture match; favd and valor: audio-visual captions (Table 4)
+# videos, isqa spoken questions about images, avssd which thing makes the sound, avm whether sound
+# and picture match; favd and valor: audio-visual captions (Table 4)
 TASKS = ("asr", "ac", "ic", "ocr", "vqa", "videoqa", "avsr", "avsd", "isqa", "avssd", "avm",
          "favd", "valor")
 

@@ -37,7 +37,7 @@ def vqa_words(text):
     """Words after the processing of the VQA and TextVQA evaluation (EvalAI): lower case, no
     punctuation (deleted where the text has the mark beside a space or between digits, else a
     space), no articles, number words as digits, apostrophes put back.  A text of articles and
-    punctuation only stays as it is, so that it can still be told from silence."""
+    punctuation only stays as it is, so that it still differs from no answer."""
     text = " ".join(text.lower().replace("’", "'").split())
     kept, digits = text, re.search(r"\d,\d", text) is not None
     for mark in VQA_MARKS:
@@ -125,7 +125,7 @@ FILLERS = set("a an the of in on at by and or to with is are it being playing so
 
 def label_match(answer, label):
     """Whether all content words of a part of the class ("donkey, ass braying": two parts) are in
-    the answer, their endings aside.  For looking at; not comparable with a judged accuracy."""
+    the answer, without their endings.  It is a quick check and not comparable with a judged accuracy."""
     def words(text):
         return {re.sub(r"(ing|ed|es|e|s)$", "", w) if len(w) > 3 else w
                 for w in re.findall(r"[^\W_]+", text.lower()) if w not in FILLERS}

@@ -18,10 +18,10 @@ def load_system(system, config, model="tiny", checkpoint="", sources=None, dtype
 
     config: a FavorConfig, for a model without a checkpoint.  model: the preset's name, by which the
     newest checkpoint is found.  sources: {"whisper", "instructblip" or "llm": folder or Hub repo}
-    of frozen parts that have moved.  merge: add LoRA into the LLM's weights.  compile: torch.compile
-    for new tokens.  load: makes the parts instead of a checkpoint, such as tools.memory.random_part.
-    Raises SystemExit without a checkpoint; FileNotFoundError or ValueError if a part is missing or
-    does not fit."""
+    of frozen parts that have moved.  merge: add LoRA into the LLM's weights.  compile:
+    torch.compile for new tokens.  load: makes the parts instead of a checkpoint, such as
+    tools.memory.random_part.  Raises SystemExit without a checkpoint; FileNotFoundError or
+    ValueError if a part is missing or does not fit."""
     kind, folder = SYSTEMS[system], None
     if load is not None:
         built = kind.from_config(config, dtype, device, load=load).eval()

@@ -1,13 +1,13 @@
-"""InstructBLIP, the paper's visual baseline, from the same parts as FAVOR.  Paper Sec. 4.2, Tables 2
-and 3.
+"""InstructBLIP, the paper's visual baseline, from the same parts as FAVOR.  Paper Sec. 4.2, Tables
+2 and 3.
 
      an image, or 5 frames of a video (F,3,224,224) --ViT--> (F,P,D_vit)
         --Q-Former, which reads the prompt--> (F,V,D) --language_projection--> (F*V,D_llm)
         --[vectors | </s> prompt]--> Vicuna --> answer
 
-   It works with public weights alone and offers the methods of Favor that eval.py and train.py call.
-   It can also be fine-tuned (the row "fine-tuned" of Table 2): Q-Former, queries and projection
-   learn, as in InstructBLIP's own instruction tuning, while ViT and LLM stay frozen.
+   It works with public weights alone and offers the methods of Favor that eval.py and train.py
+   call.  It can also be fine-tuned (the row "fine-tuned" of Table 2): Q-Former, queries and
+   projection learn, as in InstructBLIP's own instruction tuning, while ViT and LLM stay frozen.
    Public: InstructBlip."""
 
 import dataclasses
@@ -33,7 +33,7 @@ class InstructBlip(Favor):
 
     def __init__(self, config, visual, projection, llm, tokenizer, qformer_tokenizer):
         nn.Module.__init__(self)
-        # One "window" a frame, of as many vectors as the Q-Former has queries; no diversity loss.
+        # One "window" per frame, of as many vectors as the Q-Former has queries; no diversity loss.
         self.config = dataclasses.replace(config, queries=visual.n_queries, diversity=0.0,
                                           encoder_dropout=0.0, lora_targets=())
         self.tokenizer, self.qformer_tokenizer = tokenizer, qformer_tokenizer
@@ -81,8 +81,8 @@ class InstructBlip(Favor):
 
     @torch.no_grad()
     def encode_all(self, clips, prompts):
-        """Clips -> a Features each: the ViT's (F,P,D_vit) of an image or of FRAMES frames; the
-        Q-Former, which may learn, comes later.  Sound is not heard."""
+        """Clips -> one Features each: the ViT's (F,P,D_vit) of an image or of FRAMES frames.  The
+        Q-Former comes later, as it may be trained.  Sound is ignored."""
         device, found = self.language_projection.weight.device, {}
         for clip in clips:
             if clip is not None and clip.frames is not None and id(clip) not in found:
@@ -101,7 +101,7 @@ class InstructBlip(Favor):
         return self.encode_sample(sample).features.visual, None
 
     def empty_features(self, seconds):
-        """A video's, on the device "meta"."""
+        """Those of a video, on the device "meta"."""
         vit = self.visual.vit.config
         return torch.empty(FRAMES, vit.n_patches + 1, vit.width, device="meta"), None
 
@@ -110,8 +110,8 @@ class InstructBlip(Favor):
         return 0 if image is None else len(image)
 
     def text_ids(self, sample, has_clip):
-        """[vectors | </s> prompt | answer </s>]: InstructBLIP's first token is </s>, and there is
-        no template.  Earlier turns of a dialogue stand before the question."""
+        """Ids of [vectors | </s> prompt | answer </s>]: InstructBLIP's first token is </s>, and it
+        has no template.  Earlier turns of a dialogue stand before the question."""
         turns = [f"{question} {answer}" for question, answer in sample.history]
         prompt = self.tokenizer.encode(" ".join([*turns, sample.prompt]))
         answer = [] if sample.target is None else [
@@ -119,9 +119,9 @@ class InstructBlip(Favor):
         return [], [self.tokenizer.eos_id, *prompt], answer
 
     def audio_visual_tokens(self, samples):
-        """Samples -> LLM vectors, one (F*V,D_llm) a sample ((0,D_llm) for text), and the queries.
-        One dummy frame of zeros goes along, so that every rank of a DDP run touches every trained
-        parameter; a masked picture is vectors of zeros."""
+        """Samples -> LLM vectors, one (F*V,D_llm) per sample ((0,D_llm) for text), and the queries.
+        A dummy frame of zeros goes along, so that every rank of a DDP run gives every trained
+        parameter a gradient.  A masked picture becomes vectors of zeros."""
         images = [self.features_of(sample)[0] for sample in samples]
         counts = [0 if image is None else len(image) for image in images]
         patches, width = self.visual.vit.config.n_patches + 1, self.visual.vit.config.width

@@ -7,7 +7,7 @@
 
    B chunks, P positions (1500 a chunk), T tokens, D width, N beams; in this file S counts samples.
    Parameter names are the Hub's after "model.decoder.", so state_dict() is the published layout.
-   Public: Whisper, WhisperDecoder, WhisperDecoderConfig, WhisperTokenizer."""
+   Public: WhisperBaseline, Whisper, WhisperDecoder, WhisperDecoderConfig, WhisperTokenizer."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -279,7 +279,8 @@ class Whisper(nn.Module):
 
 
 class WhisperBaseline(nn.Module):
-    """Whisper with its own decoder: hears the sound of a clip, whatever the question."""
+    """The paper's speech baseline (Sec. 4.2, Tables 2 and 3): Whisper with its own decoder and public
+    weights.  It transcribes the sound of a clip, whatever the question."""
     system = "whisper"
     tasks = ("asr", "avsr")
 
@@ -305,6 +306,6 @@ class WhisperBaseline(nn.Module):
         """A transcript of each Sample; "" where there is no sound or it is masked."""
         heard = [None if s.mask in ("audio", "both") else self.encode_sample(s).features.audio
                  for s in samples]
-        said = iter(self.whisper.transcribe(
+        texts = iter(self.whisper.transcribe(
             [audio for audio in heard if audio is not None], beams=num_beams))
-        return ["" if audio is None else next(said) for audio in heard]
+        return ["" if audio is None else next(texts) for audio in heard]

@@ -1,9 +1,9 @@
-"""What the readers of all data sets share: `Files`, which looks for a set's files and counts what it
-finds, and `SETS`, the table that the other modules of this folder fill.
+"""What the readers of all data sets share: `Files`, which looks for a set's files and counts what
+it finds, and `SETS`, the table that the other modules of this folder fill.
 
-   A reader is a generator: it gets a Files and yields Records.  Its docstring shows what the official
-   files look like (rows are made up); errors print it.  What is absent or unusable is left out and
-   counted; only an annotation file that is missing or has another shape is an error.
+   A reader is a generator: it gets a Files and yields Records.  Its docstring shows what the
+   official files look like (rows are made up); errors print it.  What is absent or unusable is left
+   out and counted; only an annotation file that is missing or has another shape is an error.
    Public: SETS, Set, Files, under, with_choices."""
 
 import csv

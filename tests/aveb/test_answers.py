@@ -145,5 +145,5 @@ def test_own_answers_with_a_real_model(checkpoint, records):
 
 
 def test_unknown_history():
-    with pytest.raises(ValueError, match="--history silver: no such choice; choose from gold, none, model"):
+    with pytest.raises(ValueError, match="--history silver: no such choice; choose from gold, no"):
         evaluation.EvalConfig(history="silver")

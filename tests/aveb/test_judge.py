@@ -296,8 +296,9 @@ def test_killed_and_run_again(serve, tmp_path):
     server, rows = serve(slow), rows_of(50)
     file, cache = tmp_path / "p.jsonl", tmp_path / "cache.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "aveb.judge", file, "--task", "avsd", "--judge-url", server.url,
-               "--judge-model", "fake-1", "--judge-cache", cache, "--judge-workers", "2"]
+    command = [sys.executable, "-m", "aveb.judge", file, "--task", "avsd",
+               "--judge-url", server.url, "--judge-model", "fake-1", "--judge-cache", cache,
+               "--judge-workers", "2"]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not cache.exists() or cache.read_bytes().count(b"key") < 10:
         time.sleep(0.01)

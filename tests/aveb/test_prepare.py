@@ -355,7 +355,7 @@ def test_prepare_check_eval(case, tmp_path, clips, small_model, monkeypatch):
     assert any(f": {broken} broken" in line for line in lines)
     rows, lost = evaluate(small_model, records, None, ("both",), log=lines.append)
     assert len(rows) == len(records) - broken == len(records) - lost.total()
-    monkeypatch.setattr(captions, "package_folder", no_java)          # METEOR takes half a minute to load
+    monkeypatch.setattr(captions, "package_folder", no_java)   # it takes half a minute to load
     for part in tables.by_task(rows).values():
         scores = metrics.score(part, "both")
         assert set(scores) == set(part[0]["meta"]["metrics"])
