@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime.files import write_text
+from runtime.hub import write_text
 from runtime.media import AUDIO_RATE, MediaError, probe, read_audio, read_frames, read_image
 from vit_qformer import resize, resize_plain
 

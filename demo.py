@@ -1,71 +1,101 @@
 """Answers a question about any video, sound or image file.
 
+     python demo.py                                       a first look: a small clip that is here
      python demo.py clip.mp4 "What happens after the beep?"
      python demo.py photo.jpg "What colour is the ball?" --audio question.wav
      python demo.py clip.mp4 "Describe the video in detail." --start 10 --end 40
      python demo.py clip.mp4 "Which sounds are heard?" --checkpoint runs/7b/best
      python demo.py clip.mp4 "Hello?" --model 7b --random-init      does the full size run here?"""
 
+import runtime  # noqa: F401  before torch: it sets how threads wait
+
+# isort: split
 
 import argparse
+import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 
+from baselines.systems import load_system
 from data import clip_from_path
-from eval import EvalConfig, load_model, resolve_config
+from favor import PRESETS, preset
 from runtime import distributed, hub
-from tools import memory as sizes
+from runtime.checkpoint import trained_preset
+from runtime.log import in_words, peak_memory
+from runtime.media import probe
+from tools import memory
+
+EXAMPLE = Path(__file__).parent / "miniature" / "demo.json"
+PARTS = ("whisper", "instructblip", "llm")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    clip = parser.add_argument_group("clip and question")
+    clip.add_argument("clip", nargs="?", help="a video, sound or image file")
+    clip.add_argument("question", nargs="?", help="what to answer about it, one sentence")
+    clip.add_argument("--audio", metavar="FILE",
+                      help="sound to go with an image, or in place of a video's own")
+    clip.add_argument("--start", type=float, metavar="S", help="first second to look at")
+    clip.add_argument("--end", type=float, metavar="S", help="second to stop at")
+    clip.add_argument("--mask", choices=("audio", "visual", "both"),
+                      help="answer without this modality")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="tiny", choices=tuple(PRESETS),
+                       help="preset of all sizes (default: tiny)")
+    model.add_argument("--checkpoint", default="", metavar="FOLDER",
+                       help="checkpoint of train.py (default: runs/<model>/best; for tiny, if there "
+                            "is none, the committed one)")
+    for part in PARTS:
+        model.add_argument(f"--{part}", metavar="SOURCE", help=f"folder or Hub repository of {part} "
+                           "(default: where the checkpoint says)")
+    model.add_argument("--dtype", default="", choices=("bfloat16", "float32"),
+                       help="of frozen weights (default: float32 for tiny on a CPU, else bfloat16)")
+    model.add_argument("--merge", action=argparse.BooleanOptionalAction, default=True,
+                       help="add LoRA into the LLM's own weights, so that it costs nothing "
+                            "(default: on)")
+    model.add_argument("--compile", action="store_true", help="torch.compile for each new token, on "
+                       "a GPU as a CUDA graph: slow to start, for long answers")
+    model.add_argument("--random-init", action="store_true",
+                       help="full size with random weights: nothing to download, nonsense to read")
+    model.add_argument("--offline", action="store_true",
+                       help="take what the Hub's cache has and open no connection")
+    answer = parser.add_argument_group("answer")
+    answer.add_argument("--beams", type=int, default=0, metavar="N",
+                        help="beam search with N beams instead of streaming (default: what the "
+                             "checkpoint says)")
+    answer.add_argument("--max-new-tokens", type=int, default=0, metavar="N",
+                        help="end the answer after N tokens (default: what the checkpoint says)")
+    return parser
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clip", help="a video, sound or image file")
-    parser.add_argument("question")
-    parser.add_argument("--audio", help="sound to go with an image or instead of a video's own")
-    parser.add_argument("--start", type=float, help="seconds: look at a part of the file only")
-    parser.add_argument("--end", type=float, help="seconds")
-    parser.add_argument("--model", default="tiny", help="preset: tiny, 7b, 13b")
-    parser.add_argument("--checkpoint", default="",
-                        help="default: runs/<model>/best, for tiny else the committed one")
-    parser.add_argument("--whisper", help="where Whisper is, if not where the checkpoint says")
-    parser.add_argument("--instructblip", help="the same for InstructBLIP's ViT and Q-Former")
-    parser.add_argument("--llm", help="the same for the LLM")
-    parser.add_argument("--dtype", default="", choices=("bfloat16", "float32"),
-                        help="default: float32 for tiny on a CPU, else bfloat16")
-    parser.add_argument("--merge", action=argparse.BooleanOptionalAction, default=True,
-                        help="LoRA added into the LLM's own weights (default: yes)")
-    parser.add_argument("--compile", action="store_true",
-                        help="torch.compile for each new token, on a GPU as a CUDA graph: slow to "
-                             "start, for long answers")
-    parser.add_argument("--random-init", action="store_true",
-                        help="full size with random weights: nothing to download, nonsense to read")
-    parser.add_argument("--offline", action="store_true", help="do not ask the Hub")
-    parser.add_argument("--mask", choices=("audio", "visual", "both"),
-                        help="answer without this modality")
-    parser.add_argument("--beams", type=int, default=0, help="beam search instead of streaming")
-    parser.add_argument("--max-new-tokens", type=int, default=0, help="end the answer after these")
+    parser = arguments()
     args = parser.parse_args(argv)
-    try:
-        config = resolve_config(EvalConfig(**{name: getattr(args, name) for name in (
-            "model", "checkpoint", "whisper", "instructblip", "llm", "dtype", "merge",
-            "compile", "random_init", "offline")}))
-    except ValueError as error:
-        parser.error(str(error))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.clip and not args.question:
+        parser.error(f"no question about {args.clip}; give one: demo.py {args.clip} \"What is "
+                     "seen?\"")
+    if args.random_init and args.checkpoint:
+        parser.error("--random-init does not go with --checkpoint")
     hub.offline(args.offline)
-    dtype = distributed.precision(args.dtype, config.model, device)[0]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sources = {part: source for part in PARTS if (source := getattr(args, part))}
+    name = args.model if args.random_init else trained_preset(args.checkpoint, args.model)
     try:
-        model, checkpoint = load_model(config, dtype, device)
+        model, folder = load_system(
+            "favor", preset(args.model, **sources), args.model, args.checkpoint, sources,
+            distributed.precision(args.dtype, name, device)[0], device, args.merge, args.compile,
+            memory.random_part if args.random_init else None)
+        if not args.clip:
+            return first_look(model, folder or "random weights")
         clip = clip_from_path(args.clip, args.audio, args.start, args.end, **model.clip_options())
     except (FileNotFoundError, ValueError) as error:        # a MediaError is a ValueError
         sys.exit(str(error))
-    frames = 0 if clip.frames is None else len(clip.frames)
-    sound = "no sound" if clip.audio is None else f"{len(clip.audio) / 16000:.2f} s of sound"
-    picture = "an image" if clip.is_image else f"{frames} frames"
-    print(f"[{checkpoint or 'random weights'}: {picture}, {sound}]", file=sys.stderr)
+    print(f"[{folder or 'random weights'}: {contents(clip)}]", file=sys.stderr)
     settings = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
     started = time.time()
     if args.beams or model.config.beams > 1:
@@ -76,8 +106,35 @@ def main(argv=None):
                      stream=lambda text: print(text, end="", flush=True))
         print()
     if args.random_init:
-        peak = sizes.in_words(sizes.peak_memory(device))
+        peak = in_words(peak_memory(device))
         print(f"[{time.time() - started:.1f} s, peak memory {peak}]", file=sys.stderr)
+
+
+def contents(clip):
+    """'10 frames, 5.00 s of sound'"""
+    frames = 0 if clip.frames is None else len(clip.frames)
+    picture = "an image" if clip.is_image else f"{frames} frames"
+    sound = "no sound" if clip.audio is None else f"{len(clip.audio) / 16000:.2f} s of sound"
+    return f"{picture}, {sound}"
+
+
+def first_look(model, name):
+    """A question about the clip that comes with the code, with and without each modality."""
+    example = json.loads(EXAMPLE.read_text())
+    path = EXAMPLE.parent / example["clip"]
+    clip = clip_from_path(path, **model.clip_options())
+    here = Path.cwd()
+    shown = path.relative_to(here) if path.is_relative_to(here) else path
+    print(f"clip                 {shown} ({probe(path).seconds:g} s: {contents(clip)})\n"
+          f"question             {example['question']}\n"
+          f"right answer         {example['answer']}\n")
+    for view, mask in (("picture and sound", None), ("without the sound", "audio"),
+                       ("without the picture", "visual")):
+        print(f"{view:<20} {model.answer(clip, example['question'], mask=mask)}", flush=True)
+    print(f"\nThe answers are those of {name}.  Next:\n"
+          '  python demo.py YOUR_CLIP "your question"           any video, sound or image file\n'
+          "  python eval.py --task videoqa --limit 20           scores one task\n"
+          "  python train.py                                    trains such a model, in minutes")
 
 
 if __name__ == "__main__":

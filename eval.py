@@ -8,80 +8,102 @@
      python eval.py --model 13b --system whisper --beams 5 --data my/test.jsonl   weights, untrained
 
 Each question is answered four times: as it is, with the sound masked, with the picture masked, and
-blind (both masked, the same trained model): a task needs what it falls without.  Accuracy is exact
-match of the whole answer; asr, ac and avsr are word error rates.  Predictions are kept as JSONL."""
+blind (both masked), always by the same trained model: a task needs the modality without which its
+score falls.  Accuracy is exact match of the whole answer; asr, ac and avsr are word error rates.
+The predictions are written as JSONL, with a table and a JSON report beside them."""
 
+import runtime  # noqa: F401  before torch: it sets how threads wait
+
+# isort: split
 
 import dataclasses
-import sys
-from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-import data
-import lora
-from aveb import captions, judge
-from aveb.answers import HISTORIES, VIEWS, Journal, answer_all
-from aveb.tables import TASKS, report_text, write_report
-from baselines.instructblip import SYSTEMS
+import miniature
+from aveb import judge
+from aveb.answers import Journal, evaluate, find_manifests, read_manifests, views_of
+from aveb.tables import report_text, write_report
+from aveb.tasks import TASKS
+from baselines.systems import SYSTEMS, load_system
 from favor import preset
-from miniature import world as miniature
 from runtime import cli, distributed, hub
-from runtime.checkpoint import find_checkpoint, short_hash, weights_hash
+from runtime.checkpoint import (
+    COMMITTED,
+    find_checkpoint,
+    short_hash,
+    trained_preset,
+    weights_hash,
+)
+from runtime.distributed import log
 from runtime.feature_cache import cache_features
+from runtime.hub import read_json
 from tools import memory
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    task: str = "all"  # or some of asr,ac,ic,ocr,vqa,videoqa,avsr,avsd,isqa,avssd,avm,favd,valor
-    model: str = "tiny"  # preset: tiny, 7b, 13b (a given --checkpoint says it itself)
-    system: str = "favor"  # or the paper's baselines: whisper, instructblip
-    checkpoint: str = ""  # folder that train.py wrote (default: runs/<model>/best, else the committed one)
-    data: str = "media/miniature"  # a manifest (.jsonl), or a folder with test.jsonl or TASK.jsonl
-    views: tuple = ()  # of "both" "audio only" "visual only" "blind" (default: all that differ)
-    mask: str = ""  # audio or visual: as --views "visual only" or "audio only"
-    out: str = ""  # predictions (default: in <checkpoint>/; runs/tiny-committed/ for the committed one)
-    batch: int = 128  # questions answered at a time
-    limit: int = 0  # at most so many questions a task (0: all)
-    keep_features: bool = True  # encode each clip once and keep the features beside the manifest
-    beams: int = 0  # beam search with so many beams (0: what the checkpoint says)
-    history: str = "gold"  # of dialogues: the right answers, none, or the model's own (model)
-    judge: str = ""  # of avsd, avssd: url, self (this model), none (writes prompts), file:VERDICTS
-    judge_url: str = ""  # an OpenAI-compatible server; the key comes from FAVOR_JUDGE_KEY
-    judge_model: str = ""  # the judge's name there; it stands beside the score
-    judge_budget: int = 10_000  # most requests of this run
-    java: str = "java"  # for METEOR, SPICE and their tokeniser
-    spice_jar: str = ""  # spice-1.0.jar beside lib/ with Stanford CoreNLP 3.6.0 (user's download)
-    spice_java: str = ""  # SPICE wants Java 8 or 11 (default: as --java)
-    processes: int = 0  # on a CPU without torchrun (0: tiny one a core, four at most; others one)
-    dtype: str = ""  # bfloat16 or float32 (default: float32 for tiny on a CPU)
-    merge: bool = True  # LoRA added into the LLM's own weights, which then cost what they cost bare
-    compile: bool = False  # torch.compile for new tokens, on a GPU as a CUDA graph; not for beams
-    random_init: bool = False  # full size, random weights, no download: does it fit, how fast
-    offline: bool = False  # take what the Hub's cache has, ask no network
-    # frozen parts: folders in the Hub's layout, or Hub repos (default: the checkpoint's, preset's)
-    whisper: str | None = None  # e.g. openai/whisper-large-v2
-    instructblip: str | None = None  # ViT and Q-Former, e.g. Salesforce/instructblip-vicuna-7b
-    llm: str | None = None  # a LLaMA, or an InstructBLIP that holds one
+    # -- data
+    data: str = "media/miniature"  # <path> a manifest (.jsonl), or a folder with test.jsonl or one
+                                   # TASK.jsonl per task; the miniature's clips are made if needed
+    task: str = "all"  # <tasks> all, or some of asr, ac, ic, ocr, vqa, videoqa, avsr, avsd, isqa,
+                       # avssd, avm, favd and valor with commas between them
+    limit: int = 0  # <questions> answer at most this many questions of each task; 0 answers all
+    # -- model
+    model: str = "tiny"  # preset of sizes: tiny, 7b or 13b; a given --checkpoint knows its own
+    system: Literal["favor", "instructblip", "whisper"] = "favor"  # FAVOR or one of the paper's
+                                                                   # single-modality baselines
+    checkpoint: str = ""  # <folder> written by train.py (default: runs/<model>/best; for tiny, if
+                          # there is none, the committed checkpoint)
+    whisper: str | None = None  # <source> folder or Hub repo of Whisper (default: as in the
+                                # checkpoint or preset), such as openai/whisper-large-v2
+    instructblip: str | None = None  # <source> the same for InstructBLIP's ViT and Q-Former, such
+                                     # as Salesforce/instructblip-vicuna-7b
+    llm: str | None = None  # <source> the same for the LLM: a LLaMA, or an InstructBLIP with one
+    random_init: bool = False  # use random weights of the full size, without any download, to see
+                               # whether they fit into memory and how fast they answer
+    offline: bool = False  # read only what is on this machine; never ask the Hub
+    # -- answering
+    views: tuple[Literal["both", "audio only", "visual only", "blind"], ...] = ()  # <view> ways in
+                               # which each question is answered (default: all four)
+    mask: Literal["", "audio", "visual"] = ""  # answer without this modality only
+    history: Literal["gold", "none", "model"] = "gold"  # earlier turns of a dialogue: the right
+                               # answers, no turns, or the model's own answers
+    beams: int = 0  # <beams> size of the beam search; 0 takes the checkpoint's, 1 is greedy
+    # -- judge
+    judge: str = ""  # <way> who judges avsd and avssd: url (a server), self (this model), none
+                     # (only writes the prompts) or file:VERDICTS (default: url with --judge-url)
+    judge_url: str = ""  # <address> of an OpenAI-compatible server; its key comes from the
+                         # environment variable FAVOR_JUDGE_KEY
+    judge_model: str = ""  # <name> of the judge on that server; it is reported beside the score
+    judge_budget: int = 10_000  # <requests> that this run may send to the judge at most
+    # -- output
+    out: str = ""  # <file> for the predictions (default: predictions.jsonl in the checkpoint's
+                   # folder, in runs/tiny-committed for the committed one)
+    # -- speed
+    batch: int = 128  # <questions> answered at a time
+    cache_features: bool = True  # with the tiny model, encode each clip once and store its features
+    features: str = ""  # <folder> of the feature cache (default: features/ beside the manifest)
+    processes: int = 0  # <processes> on a CPU without torchrun; 0 means one per core for tiny, four
+                        # at most, and one otherwise
+    dtype: Literal["", "bfloat16", "float32"] = ""  # of the frozen weights (default: float32 for
+                                                    # tiny on a CPU, otherwise bfloat16)
+    merge: bool = True  # add LoRA into the LLM's own weights, so that it costs no time
+    compile: bool = False  # compile the decoding of new tokens (on a GPU as a CUDA graph); it has
+                           # no effect on beam search
+
+    ALIASES = {"keep-features": "cache_features"}             # the name that the flag had before
 
     def __post_init__(self):
-        for name, wanted in (("system", tuple(SYSTEMS)), ("mask", ("", "audio", "visual")),
-                             ("dtype", ("", "bfloat16", "float32")), ("history", HISTORIES)):
-            if getattr(self, name) not in wanted:
-                raise ValueError(f"--{name} {getattr(self, name)}; "
-                                 f"wanted {' or '.join(filter(None, wanted))}")
+        cli.check_choices(self)
         if self.judge not in judge.WAYS and not self.judge.startswith("file:"):
             raise ValueError(f"--judge {self.judge}; wanted url, self, none or file:VERDICTS")
         if self.random_init and (self.system == "whisper" or self.checkpoint):
             raise ValueError("--random-init goes with neither --system whisper nor --checkpoint")
         preset(self.model)
-        unknown = set(self.views) - set(VIEWS)
-        if unknown:
-            raise ValueError(f"unknown views {sorted(unknown)}; there are {', '.join(VIEWS)}")
         unknown = set(self.tasks) - set(TASKS)
         if unknown and self.task != "all":
             raise ValueError(f"unknown task {', '.join(sorted(unknown))}; "
@@ -98,99 +120,56 @@ class EvalConfig:
 
     @property
     def sources(self):
-        """Where frozen parts are, as far as the command line says."""
+        """{part: where it is}, as far as the command line names it."""
         named = {n: getattr(self, n) for n in ("whisper", "instructblip", "llm")}
         return {name: source for name, source in named.items() if source}
 
 
-def views_of(system, mask="", chosen=()):
-    """The ways each question is answered: the chosen ones, or the one that `mask` means, or all
-    four (a baseline has but one modality)."""
-    if mask:
-        return tuple(view for view, masked in VIEWS.items() if masked == mask)
-    return tuple(chosen) or (tuple(VIEWS) if system == "favor" else ("both",))
-
-
 def resolve_config(config):
-    """The same with the preset that its checkpoint was trained with.  SystemExit where there is no
-    checkpoint."""
+    """The same with the preset that its checkpoint was trained with.  SystemExit if a checkpoint is
+    needed and there is none."""
     if config.checkpoint or config.system == "favor" and not config.random_init:
         find_checkpoint(config.checkpoint, config.model)
-    file = Path(config.checkpoint) / "favor.json"
-    trained = hub.read_json(file).get("train", {}) if config.checkpoint and file.exists() else {}
-    return dataclasses.replace(config, model=trained.get("model", config.model))
+    return dataclasses.replace(config, model=trained_preset(config.checkpoint, config.model))
 
 
-def load_model(config, dtype=None, device=None):
-    """The model that the command line names, and the folder of its checkpoint (None without)."""
-    kind, method = SYSTEMS[config.system], preset(config.model, **config.sources)
-    checkpoint = None
-    if config.random_init:
-        model = kind.from_config(method, dtype, device, load=memory.random_part).eval()
-    elif config.system != "favor" and not config.checkpoint:   # public weights are all it takes
-        model = kind.from_config(method, dtype, device)
-    else:
-        checkpoint = find_checkpoint(config.checkpoint, config.model)
-        model = kind.from_pretrained(checkpoint, dtype, device, **config.sources)
-    if config.merge:
-        lora.merge(model, reversible=False)
-    if config.compile and hasattr(model, "llm"):
-        model.llm.compiled = True
-    return model, checkpoint
+# ---------------------------------------------------------------- questions
+def find_questions(config):
+    """-> (manifests, the records to answer).  Of the miniature only the clips that these questions
+    need are made.  SystemExit if there is nothing to answer, or no reference to score against."""
+    every = config.task == "all" and not SYSTEMS[config.system].tasks
+    with distributed.main_process_first():
+        manifests = make_miniature(config, every) or find_manifests(config.data, config.tasks)
+    name, count, records = ", ".join(map(str, manifests)), {}, []
+    for record in read_manifests(manifests):
+        if every or record.task in config.tasks:
+            count[record.task] = count.get(record.task, 0) + 1
+            if not config.limit or count[record.task] <= config.limit:
+                records.append(record)
+    if not records:
+        raise SystemExit(f"{name}: no questions of task {config.task}")
+    for record in records:
+        if record.target is None and not record.refs:
+            raise SystemExit(f"{name}: {record.id} has neither target nor refs to score against")
+    return manifests, records
 
 
-def find_manifest(path, split):
-    """A manifest file, or <folder>/<split>.jsonl; the miniature's folder is filled when empty, or
-    anew when an older version of the generator filled it."""
-    folder = Path(path)
-    stamp = folder / f"{split}.made.json"
-    older = stamp.exists() and hub.read_json(stamp)["version"] != miniature.VERSION
-    if folder == Path(EvalConfig.data) and (older or not (folder / f"{split}.jsonl").exists()):
-        miniature.make(folder, splits=(split,))
-    try:
-        return data.find_manifest(path, split)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+def make_miniature(config, every):
+    """[its manifest], if --data is the miniature's folder; a manifest that somebody else put there
+    stays, and then the answer is None."""
+    folder = Path(config.data)
+    foreign = (folder / "test.jsonl").exists() and not (folder / "test.made.json").exists()
+    tasks = None if every else tuple(task for task in config.tasks if task in miniature.TASKS)
+    if folder != Path(EvalConfig.data) or foreign or tasks == ():
+        return None
+    made = miniature.make(folder, splits=("test",), tasks=tasks, limit=config.limit)
+    return [made["test"]]
 
 
-def find_manifests(path, tasks):
-    """As find_manifest, or <folder>/<task>.jsonl of those tasks that have one (aveb.py's)."""
-    path = Path(path)
-    found = [file for task in tasks if (file := path / f"{task}.jsonl").exists()]
-    return found if found and not (path / "test.jsonl").exists() else [find_manifest(path, "test")]
-
-
-def read_manifests(manifests):
-    """All records; SystemExit when an id stands in two files."""
-    records = [r for file in manifests for r in data.read_manifest(file)]
-    twice = [key for key, n in Counter(r.id for r in records).items() if n > 1]
-    if twice:
-        raise SystemExit(f"{', '.join(map(str, manifests))}: id {twice[0]!r} is in two of them; "
-                         "make ids unique")
-    return records
-
-
-def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, history="gold",
-             journal=None, log=print):
-    """-> predictions, one dict a question with its answer in every view ("answer": in the first),
-    in the records' order;
-    {task: number of questions whose clip cannot be read}, which are left out.  Under torchrun each
-    process answers its share, and all return everything."""
-    said, skipped = answer_all(model, records, store, views, batch, beams, history, journal, log)
-    if skipped:
-        log(data.report_skipped(skipped, len(records)))
-    if not said:
-        raise SystemExit("none of the questions' clips can be read; look at the reasons above")
-    predictions = [{"id": r.id, "task": r.task, "prompt": r.prompt, "answer": said[r.id][views[0]],
-                    "references": list(r.refs or (r.target,)), **said[r.id], "meta": r.meta,
-                    **({"options": list(r.options)} if r.options else {})}
-                   for r in records if r.id in said]
-    return predictions, Counter(r.task for r in records if r.id not in said)
-
-
-def ask_judge(config, model, predictions, views, out, log=print):
-    """row["verdicts"] = {view: True, False or None} and row["judge"] = its name, for the tasks that
-    are judged (judge.py)."""
+# ---------------------------------------------------------------- the judge
+def ask_judge(config, model, predictions, views, out):
+    """Adds row["verdicts"] = {view: True, False or None} and row["judge"] = its name to the rows of
+    the tasks that are judged (aveb/judge.py)."""
     rows = [row for row in predictions if "judged" in row["meta"].get("metrics", ())]
     way = config.judge or ("url" if config.judge_url else "")
     if not rows or not way:
@@ -218,67 +197,69 @@ def ask_judge(config, model, predictions, views, out, log=print):
             row["judge"] = name
 
 
+# ---------------------------------------------------------------- the run
 def trained_on(model, checkpoint):
     """{data set: {task: samples}} that the checkpoint was trained on; {} for public weights as they
-    are, None where it is not told."""
+    are, None if it is unknown."""
     if checkpoint is None:
         return {} if model.system != "favor" else None
-    return hub.read_json(checkpoint / "favor.json").get("mixture")
+    return read_json(checkpoint / "favor.json").get("mixture")
 
 
-def main(config, argv):
-    config = resolve_config(config)
-    rank, world, device = distributed.init_distributed()
-    with distributed.main_process_first():                          # who makes the miniature if it must be
-        manifests = find_manifests(config.data, config.tasks)
-    manifest = ", ".join(map(str, manifests))
-    every = config.task == "all" and not SYSTEMS[config.system].tasks
-    records = [r for r in read_manifests(manifests) if every or r.task in config.tasks]
-    if config.limit:
-        seen = {}
-        records = [r for r in records if seen.setdefault(r.task, []).append(r)
-                   or len(seen[r.task]) <= config.limit]
-    if not records:
-        raise SystemExit(f"{manifest}: no questions of task {config.task}")
-    unanswered = [r.id for r in records if r.target is None and not r.refs]
-    if unanswered:
-        raise SystemExit(
-            f"{manifest}: {unanswered[0]} has neither target nor refs to score against")
-    if world > 1:
-        torch.set_num_threads(max(1, cli.cores() // world))
-    say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
-    dtype, _, why = distributed.precision(config.dtype, config.model, device)
-    hub.offline(config.offline)
-    captions.use(java=config.java, spice_jar=config.spice_jar, spice_java=config.spice_java)
-    try:
-        model, checkpoint = load_model(config, dtype, device)
-    except (FileNotFoundError, ValueError) as error:      # what is missing or does not fit
-        raise SystemExit(str(error)) from error
-    say(f"{checkpoint or config.system} on {manifest}, {len(records)} questions, {device.type}, "
-        f"weights {why}")
-    views, store = views_of(config.system, config.mask, config.views), None
-    if config.keep_features and config.model == "tiny" and config.system != "whisper":
-        with distributed.main_process_first():
-            store = cache_features(model, records, manifests[0].parent / "features", log=say)
-    own = checkpoint and checkpoint.resolve() != Path(hub.local_source("miniature/weights/favor")).resolve()
-    folder = checkpoint if own else Path("runs") / (
-        "tiny-committed" if checkpoint else f"{config.model}-{config.system}")
-    out = Path(config.out or folder / "predictions.jsonl")
-    settings = {
+def describe(config, model, checkpoint, manifest, records, views, dtype):
+    """The settings of this run, as they stand in its journal and in its report."""
+    sources = [str(getattr(model.config, name)) for name in ("whisper", "instructblip", "llm")]
+    return {
         "system": config.system, "model": config.model, "checkpoint": str(checkpoint),
-        "weights": weights_hash(checkpoint), "sources": [str(s) for s in sources_of(model)],
-        "dtype": why.split()[0], "merged": config.merge,
-        "manifest": manifest, "questions": len(records),
+        "weights": weights_hash(checkpoint), "sources": sources, "dtype": dtype,
+        "merged": config.merge, "manifest": manifest, "questions": len(records),
         "ids": short_hash(*sorted(r.id for r in records)), "views": list(views),
         "batch": config.batch, "beams": config.beams or model.config.beams,
         "repetition penalty": model.config.repetition_penalty,
         "max new tokens": model.config.max_new_tokens, "history": config.history,
         "task": config.task, "mixture": trained_on(model, checkpoint)}
+
+
+def output_file(config, checkpoint):
+    """Where the predictions go: --out, or the checkpoint's folder, but never the committed one."""
+    if config.out:
+        return Path(config.out)
+    if checkpoint is None:
+        return Path("runs") / f"{config.model}-{config.system}" / "predictions.jsonl"
+    committed = checkpoint.resolve() == COMMITTED.resolve()
+    return (Path("runs/tiny-committed") if committed else checkpoint) / "predictions.jsonl"
+
+
+def main(config):
+    config = resolve_config(config)
+    rank, world, device = distributed.init_distributed()
+    if world > 1:
+        torch.set_num_threads(max(1, cli.cores() // world))
+    manifests, records = find_questions(config)
+    dtype, _, why = distributed.precision(config.dtype, config.model, device)
+    hub.offline(config.offline)
+    try:
+        model, checkpoint = load_system(
+            config.system, preset(config.model, **config.sources), config.model, config.checkpoint,
+            config.sources, dtype, device, config.merge, config.compile,
+            memory.random_part if config.random_init else None)
+    except (FileNotFoundError, ValueError) as error:      # a part is missing or does not fit
+        raise SystemExit(str(error)) from error
+    manifest = ", ".join(map(str, manifests))
+    log(f"{checkpoint or config.system} on {manifest}, {len(records)} questions, {device.type}, "
+        f"weights {why}")
+    cache = None
+    if config.cache_features and config.model == "tiny" and config.system != "whisper":
+        with distributed.main_process_first():
+            cache = cache_features(
+                model, records, config.features or manifests[0].parent / "features", log=log)
+    views, out = views_of(config.system, config.mask, config.views), output_file(config, checkpoint)
+    settings = describe(config, model, checkpoint, manifest, records, views, why.split()[0])
     journal = Journal(out.with_suffix(".parts"), settings)
     predictions, missing = evaluate(
-        model, records, store, views, config.batch, config.beams, config.history, journal, say)
+        model, records, cache, views, config.batch, config.beams, config.history, journal, log)
     if rank == 0:
-        write_report(out, predictions, views, missing, settings)         # should the judge fail
+        write_report(out, predictions, views, missing, settings)         # in case the judge fails
         try:
             ask_judge(config, model, predictions, views, out)
         except judge.JudgeError as error:
@@ -290,14 +271,10 @@ def main(config, argv):
     distributed.shutdown()
 
 
-def sources_of(model):
-    return [getattr(model.config, name) for name in ("whisper", "instructblip", "llm")]
-
-
 if __name__ == "__main__":
     settings = resolve_config(cli.parse(EvalConfig, __doc__)[0])
-    if Path(settings.data) != Path(EvalConfig.data):      # what is missing is said once, before the
-        read_manifests(find_manifests(settings.data, settings.tasks))              # processes start
+    if Path(settings.data) != Path(EvalConfig.data):     # one error, before the processes start
+        read_manifests(find_manifests(settings.data, settings.tasks))
     distributed.launch_local(settings.processes,              # each has its own copy of the weights
-                         most=4 if settings.model == "tiny" else 1)
-    main(settings, sys.argv[1:])
+                             most=4 if settings.model == "tiny" else 1)
+    main(settings)

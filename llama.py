@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from runtime import fast, hub, rope
+from runtime import fast, hub
 
 LLM_TENSORS = ("language_model.", "model.", "lm_head.")     # in an InstructBLIP's or a LLaMA's file
 
@@ -62,7 +62,7 @@ class LlamaConfig:
             raise ValueError(f"heads {self.heads}, kv_heads {self.kv_heads}, head_dim "
                              f"{self.head_dim}; wanted heads = n * kv_heads and an even head_dim")
         object.__setattr__(self, "rope_scaling",
-                           rope.checked_scaling(self.rope_scaling, self.max_positions))
+                           fast.checked_scaling(self.rope_scaling, self.max_positions))
 
     @classmethod
     def from_folder(cls, root):
@@ -174,10 +174,10 @@ def rotary_angles(config, positions):
     """positions (B,T) -> cos, sin (B,1,T,d/2) of the angle position * theta^(-2i/d) of pair i.
     Always fp32, and no buffer: that would be cast to bf16 with the weights."""
     d = config.head_dim
-    theta = rope.scaled_theta(config, positions)                # rope_theta, unless config scales
+    theta = fast.scaled_theta(config, positions)                # rope_theta, unless config scales
     two_i = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32)         # (d/2,)
     inverse = 1 / theta ** (two_i / d)                          # theta^(-2i/d), rad per position
-    inverse, factor = rope.scaled_frequencies(config, inverse)  # inverse and 1, unless it scales
+    inverse, factor = fast.scaled_frequencies(config, inverse)  # inverse and 1, unless it scales
     angles = positions[:, None, :, None].float() * inverse[..., None, None, :]        # (B,1,T,d/2)
     return angles.cos() * factor, angles.sin() * factor
 

@@ -39,7 +39,7 @@ from runtime import checkpoint, cli, distributed, flops, hub, loader
 from runtime import log as runlog
 from runtime.distributed import log
 from runtime.feature_cache import FeatureCache, readable_samples
-from runtime.files import write_text
+from runtime.hub import write_text
 from runtime.manifests import IMAGE, VIDEO, Corpus, Index, Order, split_weight
 from tools import memory
 

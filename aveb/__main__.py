@@ -1,8 +1,115 @@
-"""python -m aveb: see prepare.py."""
+"""Official downloads of AVEB's sets -> manifests for train.py and eval.py; nothing is fetched.
 
+     python -m aveb list                                       the sets, their splits and sources
+     python -m aveb prepare librispeech --root /data/LibriSpeech             its test-clean split
+     python -m aveb prepare nextqa --root /data/nextqa --media /data/NExTVideo --split train
+     python -m aveb prepare gqa --root /data/gqa --sample 1000 --seed 0      a thousand of them
+     python -m aveb check nextqa-train.jsonl                   decode every clip of a manifest
+     python -m aveb subset gqa-testdev_balanced.jsonl --n 1000 --seed 0
+
+prepare reads the official annotation files below --root, looks for each clip there and in --media,
+reports how many it found, writes <set>-<split>.jsonl and checks it.  A check that was cut off goes
+on where it stopped; the exit status is 1 if files cannot be decoded.  A subset depends on the seed
+and the ids alone: the same hash of ids means the same questions."""
+
+import argparse
 import sys
+from pathlib import Path
 
-from aveb.prepare import main
+import data
+from aveb.prepare import check, ids_hash, prepare, subset
+from aveb.sets import SETS
+
+
+def list_sets(log=print):
+    for name, one in SETS.items():
+        log(f"{name:12} {one.task:8} {', '.join(one.splits)}\n{'':12} scored by "
+            f"{', '.join(one.scored_by)}; from {one.source}")
+
+
+def arguments():
+    parser = argparse.ArgumentParser("python -m aveb", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("list", help="print each set's task, splits, metrics and source")
+    one = commands.add_parser("prepare", help="turn an official download into a manifest",
+                              allow_abbrev=False)
+    one.add_argument("set", choices=SETS, metavar="SET", help=", ".join(SETS))
+    one.add_argument("--root", required=True, metavar="DIR",
+                     help="folder of the annotation files, and mostly of the media")
+    one.add_argument("--media", action="append", default=[], metavar="DIR",
+                     help="another folder with media; may be given several times")
+    one.add_argument("--split", metavar="SPLIT",
+                     help="one of the splits that `list` prints (default: the one that the paper "
+                     "scores, or trains on)")
+    one.add_argument("--out", metavar="JSONL",
+                     help="the manifest to write (default: <set>-<split>.jsonl)")
+    one.add_argument("--sample", type=int, metavar="N",
+                     help="sample N questions, or N whole dialogues")
+    one.add_argument("--hours", type=float, metavar="HOURS",
+                     help="sample time windows of this length in all (the paper's ego4d: 600)")
+    one.add_argument("--seed", type=int, default=0, metavar="SEED",
+                     help="the same seed samples the same questions (default: 0)")
+    one.add_argument("--merge", action=argparse.BooleanOptionalAction,
+                     help="how2 only: join sentences to clips of about 20 s, as the authors did "
+                     "(default: on)")
+    one.add_argument("--window", type=float, metavar="SECONDS",
+                     help="ego4d only: the longest window (default: 30)")
+    one.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
+                     help="decode every clip afterwards (default: on)")
+    two = commands.add_parser("check", help="decode every clip of a manifest", allow_abbrev=False)
+    two.add_argument("manifest", help="a .jsonl file")
+    three = commands.add_parser("subset", help="sample a part of a manifest", allow_abbrev=False)
+    three.add_argument("manifest", help="a .jsonl file")
+    three.add_argument("--n", type=int, required=True, metavar="N",
+                       help="how many questions, or whole dialogues")
+    three.add_argument("--seed", type=int, default=0, metavar="SEED",
+                       help="the same seed samples the same questions (default: 0)")
+    three.add_argument("--out", metavar="JSONL",
+                       help="the manifest to write (default: <manifest>-<N>-<SEED>.jsonl)")
+    for command in (one, two):
+        command.add_argument("--workers", type=int, metavar="N",
+                             help="processes that decode (default: one per core)")
+    return parser
+
+
+def options_of(args, parser):
+    """The given options of the set's reader; the program ends if it has no such option."""
+    options = {"merge": args.merge, "window": args.window}
+    options = {key: value for key, value in options.items() if value is not None}
+    if unknown := sorted(set(options) - set(SETS[args.set].options)):
+        parser.error(f"--{unknown[0]} means nothing to {args.set}")
+    return options
+
+
+def write_subset(args):
+    records = subset(data.read_manifest(args.manifest), args.n, args.seed)
+    path = Path(args.manifest)
+    out = args.out or path.with_name(f"{path.stem}-{args.n}-{args.seed}.jsonl")
+    data.write_manifest(out, records)
+    print(f"{out}: {len(records)} records, ids {ids_hash(records)}")
+
+
+def main(argv=None):
+    """-> exit status: 1 if clips cannot be decoded, 2 if files are missing or unusable."""
+    parser = arguments()
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "list":
+            list_sets()
+        elif args.command == "subset":
+            write_subset(args)
+        elif args.command == "check":
+            return int(check(args.manifest, args.workers) > 0)
+        else:
+            manifest = prepare(args.set, args.root, args.split, args.media, args.out, args.sample,
+                               args.hours, args.seed, **options_of(args, parser))
+            return int(args.check and check(manifest, args.workers) > 0)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

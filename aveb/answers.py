@@ -1,34 +1,90 @@
-"""Every question answered once: in batches of like length, over processes, through kills.
+"""Every question is answered once: in batches of like length, over processes, and through kills.
 
      records --sorted, cut into batches that never change--> batch k belongs to process k mod world
-       --model.generate, once a view--> a line of the journal --all processes--> {id: {view: text}}
-The journal is written as answers are made; a run that was killed answers only the batches that it
-does not hold.  A batch holds the same questions however many processes there are and however often
-the run was killed, so its answers are the same to the bit.
+       --model.generate, once per view--> a line of the journal --all processes--> predictions
 
-Public: VIEWS, HISTORIES, Journal, answer_all, readable_samples."""
+   The journal is written while answers are made; a run that was killed answers only the batches
+   that the journal lacks.  A batch holds the same questions however many processes there are and
+   however often the run was killed, so its answers are the same to the bit.
+   Public: evaluate, views_of, find_manifests, read_manifests; Journal,
+   answer_all."""
 
 import dataclasses
 import json
 import shutil
 import time
+from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
+import data
+from aveb.tasks import VIEWS
 from runtime import distributed
+from runtime.cli import Progress
 from runtime.feature_cache import readable_samples
-
-# view: what is masked
-VIEWS = {"both": None, "audio only": "visual", "visual only": "audio", "blind": "both"}
-HISTORIES = ("gold", "none", "model")
+from runtime.hub import read_jsonl
 
 
+# ---------------------------------------------------------------- questions
+def views_of(system, mask="", chosen=()):
+    """The views in which each question is answered: the one that `mask` means, or the chosen ones,
+    or all four (only "both" for a baseline, which has but one modality)."""
+    if mask:
+        return tuple(view for view, masked in VIEWS.items() if masked == mask)
+    return tuple(chosen) or (tuple(VIEWS) if system == "favor" else ("both",))
+
+
+def find_manifests(path, tasks):
+    """The manifests that --data means: a .jsonl file, <folder>/test.jsonl, or <folder>/<task>.jsonl
+    of those tasks that have one.  SystemExit if there is none of these."""
+    path = Path(path)
+    found = [file for task in tasks if (file := path / f"{task}.jsonl").exists()]
+    if found and not (path / "test.jsonl").exists():
+        return found
+    try:
+        return [data.find_manifest(path, "test")]
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
+def read_manifests(manifests):
+    """All records.  SystemExit if two of them have the same id."""
+    records = [r for file in manifests for r in data.read_manifest(file)]
+    twice = [key for key, n in Counter(r.id for r in records).items() if n > 1]
+    if twice:
+        raise SystemExit(f"{', '.join(map(str, manifests))}: id {twice[0]!r} is in two of them; "
+                         "make ids unique")
+    return records
+
+
+def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, history="gold",
+             journal=None, log=print):
+    """-> (predictions, {task: number of questions whose clip cannot be read}).
+
+    A prediction is a dict with a question, its references and its answer in every view ("answer":
+    in the first); they are in the records' order.  store: a FeatureCache or None; history: one of
+    HISTORIES.  Under torchrun each process answers its share, and all return everything."""
+    answers, skipped = answer_all(model, records, store, views, batch, beams, history, journal, log)
+    if skipped:
+        log(data.report_skipped(skipped, len(records)))
+    if not answers:
+        raise SystemExit("none of the questions' clips can be read; look at the reasons above")
+    predictions = [{"id": r.id, "task": r.task, "prompt": r.prompt,
+                    "answer": answers[r.id][views[0]], "references": list(r.refs or (r.target,)),
+                    **answers[r.id], "meta": r.meta,
+                    **({"options": list(r.options)} if r.options else {})}
+                   for r in records if r.id in answers]
+    return predictions, Counter(r.task for r in records if r.id not in answers)
+
+
+# ---------------------------------------------------------------- the journal
 class Journal:
-    """Lines {"id", "prompt", "answers": {view: text}, "references"} or {"id", "skipped": why} in a
-    folder, as they are made; every start of every process has a file of its own, whose first line
-    says under which settings.
-    folder None: nothing is kept.  SystemExit when the folder is of other settings."""
+    """Lines {"id", "prompt", "answers": {view: text}, "references"} or {"id", "skipped": reason} in
+    a folder, written while they are made.  Every start of every process has a file of its own,
+    whose first line holds the settings.  folder None: nothing is written.  SystemExit if the folder
+    holds answers of other settings."""
 
     def __init__(self, folder, settings=None):
         self.folder, self.lines, self.file = folder and Path(folder), {}, None
@@ -36,14 +92,13 @@ class Journal:
             return
         for path in sorted(self.folder.glob("*.jsonl")):
             self._read(path, settings)
-        distributed.all_gather_object(None)                       # all have read before anyone writes
+        distributed.all_gather_object(None)            # all have read before anyone writes
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = open(self.folder / f"{time.time_ns()}-{distributed.rank()}.jsonl", "w")
         self._write([{"settings": settings}])
 
     def _read(self, path, settings):
-        # A last line without its end was torn off by a kill.
-        lines = [json.loads(text) for text in path.read_text().split("\n")[:-1]]
+        lines = list(read_jsonl(path))             # without a last line that a kill cut off
         then = lines[0]["settings"] if lines else settings
         if then != settings:
             different = {k: (then.get(k), settings.get(k)) for k in {*then, *settings}
@@ -65,7 +120,7 @@ class Journal:
         return all(r.id in self.lines for r in records)
 
     def remove(self):
-        """When what it held has its final place."""
+        """Deletes the folder, when the answers stand in the report."""
         if self.file:
             self.file.close()
             distributed.all_gather_object(None)
@@ -73,6 +128,7 @@ class Journal:
                 shutil.rmtree(self.folder)
 
 
+# ---------------------------------------------------------------- answering
 def same_view(sample, view, views):
     """The first of `views` in which the model gets the same as in `view`: without its picture, a
     clip that has none is as it was."""
@@ -91,8 +147,8 @@ def clip_key(r):
 
 
 def batches_of(records, size, history):
-    """Records of like length together; turns of a dialogue that the model leads itself stand beside
-    each other."""
+    """Batches of `size` records of like length; the turns of a dialogue that the model leads itself
+    stand beside each other."""
     order = sorted(records, key=lambda r: (
         r.task, r.history != (), clip_key(r) if history == "model" else (), len(r.prompt), r.id))
     return [order[i:i + size] for i in range(0, len(order), size)]
@@ -104,20 +160,20 @@ def generate(model, records, samples, history, settings):
     if history == "none":
         samples = [dataclasses.replace(s, history=()) for s in samples]
     elif history == "model":
-        said = [() for _ in samples]
+        turns_of = [() for _ in samples]
         for turn in range(max((len(s.history) for s in samples), default=0)):
             asked = {}                    # the same clip and questions so far: asked once
             for i, (r, s) in enumerate(zip(records, samples, strict=True)):
                 if len(s.history) > turn:
-                    asked.setdefault((clip_key(r), said[i], s.history[turn][0]), []).append(i)
+                    asked.setdefault((clip_key(r), turns_of[i], s.history[turn][0]), []).append(i)
             texts = model.generate([
                 dataclasses.replace(samples[who[0]], prompt=question, history=turns)
                 for (_, turns, question), who in asked.items()], **settings)
             for ((_, turns, question), who), text in zip(asked.items(), texts, strict=True):
                 for i in who:
-                    said[i] = (*turns, (question, text))
+                    turns_of[i] = (*turns, (question, text))
         samples = [dataclasses.replace(s, history=turns)
-                   for s, turns in zip(samples, said, strict=True)]
+                   for s, turns in zip(samples, turns_of, strict=True)]
     return model.generate(samples, **settings)
 
 
@@ -126,20 +182,21 @@ def answer_all(model, records, store, views=tuple(VIEWS), batch=128, beams=0, hi
                journal=None, log=print):
     """-> {id: {view: answer}} of all records whose clips can be read, and [(id, reason)] of the
     others, on every process."""
-    was_training, world, started = model.training, distributed.world(), time.time()
+    was_training, world, rank = model.training, distributed.world(), distributed.rank()
     model.eval()
     journal = journal or Journal(None)
     settings = {"num_beams": beams} if beams else {}
-    parts = batches_of(records, batch, history)[distributed.rank()::world]
-    due = [part for part in parts if not journal.holds(part)]
+    batches = batches_of(records, batch, history)
+    due = [[part for part in batches[r::world] if not journal.holds(part)] for r in range(world)]
+    # The processes work side by side: while this one answers a batch, each other one does, too.
+    side_by_side = [sum(map(len, parts)) for parts in zip_longest(*due, fillvalue=())]
+    total = sum(side_by_side)
     log(f"answering {len(records)} questions, each {len(views)} times: {', '.join(views)}"
-        + (f"; {sum(map(len, parts)) - sum(map(len, due))} are there" if due != parts else ""))
-    for done, part in enumerate(due, 1):
-        journal.add(answer_batch(model, part, store, views, history, settings))
-        if done % 5 == 0 or done == len(due):
-            seconds = time.time() - started
-            log(f"  {sum(map(len, due[:done])) * world}/{sum(map(len, due)) * world}, "
-                f"{seconds:.0f} s, ETA {seconds / done * (len(due) - done):.0f} s")
+        + (f"; {len(records) - total} are answered already" if total < len(records) else ""))
+    with Progress("answering", total, "question") as progress:
+        for part, n in zip(due[rank], side_by_side, strict=False):
+            journal.add(answer_batch(model, part, store, views, history, settings))
+            progress.add(n)
     model.train(was_training)
     wanted = {r.id for r in records}
     lines = {key: line for held in distributed.all_gather_object(journal.lines)
@@ -151,7 +208,7 @@ def answer_all(model, records, store, views=tuple(VIEWS), batch=128, beams=0, hi
 def answer_batch(model, part, store, views, history, settings):
     """The journal's lines of one batch."""
     skipped = []
-    # Kept features know the record's own question only, not those of the turns before it.
+    # Cached features know the record's own question only, not those of the turns before it.
     read, samples = readable_samples(
         model, part, None if history == "model" else store, skipped=skipped)
     if history != "model":

@@ -2,23 +2,20 @@
 
      python -m aveb.judge runs/7b/best/predictions.jsonl --task avsd \\
          --judge-url http://127.0.0.1:8000/v1 --judge-model NAME      any OpenAI-compatible server
-     python -m aveb.judge predictions.jsonl --task avsd --judge none                  writes the prompts
-     python -m aveb.judge predictions.jsonl --task avsd --judge file:verdicts.jsonl   reads the verdicts
+     python -m aveb.judge predictions.jsonl --task avsd --judge none             writes the prompts
+     python -m aveb.judge predictions.jsonl --task avsd --judge file:verdicts.jsonl  reads verdicts
 
 The paper's judge is "ChatGPT" without a version: a score means little without its judge's name.
-A server's key comes from FAVOR_JUDGE_KEY (or OPENAI_API_KEY) and from nowhere else.  Answers are
-kept as they come: a run that was cut off goes on, and the same run again asks nobody.
+A server's key comes from FAVOR_JUDGE_KEY (or OPENAI_API_KEY) and from nowhere else.  Replies are
+cached when they arrive: a run that was cut off goes on, and the same run again asks nothing.
 verdicts.jsonl: lines {"key" or "id", "verdict": "Yes" or "No"}, with "key" as in the prompts.
 
-Public: Judge, OwnJudge, JudgeError, prompt_of, write_prompts, label_match, report.  Needs the
-standard library only."""
+Public: Judge, OwnJudge, JudgeError, prompt_of, write_prompts, read_verdicts, report."""
 
 import argparse
 import email.utils
 import hashlib
-import http.client
 import json
-import math
 import os
 import random
 import re
@@ -26,11 +23,14 @@ import sys
 import threading
 import time
 import unicodedata
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from aveb.text import label_match
+from runtime.cli import Progress
+from runtime.hub import read_jsonl
 
 TEMPLATES = {  # Sun et al. 2023 (arXiv 2310.05863), Appendix B, word for word
     "avsd": "Given the question “{question}”, is the answer “{answer}” equivalent to the answer "
@@ -45,7 +45,6 @@ GIVE_UP = 5               # so many prompts without an answer one after the othe
 KEYS = "FAVOR_JUDGE_KEY or OPENAI_API_KEY"
 QUOTES = dict.fromkeys(map(ord, '"`´ʹʺˮ“”„‟‘’‚‛«»‹›′″‴‵‶‷〃〝〞〟❛❜❝❞'), "'")
 BRACKETS = str.maketrans("<>[]", "()()")          # no <|im_end|>, </s> or [INST] of a chat template
-FILLERS = set("a an the of in on at by and or to with is are it being playing sound source".split())
 
 
 def clean(text):
@@ -70,7 +69,7 @@ def prompt_of(row, view="both"):
 
 
 def key_of(prompt, model=""):
-    """What an answer is kept under: another prompt or another judge is another question."""
+    """The key of a reply in the cache; another prompt or another judge has another key."""
     return hashlib.sha256(f"{prompt}\n{model}".encode()).hexdigest()
 
 
@@ -78,15 +77,6 @@ def decided(said):
     """True or False by the first word, None when it is neither yes nor no."""
     word = re.search(r"[^\W\d_]+", said)
     return {"yes": True, "no": False}.get(word[0].lower() if word else "")
-
-
-def label_match(answer, label):
-    """Whether all content words of a part of the class ("donkey, ass braying": two parts) are in
-    the answer, their endings aside.  For looking at; not comparable with a judged accuracy."""
-    def words(text):
-        return {re.sub(r"(ing|ed|es|e|s)$", "", w) if len(w) > 3 else w
-                for w in re.findall(r"[^\W_]+", text.lower()) if w not in FILLERS}
-    return any(part and part <= words(answer) for part in map(words, label.split(",")))
 
 
 class JudgeError(RuntimeError):
@@ -97,27 +87,16 @@ class _Trouble(Exception):
     """(why there is no answer this time, s that the server wants to be left alone, ask again?)"""
 
 
-class _AsItIs(urllib.request.HTTPErrorProcessor):
-    """Hands every status back and follows no redirect, which would carry the key along."""
-    def http_response(self, request, response):
-        return response
-    https_response = http_response
-
-
-def _kept(path):
-    """{key: what was said} of a cache; a line that a killed run left torn is ended, and skipped."""
+def _read_cache(path):
+    """{key: reply} of a cache file, which is made if it is missing.  A line that a killed run left
+    unfinished is ended, so that the next one starts on a line of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
-        file.seek(0)
-        kept, raw = {}, file.read()
-        file.write(b"" if raw.endswith(b"\n") or not raw else b"\n")
-    for line in raw.split(b"\n"):
-        try:
-            row = json.loads(line)
-            kept[row["key"] + ""] = row["said"] + ""
-        except (ValueError, LookupError, TypeError):
-            continue
-    return kept
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            file.write(b"" if file.read() == b"\n" else b"\n")
+    return {row["key"]: row["said"] for row in read_jsonl(path)
+            if isinstance(row.get("key"), str) and isinstance(row.get("said"), str)}
 
 
 @dataclass
@@ -148,17 +127,17 @@ class Judge:
             self._secret = self._secret or os.environ.get("OPENAI_API_KEY", "").strip()
         if not re.fullmatch("[!-~]*", self._secret):    # else the header's error would print it
             raise JudgeError(f"{KEYS} holds characters that no key has; set it again")
-        self._said, self._opener = _kept(Path(self.cache)), urllib.request.build_opener(_AsItIs)
+        self._replies, self._client = _read_cache(Path(self.cache)), None
         self._lock, self._halt = threading.Lock(), threading.Event()
 
     def verdicts(self, rows, view="both"):
         """Lines of predictions -> True, False or None (not judged, see `stopped` and `failures`)
-        for each. JudgeError when the server cannot be asked like this; what it said is kept."""
+        for each.  JudgeError if the server cannot be asked like this; its replies so far are cached."""
         prompts = [prompt_of(row, view) for row in rows]
         keys = [p and key_of(p, self.model) for p in prompts]
         self._ask({k: p for k, p in zip(keys, prompts, strict=True)
-                   if k and k not in self._said})
-        said = ["No" if k is None else self._said.get(k) for k in keys]
+                   if k and k not in self._replies})
+        said = ["No" if k is None else self._replies.get(k) for k in keys]
         self.odd = [(row.get("id"), text) for row, text in zip(rows, said, strict=True)
                     if text is not None and decided(text) is None]
         return [None if text is None else bool(decided(text)) for text in said]
@@ -166,15 +145,14 @@ class Judge:
     def _ask(self, prompts):
         self._halt.clear()
         self.asked, self.stopped, self.failures, self._in_a_row = 0, "", [], 0
-        self._quiet_until, shown, pool = 0.0, time.time(), ThreadPoolExecutor(self.workers)
+        self._quiet_until, pool = 0.0, ThreadPoolExecutor(self.workers)
         try:
             jobs = [pool.submit(self._settle, key, prompt) for key, prompt in prompts.items()]
-            for done, job in enumerate(as_completed(jobs), 1):
-                job.result()
-                if time.time() - shown > 10:
-                    shown = time.time()
-                    print(f"  judged {done}/{len(jobs)}, {self.asked} requests", flush=True)
-        finally:              # also on Ctrl-C: what is under way is waited for and kept
+            with Progress("judging", len(jobs), "answer") as progress:
+                for job in as_completed(jobs):
+                    job.result()
+                    progress.add()
+        finally:              # also on Ctrl-C: replies under way are waited for and cached
             self._halt.set()
             pool.shutdown(cancel_futures=True)
 
@@ -191,7 +169,7 @@ class Judge:
                     return
                 self.asked += 1
             try:
-                return self._keep(key, prompt, self._request(prompt))
+                return self._cache_reply(key, prompt, self._request(prompt))
             except _Trouble as trouble:
                 why, after, again = trouble.args
             except Exception:                         # JudgeError, a full disk: nobody asks on
@@ -211,58 +189,56 @@ class Judge:
             if self._in_a_row >= GIVE_UP:
                 self._stop(f"{GIVE_UP} prompts one after the other got no answer, the last: {why}")
 
-    def _keep(self, key, prompt, said):
-        """Appends to the cache, a line in one piece."""
+    def _cache_reply(self, key, prompt, said):
+        """Appends the reply to the cache, as one whole line."""
         line = json.dumps({"key": key, "model": self.model, "prompt": prompt, "said": said})
         with self._lock, open(self.cache, "ab", buffering=0) as file:
             file.write(f"{line}\n".encode())
-            self._said[key], self._in_a_row = said, 0
+            self._replies[key], self._in_a_row = said, 0
 
     def _stop(self, why):
         self.stopped = self.stopped or why
         self._halt.set()
 
     def _request(self, prompt):
-        """-> what the judge says. _Trouble or JudgeError, without the key in their messages."""
-        body = {"model": self.model, "temperature": 0, "max_tokens": 3,
-                "messages": [{"role": "user", "content": prompt}]}
-        headers = {"Content-Type": "application/json", "User-Agent": "favor-judge"}
-        if self._secret:
-            headers["Authorization"] = f"Bearer {self._secret}"
-        request = urllib.request.Request(self.endpoint, json.dumps(body).encode(), headers)
+        """-> the judge's reply.  _Trouble or JudgeError, without the key in their messages."""
+        from huggingface_hub import InferenceClient
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+        # Without any key the client would send the user's own Hugging Face token.
+        self._client = self._client or InferenceClient(
+            base_url=self.endpoint, api_key=self._secret or "none", timeout=self.timeout)
         try:
-            with self._opener.open(request, timeout=self.timeout) as reply:
-                status, after, text = reply.status, reply.headers["Retry-After"], self._read(reply)
-        except (OSError, http.client.HTTPException) as error:      # refused, timeouts, resets
-            raise _Trouble(f"{type(error).__name__}: {error}", None, True) from None
+            reply = self._client.chat_completion([{"role": "user", "content": prompt}],
+                                                 model=self.model, temperature=0, max_tokens=3)
+            return self._without_key(reply.choices[0].message.content[:200])
+        except OfflineModeIsEnabled:
+            raise JudgeError("the judge is not asked, as --offline or HF_HUB_OFFLINE forbids it; "
+                             "run python -m aveb.judge without it") from None
+        except HfHubHTTPError as error:
+            self._explain(error.response)
+        except Exception as error:            # refused, timed out, cut off, or no chat completion
+            raise _Trouble(self._without_key(f"{type(error).__name__}: {error}"), None, True
+                           ) from None
+
+    def _explain(self, response):
+        """Raises _Trouble if another attempt or another prompt may help, otherwise JudgeError."""
+        status, text = response.status_code, self._without_key(response.text)
         why = f"HTTP {status}: {' '.join(text.split())[:200]}"
-        if status == 200:
-            try:
-                return json.loads(text)["choices"][0]["message"]["content"][:200] + ""
-            except (ValueError, LookupError, TypeError, RecursionError):
-                raise _Trouble(f"no chat completion: {why}", None, True) from None
         if (status in (408, 425, 429) or status >= 500) and "insufficient_quota" not in text:
-            raise _Trouble(why, _retry_after(after), True)
+            raise _Trouble(why, _retry_after(response.headers.get("Retry-After")), True) from None
         if status in (400, 413, 422):         # may be this one prompt: too long, or filtered
-            raise _Trouble(why, None, False)
+            raise _Trouble(why, None, False) from None
         remedy = {401: f"set {KEYS}", 403: f"set {KEYS}", 429: "look at the account's quota"}.get(
             status, "look at --judge-url (it mostly ends in /v1) and --judge-model")
-        raise JudgeError(f"{self.endpoint}: {why}; {remedy}. Answers so far are kept")
+        raise JudgeError(f"{self.endpoint}: {why}; {remedy}. Replies so far are cached") from None
 
-    def _read(self, reply):
-        """The reply's text without the key in it; a server that drips it out is cut off."""
-        raw, end = b"", time.monotonic() + self.timeout
-        while len(raw) < 1 << 20 and (piece := reply.read1(1 << 16)):
-            raw += piece
-            if time.monotonic() > end:
-                raise TimeoutError(f"the reply took longer than {self.timeout} s")
-        text = raw.decode(errors="replace")
+    def _without_key(self, text):
         return text.replace(self._secret, "***") if self._secret else text
 
 
 class OwnJudge:
-    """Our own model as the judge: it reads the same prompt as a text question, greedy.  `asked` and
-    `stopped` as in Judge; nothing is kept, as the model is at hand."""
+    """Our own model as the judge: it reads the same prompt as a text question and answers greedily.
+    `asked` and `stopped` are as in Judge; nothing is cached on disk."""
     stopped = ""
 
     def __init__(self, model, name=""):
@@ -318,28 +294,30 @@ def read_verdicts(path, rows, view="both"):
 
 def report(task, judge, verdicts):
     """One line: accuracy with its 95 % interval (Wilson), how many were judged, and by whom."""
+    from aveb.metrics import wilson  # needs numpy, which --help should not load
     right, n = sum(v is True for v in verdicts), sum(v is not None for v in verdicts)
-    half = 1.96 * math.sqrt(right * (n - right) / max(n, 1) + 1.96 ** 2 / 4)
-    low, high = (min(100.0, max(0.0, 100 * (right + 1.96 ** 2 / 2 + h) / (n + 1.96 ** 2)))
-                 for h in (-half, half))
-    score = f"{100 * right / n:.1f} % [{low:.1f}, {high:.1f}]" if n else "no accuracy"
-    return f"{task}: {score}, n {n}, not judged {len(verdicts) - n}, judge: {judge}"
+    text = "no accuracy"
+    if n:
+        share = wilson(right, n)
+        text = f"{share.value:.1f} % [{share.low:.1f}, {share.high:.1f}]"
+    return f"{task}: {text}, n {n}, not judged {len(verdicts) - n}, judge: {judge}"
 
 
 def main(argv=None):
     """-> exit status: 1 when some answers are not judged."""
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser("python -m aveb.judge", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("predictions", help="JSONL that eval.py wrote")
-    add("--task", required=True, choices=tuple(TEMPLATES))
-    add("--view", default="both", help='whose answers: both, "audio only" ... (default: both)')
+    add("--task", required=True, choices=tuple(TEMPLATES), help="whose answers are judged")
+    add("--view", default="both", metavar="VIEW",
+        help='answers of which view: both, "audio only", "visual only" or blind (default: both)')
     add("--judge", default="url", metavar="url|none|file:PATH",
-        help="ask a server (default), write the prompts, or read verdicts")
+        help="ask a server (default), only write the prompts, or read verdicts")
     add("--judge-url", default="", help="the server's address, mostly ending in /v1")
     add("--judge-model", default="", help="the judge's name, as the server knows it")
-    for name, text in (("cache", "where answers are kept"), ("budget", "most requests of this run"),
-                       ("timeout", "seconds for one request"), ("workers", "requests at a time")):
+    for name, text in (("cache", "file that caches the replies"), ("budget", "most requests of this run"),
+                       ("timeout", "seconds that one request may take"), ("workers", "requests at the same time")):
         default = getattr(Judge, name)
         add("--judge-" + name, type=type(default), default=default,
             help=f"{text} (default: {default})")
@@ -353,7 +331,7 @@ def main(argv=None):
             prompt_of(row, args.view)                             # says what a line lacks
         return _judged(args, rows)
     except (ValueError, OSError, JudgeError) as error:
-        sys.exit(f"judge.py: {error}")
+        sys.exit(f"aveb.judge: {error}")
 
 
 def _judged(args, rows):

@@ -1,13 +1,11 @@
-"""How answers are scored: text normalisation, word error rate, accuracies, 95 % intervals, and
-every metric of the benchmark under its name (captions: captions.py).
+"""How answers are scored: every metric of the benchmark under its name, with a 95 % interval.
 
-     rows [{id, prompt, answer, references, options, meta}] --METRICS[name]--> Score | Unavailable
+     rows [{id, task, prompt, answer or view, references, options, meta}]
+        --score(rows, view)--> {metric: Score | Unavailable}
 
-An answer None is missing: counted, not scored.  A metric that cannot run here returns
-Unavailable, printed as `n/a (needs Java)`.
-
-Public: METRICS, measure, by_type, Score, Unavailable; normalise, vqa_words, edit_distance,
-word_error_rate, word_match, lenient_choice, ERROR_RATES."""
+   meta["metrics"] names a row's metrics.  An answer None is missing: it is counted, not scored.  A
+   metric that cannot run here is Unavailable, printed as `n/a (needs Java)`.
+   Public: score, by_type, default_metrics, Score, Unavailable, METRICS, word_error_rate."""
 
 import dataclasses
 import functools
@@ -18,129 +16,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from aveb import captions
-from aveb.judge import label_match
-from aveb.whisper_norm import whisper_normaliser
-
-ERROR_RATES = ("asr", "ac", "avsr")       # scored by WER (less is better), the others by accuracy
-
-
-# ---------------------------------------------------------------- text: plain, and as VQA does it
-def normalise(text):
-    """Lower case, words only: 'Red ball, blue box.' -> ['red', 'ball', 'blue', 'box']."""
-    kept = "".join(c if c.isalnum() or c == "'" else " " for c in text.lower().replace("’", "'"))
-    return kept.split()
-
-
-def plain_words(text):
-    """normalise() without the apostrophes around a word: "'red'" -> ['red']."""
-    return [word for word in (w.strip("'") for w in normalise(text)) if word]
-
-
-VQA_NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
-                       "0 0 1 2 3 4 5 6 7 8 9 10".split(), strict=True))
-VQA_MARKS = ';/[]"{}()=+\\_-><@`,?!'
-NEGATED = ("ai are ca could did do does had has have is might must need should wo would was were"
-           ).split()
-CONTRACTED = {"im": "i'm", "ive": "i've", "lets": "let's", "maam": "ma'am", "oclock": "o'clock",
-              "yall": "y'all", **{f"{word}nt": f"{word}n't" for word in NEGATED},
-              **{f"{who}{end}": f"{who}'{end}"
-                 for who in ("he", "she", "that", "there", "what", "where", "who", "how")
-                 for end in ("s", "d", "ll") if f"{who}{end}" not in ("shed", "shell", "hell")},
-              **{f"{who}{end}": f"{who}'{end}"
-                 for who in ("you", "they", "we", "could", "should", "would", "might")
-                 for end in ("re", "ve", "ll") if f"{who}{end}" not in ("were", "well")}}
-
-
-def vqa_words(text):
-    """Words after the processing of the VQA and TextVQA evaluation (EvalAI): lower case, no
-    punctuation (deleted where the text has the mark beside a space or between digits, else a
-    space), no articles, number words as digits, apostrophes put back.  A text of articles and
-    punctuation only stays as it is, so that it can still be told from silence."""
-    text = " ".join(text.lower().replace("’", "'").split())
-    kept, digits = text, re.search(r"\d,\d", text) is not None
-    for mark in VQA_MARKS:
-        delete = f"{mark} " in text or f" {mark}" in text or digits
-        kept = kept.replace(mark, "" if delete else " ")
-    kept = re.sub(r"\.(?!\d)", "", kept)                        # the point of 3.5 stays
-    words = [VQA_NUMBERS.get(word, word) for word in kept.split()]
-    words = [CONTRACTED.get(word, word) for word in words if word not in ("a", "an", "the")]
-    words = [word for word in (w.strip("'") for w in words) if word]
-    return words or plain_words(text)
-
-
-# ---------------------------------------------------------------- distances and matches
-def edit_distance(ours, theirs):
-    """Fewest substitutions, deletions and insertions that turn one list into the other."""
-    row = list(range(len(theirs) + 1))
-    for i, a in enumerate(ours, 1):
-        previous, row[0] = row[0], i
-        for j, b in enumerate(theirs, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
-    return row[-1]
-
-
-def word_error_rate(answers, references, words=normalise):
-    """(errors, reference words) per item, after `words`; WER = sum of errors / sum of words."""
-    pairs = [(words(a), words(r)) for a, r in zip(answers, references, strict=True)]
-    return np.array([(edit_distance(a, r), len(r)) for a, r in pairs], dtype=float).reshape(-1, 2)
-
-
-def contains(words, part):
-    """Whether the words of `part` stand in `words` one after the other: 'cat' not in 'catalog'."""
-    return bool(part) and any(words[i:i + len(part)] == part
-                              for i in range(len(words) - len(part) + 1))
-
-
-OPPOSITE = {"yes": "no", "no": "yes"}
-
-
-def word_match(answer, reference, words=plain_words):
-    """The reference's words stand in the answer; the opposite of a yes or no does not."""
-    said, wanted = words(answer), words(reference)
-    opposite = OPPOSITE.get(" ".join(wanted))
-    return contains(said, wanted) and opposite not in said
-
-
-def leave_one_out(hits, n):
-    """TextVQA's and VQA's official accuracy: the mean over leaving one of the n human answers out
-    of min(1, hits among the others / 3); n = 10: 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 hits."""
-    if n == 1:
-        return float(hits)
-    return (hits * min(1, (hits - 1) / 3) + (n - hits) * min(1, hits / 3)) / n
-
-
-LEADING = re.compile(r"^(?:(?:option|answer)(?: is)?:? )?\(?([a-z]|\d+)(?:[).:](?!\d)|$)", re.I)
-
-
-def lenient_choice(answer, options, right):
-    """The right option's text; or it is the only option that the answer contains; or the answer
-    starts with its letter or number (counted from 1) and contains no option."""
-    if plain_words(answer) == plain_words(right):
-        return True
-    said = plain_words(answer)
-    named = [option for option in options if contains(said, plain_words(option))]
-    mark = LEADING.match(" ".join(answer.split()))
-    if not named and mark:
-        letter = mark[1].lower()
-        at = int(letter) - 1 if letter.isdigit() else ord(letter) - ord("a")
-        named = [options[at]] if 0 <= at < len(options) else []
-    return len(named) == 1 and plain_words(named[0]) == plain_words(right)
-
-
-CHAT = re.compile(
-    r"^\s*(?:(?:assistant|answer|transcript(?:ion)?)\s*:"
-    r"|(?:sure|certainly|okay|of course)[,.!]*\s*(?=here\b|the\b)"
-    r"|(?:here is|here's|the)\s(?:the\s)?(?:transcript(?:ion)?|speech|text|speaker|audio)"
-    r"(?:\s[^:]{0,40})?:)\s*", re.I)
-QUOTED = re.compile(r"""^\s*(?:"(.*)"|“(.*)”|'([^']*)')\s*$""", re.S)
-
-
-def without_chat(answer):
-    """'Sure, here is the transcription: "red ball"' -> 'red ball'."""
-    while (shorter := CHAT.sub("", answer)) != answer:
-        answer = shorter
-    quoted = QUOTED.match(answer)
-    return next(part for part in quoted.groups() if part is not None) if quoted else answer
+from aveb.tasks import ERROR_RATES
+from aveb.text import (
+    edit_distance,
+    label_match,
+    leave_one_out,
+    lenient_choice,
+    normalise,
+    plain_words,
+    vqa_words,
+    without_chat,
+    word_match,
+)
+from aveb.whisper_norm import whisper_english
 
 
 # ---------------------------------------------------------------- scores and their intervals
@@ -155,7 +43,7 @@ class Score:
     missing: int = 0                  # items without an answer, not among the n
     unit: str = "%"
     better: str = "higher"
-    note: str = ""                    # how it was made: 'tok=regex'
+    note: str = ""                    # how it was made: 'norm=ours'
     items: dict = field(default_factory=dict, repr=False, compare=False)   # id: its own score
 
     def __str__(self):
@@ -209,7 +97,7 @@ def bootstrap(counts, measure, **kind):
 
 
 def mean_score(values, **kind):
-    """Score of the mean of one number an item."""
+    """Score of the mean of one number per item."""
     counts = np.stack([np.asarray(values, float), np.ones(len(values))], 1)
     return bootstrap(counts, lambda sums: sums[..., 0] / sums[..., 1],
                      items=[round(100 * float(value), 4) for value in values], **kind)
@@ -218,6 +106,12 @@ def mean_score(values, **kind):
 def share_score(right):
     """Score of the share of items that are right."""
     return dataclasses.replace(wilson(sum(right), len(right)), items=[100 * r for r in right])
+
+
+def word_error_rate(answers, references, words=normalise):
+    """(errors, reference words) per item, after `words`; WER = sum of errors / sum of words."""
+    pairs = [(words(a), words(r)) for a, r in zip(answers, references, strict=True)]
+    return np.array([(edit_distance(a, r), len(r)) for a, r in pairs], dtype=float).reshape(-1, 2)
 
 
 # ---------------------------------------------------------------- the metrics by name
@@ -250,14 +144,16 @@ def metric(name, key="answer"):
 
 
 def default_metrics(task):
-    """Of records that name none: word error rate or exact match (the miniature's answers are
-    normalised words)."""
+    """The metrics of records that name none: word error rate or exact match (the miniature's
+    answers are normalised words)."""
     return ("wer_basic",) if task in ERROR_RATES else ("exact",)
 
 
-def measure(rows):
-    """{name: Score or Unavailable}: the metrics that the rows name in meta["metrics"], each over
-    the rows that name it."""
+def score(rows, view="answer"):
+    """{metric: Score or Unavailable} of the answers in row[view]: each metric over the rows that
+    name it.  ValueError if a row names a metric that does not exist."""
+    rows = [{"options": [], **row, "answer": row[view],
+             "verdict": row.get("verdicts", {}).get(view, row.get("verdict"))} for row in rows]
     named = [(row, row["meta"].get("metrics") or default_metrics(row["task"])) for row in rows]
     names = dict.fromkeys(name for _, wanted in named for name in wanted)
     unknown = [name for name in names if name not in METRICS]
@@ -297,7 +193,7 @@ def _error_rate(rows, words, note):
 @metric("wer")
 def wer(rows):
     """Word error rate after Whisper's English normaliser, over all words of the set."""
-    return _error_rate(rows, *whisper_normaliser())
+    return _error_rate(rows, whisper_english, "norm=ours")
 
 
 @metric("wer_basic")
@@ -307,24 +203,19 @@ def wer_basic(rows):
 
 
 def _tokens(rows):
-    """-> tokens of the answers, of the references, note."""
-    answers, references, kind = captions.tokenised(
-        [row["answer"] for row in rows], [row["references"] for row in rows])
-    return answers, references, f"tok={kind}"
+    """-> tokens of the answers, of their references."""
+    return captions.tokenise([row["answer"] for row in rows], [row["references"] for row in rows])
 
 
 @metric("cider")
 def cider(rows):
     """CIDEr-D x 100.  Score whole sets: the weights of the words come from the set."""
-    answers, references, note = _tokens(rows)
-    return mean_score(captions.cider_d(answers, references), unit="x100", note=note)
+    return mean_score(captions.cider_d(*_tokens(rows)), unit="x100")
 
 
 def _bleu(rows, order):
-    answers, references, note = _tokens(rows)
-    counts = captions.bleu_counts(answers, references)
-    return bootstrap(counts, lambda sums: captions.bleu(sums)[..., order - 1], unit="x100",
-                     note=note)
+    return bootstrap(captions.bleu_counts(*_tokens(rows)),
+                     lambda sums: captions.bleu(sums)[..., order - 1], unit="x100")
 
 
 @metric("bleu1")
@@ -341,27 +232,23 @@ def bleu4(rows):
 
 @metric("meteor")
 def meteor(rows):
-    """METEOR 1.5 x 100 of the whole set, by its authors' jar."""
-    answers, references, note = _tokens(rows)
-    value, sampled = captions.meteor(answers, references, resamples(len(rows)))
+    """METEOR 1.5 x 100 of the whole set."""
+    value, sampled = captions.meteor(*_tokens(rows), resamples)
     low, high = np.percentile(sampled, (2.5, 97.5))
-    return Score(100 * value, 100 * float(low), 100 * float(high), len(rows), unit="x100",
-                 note=note)
+    return Score(100 * value, 100 * float(low), 100 * float(high), len(rows), unit="x100")
 
 
 @metric("spice")
 def spice(rows):
-    """SPICE x 100, the mean over items, by its authors' jar."""
-    answers, references, note = _tokens(rows)
-    return mean_score(captions.spice(answers, references), unit="x100", note=note)
+    """SPICE x 100, the mean over items."""
+    return mean_score(captions.spice(*_tokens(rows)), unit="x100")
 
 
 @metric("spider")
 def spider(rows):
     """SPIDEr x 100: the mean of SPICE (0..1) and CIDEr-D (0..10)."""
-    answers, references, note = _tokens(rows)
-    both = captions.spice(answers, references), captions.cider_d(answers, references)
-    return mean_score(sum(both) / 2, unit="x100", note=note)
+    tokens = _tokens(rows)
+    return mean_score((captions.spice(*tokens) + captions.cider_d(*tokens)) / 2, unit="x100")
 
 
 def _share(name, right):
@@ -471,6 +358,6 @@ def judged(rows):
 
 @metric("answer_length")
 def answer_length(rows):
-    """Words an answer, to read beside word_match: who enumerates candidates is right more often."""
+    """Words per answer, to read beside word_match: listing many candidates scores higher there."""
     result = mean_score([len(row["answer"].split()) / 100 for row in rows])
     return dataclasses.replace(result, unit="words", better="")

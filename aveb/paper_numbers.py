@@ -42,17 +42,17 @@ SINGLE = ("Whisper large-v2", "InstructBLIP 13B", "InstructBLIP 13B fine-tuned",
           "FAVOR 13B audio only", "FAVOR 13B visual only", "FAVOR 7B", "FAVOR 13B")
 CAPTIONING = ("VALOR-base", "Video-LLaMA 7B", "FAVOR 7B", "FAVOR 13B")
 # {title: (lines (task, metric, Table 1's mark), systems)}, in the paper's order
-MASK_BIAS = ("ic", "ocr", "vqa", "isqa", "avssd", "avm", "favd", "valor")
+ZERO_SHOT = ("ic", "ocr", "vqa", "isqa", "avssd", "avm", "favd", "valor")
 TABLES = {
     "Table 2: single-modal tasks": (("asr", "ac", "videoqa", "ic", "ocr", "vqa"), SINGLE),
     "Table 3: audio-visual tasks": (("avsr", "avsd", "isqa", "avssd", "avm"), SINGLE),
     "Table 4: audio-visual captions": (
         ("favd", "favd fine-tuned", "valor", "valor fine-tuned"), CAPTIONING)}
-TABLES = {title: (tuple((task, metric, "zero-shot" if task in MASK_BIAS else "")
+TABLES = {title: (tuple((task, metric, "zero-shot" if task in ZERO_SHOT else "")
                         for name in tasks for task, metric in (*COLUMNS, *CAPTION_COLUMNS)
                         if task == name), systems)
           for title, (tasks, systems) in TABLES.items()}
-# the data sets (aveb_sets.SETS) after which a task is no longer zero-shot; isqa and avm: any
+# the data sets (sets.SETS) after which a task is no longer zero-shot; isqa and avm: any
 # training on the task itself
 TRAINED_BY = {"asr": ("librispeech",), "ac": ("audiocaps",), "ic": ("flickr30k",),
               "ocr": ("textvqa",), "vqa": ("gqa",), "videoqa": ("nextqa",), "avsr": ("how2",),

@@ -7,12 +7,13 @@
      python -m aveb.speech avm --vggss vggss-test.jsonl --spokencoco spokencoco-val.jsonl --out aveb
 
 isqa: image + question --text to speech--> image + wav (16 kHz, mono) in <out>/isqa/, isqa.jsonl.
-     The same --n and --seed as in aveb.py subset speak the very questions of ocr and vqa.  The
-     paper used a commercial system: the protocol is the same, the numbers are not comparable.
+     The same --n and --seed as in python -m aveb subset speak the very questions of ocr and vqa.
+     The paper used a commercial system: the protocol is the same, the numbers are not comparable.
 avm:  half of the pictures keep their own sound ("Yes"), half get one from the same data set ("No"),
      never of the same record, file or class; avm.jsonl.
 
-The manifests are those of aveb.py prepare, in any order; a cut off run keeps its finished wavs.
+The manifests are those of python -m aveb prepare; a run that was cut off goes on with the wavs that
+are missing.
 Public: make_isqa, make_avm, find_engine, ENGINES."""
 
 import argparse
@@ -26,10 +27,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from aveb.prepare import Bar, ids_hash, subset
-from aveb.sets import METRICS
+from aveb.prepare import ids_hash, subset
+from aveb.tasks import METRICS
 from data import Record, read_manifest, write_manifest
 from runtime import cli
+from runtime.cli import Progress
 from runtime.media import read_audio, write_wav
 
 ISQA_PROMPT = "Answer the question in the audio about the image."
@@ -47,7 +49,7 @@ def chance(seed, *names):
 
 
 def drawn(records, n, seed):
-    """aveb.py's subset, sorted by id."""
+    """The records of prepare.subset, sorted by id."""
     return sorted(subset(records, n, seed), key=lambda r: r.id)
 
 
@@ -145,7 +147,8 @@ def isqa_record(source, record, k, engine, voices, folder):
 
 def make_isqa(sources, out, n=1000, seed=0, engine="", voices=(), log=print):
     """sources {"textvqa" or "gqa": records} -> the records of <out>/isqa.jsonl, n a source.
-    Questions that could not be spoken are left out and told."""
+    Questions that could not be spoken are left out and
+    reported."""
     engine, voices = find_engine(engine, voices)
     folder = Path(out) / "isqa"
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +169,7 @@ def make_isqa(sources, out, n=1000, seed=0, engine="", voices=(), log=print):
 
 def _speak_all(engine, texts, log):
     """{wav: (voice, text)} -> {wav: why it could not be made}, on all cores."""
-    failed, bar = {}, Bar("speaking", len(texts), log)
+    failed = {}
 
     def one(path):
         try:
@@ -176,8 +179,9 @@ def _speak_all(engine, texts, log):
 
     pool = ThreadPoolExecutor(cli.cores())      # each waits for its program
     try:
-        for done, _ in enumerate(pool.map(one, texts), 1):
-            bar.show(done)
+        with Progress("speaking", len(texts), "question") as progress:
+            for _ in pool.map(one, texts):
+                progress.add()
     finally:                                          # Ctrl-C: not the whole queue first
         pool.shutdown(cancel_futures=True)
     return failed
@@ -252,7 +256,7 @@ def make_avm(sources, out, n=500, seed=0, log=print):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser("python -m aveb.speech", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("isqa", "avm"))
     for name in ("textvqa", "gqa", "vggss", "spokencoco"):
@@ -275,7 +279,7 @@ def main(argv=None):
         else:
             make_avm(sources, args.out, args.n or 500, args.seed)
     except ValueError as error:
-        sys.exit(f"aveb_speech.py: {error}")
+        sys.exit(f"aveb.speech: {error}")
 
 
 if __name__ == "__main__":

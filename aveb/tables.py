@@ -5,17 +5,16 @@ beside theirs, and the report on disk.
                                                                       --paper_tables--> Markdown
                                        --write_report--> predictions.jsonl, .md and .json
 
-Public: TASKS, by_task, scores_of, table, zero_shot, paper_tables, write_report, write_text."""
+   Public: by_task, parts_of, table, zero_shot, paper_tables, report_text, write_report."""
 
 import dataclasses
 import json
 
-import miniature
 from aveb import metrics
 from aveb.paper_numbers import PAPER, TABLES, TRAINED_BY
-from runtime import hub
+from aveb.tasks import TASKS
+from runtime.hub import markdown_table, write_json, write_text
 
-TASKS = (*miniature.TASKS, "favd", "valor")      # Tables 2 and 3; Table 4
 OURS = {"both": "ours", "audio only": "ours, audio only", "visual only": "ours, visual only"}
 
 
@@ -26,13 +25,6 @@ def by_task(predictions):
         groups.setdefault(row["task"], []).append(row)
     order = {task: i for i, task in enumerate(TASKS)}
     return dict(sorted(groups.items(), key=lambda item: order.get(item[0], len(order))))
-
-
-def scores_of(rows, view):
-    """{metric: Score or Unavailable} of the rows of a task."""
-    return metrics.measure([
-        {"options": [], **row, "answer": row[view], "verdict": row.get("verdicts", {}).get(view)}
-        for row in rows])
 
 
 def parts_of(rows):
@@ -56,33 +48,30 @@ def is_real(predictions):
 
 
 def table(predictions, views, missing=None):
-    """Markdown: a line a task and metric with n, missing n, chance and the 95 % intervals; then the
-    parts scored apart.  missing: {task: clips that could not be read}."""
-    tasks, missing = by_task(predictions), missing or {}
-    lines = ["| task | n | missing | " + " | ".join(views) + " | chance |",
-             "|---" * (len(views) + 4) + "|"]
+    """Markdown: one row per task and metric with n, missing n, chance and the 95 % intervals, then
+    the parts that are scored apart.  missing: {task: clips that could not be read}."""
+    tasks, missing, lines = by_task(predictions), missing or {}, []
     for task, rows in tasks.items():
-        lines += table_lines(task, rows, views, missing.get(task, 0))
+        lines += table_rows(task, rows, views, missing.get(task, 0))
     for task, rows in tasks.items():
-        for kind, part in sorted(parts_of(rows).items()):
-            lines += table_lines(task, part, views, 0, kind)
-    return "\n".join(lines)
+        for part, some in sorted(parts_of(rows).items()):
+            lines += table_rows(task, some, views, 0, part)
+    return markdown_table(["task", "n", "missing", *views, "chance"], lines)
 
 
-def table_lines(task, rows, views, missing, part=""):
-    """A line for each metric of the rows."""
-    by_view, lines = [scores_of(rows, view) for view in views], []
-    chances = [row["meta"].get("chance") for row in rows]
-    for name, first in by_view[0].items():
-        unit = {"wer_basic": "WER %", "exact": "%"}.get(name, name) if not is_real(rows) else name
-        label = (f"{task}: {part}" + (f", {name}" if is_real(rows) else "") if part
+def table_rows(task, rows, views, missing, part=""):
+    """The table's row for each metric of these predictions."""
+    scores = {view: metrics.score(rows, view) for view in views}
+    chances, real, lines = [row["meta"].get("chance") for row in rows], is_real(rows), []
+    for name, first in scores[views[0]].items():
+        unit = name if real else {"wer_basic": "WER %", "exact": "%"}.get(name, name)
+        label = (f"{task}: {part}" + (f", {name}" if real else "") if part
                  else f"**{task}** {unit} {getattr(first, 'arrow', '')}".rstrip())
-        accuracy = name not in ("wer", "wer_basic", "answer_length")
-        chance = (f"{100 * sum(chances) / len(rows):.1f}" if accuracy and None not in chances
+        is_accuracy = name not in ("wer", "wer_basic", "answer_length")
+        chance = (f"{100 * sum(chances) / len(rows):.1f}" if is_accuracy and None not in chances
                   else "-")
-        n, lost = getattr(first, "n", 0), missing + getattr(first, "missing", len(rows))
-        cells = [str(scores[name]) for scores in by_view]
-        lines.append(f"| {label} | {n} | {lost} | " + " | ".join(cells) + f" | {chance} |")
+        lines.append([label, getattr(first, "n", 0), missing + getattr(first, "missing", len(rows)),
+                      *(scores[view][name] for view in views), chance])
     return lines
 
 
@@ -98,37 +87,39 @@ def zero_shot(task, mixture):
 
 
 def paper_tables(predictions, views, missing=None, mixture=None, whole=True):
-    """Markdown: Tables 2, 3 and 4, a line a task and metric, a column a system, ours last.  Lines
-    of tasks that have not been scored are left out unless `whole`.  A task of Table 1's zero-shot
-    ones is marked so, and so are our own figures."""
-    tasks, missing = by_task(predictions), missing or {}
+    """Markdown: Tables 2, 3 and 4, one row per task and metric, one column per system, ours last.
+    Rows of tasks that have not been scored are left out unless `whole`.  The zero-shot tasks of
+    Table 1 are marked, and so are our own figures."""
+    tasks, missing, text = by_task(predictions), missing or {}, []
     ours = [view for view in views if view in OURS]
-    scores = {task: {view: scores_of(rows, view) for view in ours}
+    scores = {task: {view: metrics.score(rows, view) for view in ours}
               for task, rows in tasks.items()}
-    text = []
     for title, (rows, systems) in TABLES.items():
         lines = []
         for label, metric, mark in rows:
             task, tuned = label.split()[0], label.endswith("fine-tuned")
             unseen = zero_shot(task, mixture) if task in tasks else None
             here = task in tasks and (task not in ("favd", "valor") or tuned == (unseen is False))
-            if not here and not whole:
-                continue
-            known = {None: "trained on: unknown", True: "zero-shot", False: "trained on it"}[unseen]
-            found = [scores[task][view].get(metric) if here else None for view in ours]
-            counts = (f"{getattr(found[0], 'n', 0)} | {missing.get(task, 0)}"
-                      if here and found and found[0] is not None else "- | -")
-            cells = [str(PAPER[s].get(label, {}).get(metric, "-")) for s in systems]
-            cells += [f"{score}, {known}" if score is not None and score.value is not None
-                      else str(score or "-") for score in found]
-            arrow = "↓" if metric == "wer" else "↑"
-            lines.append(f"| {label} {metric} {arrow}{', ' + mark if mark else ''} | {counts} | "
-                         + " | ".join(cells) + " |")
+            if here or whole:
+                found = [scores[task][view].get(metric) if here else None for view in ours]
+                counts = ([getattr(found[0], "n", 0), missing.get(task, 0)]
+                          if here and found and found[0] is not None else ["-", "-"])
+                lines.append([f"{label} {metric} {'↓' if metric == 'wer' else '↑'}"
+                              + (f", {mark}" if mark else ""), *counts,
+                              *(PAPER[s].get(label, {}).get(metric, "-") for s in systems),
+                              *(our_cell(score, unseen) for score in found)])
         if lines:
-            head = ["task (paper's mark)", "our n", "missing", *systems, *(OURS[v] for v in ours)]
-            text += [f"{title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|",
-                     *lines, ""]
+            header = ["task (paper's mark)", "our n", "missing", *systems, *(OURS[v] for v in ours)]
+            text += [title, "", markdown_table(header, lines), ""]
     return "\n".join(text).rstrip()
+
+
+def our_cell(score, unseen):
+    """A Score with its mark; the reason if it is Unavailable; "-" for None."""
+    if score is None or score.value is None:
+        return score or "-"
+    mark = {None: "trained on: unknown", True: "zero-shot", False: "trained on it"}[unseen]
+    return f"{score}, {mark}"
 
 
 # ---------------------------------------------------------------- on disk
@@ -148,27 +139,20 @@ def write_report(out, predictions, views, missing, settings):
     scores = {}
     for task, rows in by_task(predictions).items():
         for view in views:
-            for name, score in scores_of(rows, view).items():
-                told = str(score)
+            for name, score in metrics.score(rows, view).items():
+                entry = str(score)
                 if score.value is not None:
-                    told = dataclasses.asdict(score)
-                    items = told.pop("items")
+                    entry = dataclasses.asdict(score)
+                    items = entry.pop("items")
                     for row in rows:
                         if row["id"] in items:
                             row.setdefault("scores", {}).setdefault(name, {})[view] = (
                                 items[row["id"]])
-                scores.setdefault(task, {}).setdefault(view, {})[name] = told
+                scores.setdefault(task, {}).setdefault(view, {})[name] = entry
     write_text(out, "".join(json.dumps(row) + "\n" for row in predictions))
     write_text(out.with_suffix(".md"), report_text(predictions, views, missing, settings) + "\n")
-    hub.write_json(out.with_suffix(".json"), {
+    write_json(out.with_suffix(".json"), {
         "settings": settings, "answered": len(predictions), "missing": dict(missing),
         "scores": scores, **({"zero-shot": {
             task: zero_shot(task, settings.get("mixture")) for task in scores if task in TRAINED_BY
         }} if is_real(predictions) else {})})
-
-
-def write_text(path, text):
-    """Atomically: a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -1,1 +1,1 @@
-"""The other systems of the paper: Whisper with its decoder, InstructBLIP."""
+"""The systems that the benchmark compares with FAVOR: Whisper with its decoder, InstructBLIP."""

@@ -1,16 +1,14 @@
-"""The paper's two single-modality baselines, from the same parts as FAVOR.  Paper Sec. 4.2, Tables
-2 and 3.  Both work with public weights and no training of ours.
+"""InstructBLIP, the paper's visual baseline, from the same parts as FAVOR.  Paper Sec. 4.2, Tables
+2 and 3.
 
-     whisper        sound (S,) --Whisper large-v2 with its decoder--> text          asr, avsr
-     instructblip   an image, or 5 frames of a video (F,3,224,224) --ViT--> (F,P,1408)
-                      --Q-Former + prompt--> (F,V,768) --language_projection--> (F*V,D_llm)
-                      --[vectors | </s> prompt]--> Vicuna --> answer                the silent tasks
+     an image, or 5 frames of a video (F,3,224,224) --ViT--> (F,P,D_vit)
+        --Q-Former, which reads the prompt--> (F,V,D) --language_projection--> (F*V,D_llm)
+        --[vectors | </s> prompt]--> Vicuna --> answer
 
-Each has those methods of Favor that eval.py and train.py call.  InstructBLIP can be fine-tuned (the
-"fine-tuned" row of Table 2): Q-Former, queries and projection learn, as in its own instruction
-tuning; ViT and LLM stay frozen.
-
-Public: SYSTEMS, WhisperBaseline, InstructBlip."""
+   It works with public weights alone and offers the methods of Favor that eval.py and train.py
+   call.  It can also be fine-tuned (the row "fine-tuned" of Table 2): Q-Former, queries and
+   projection learn, as in InstructBLIP's own instruction tuning, while ViT and LLM stay frozen.
+   Public: InstructBlip."""
 
 import dataclasses
 
@@ -18,14 +16,13 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from baselines.whisper import Whisper
 from data import Features
 from favor import Favor, load_pretrained
 from llama import Llama, Tokenizer
 from runtime import hub
 from vit_qformer import QFormerTokenizer, VisualEncoder, to_pixels
 
-FRAMES = 5                       # of a video, equally spaced: 5 x 32 = 160 vectors (Sec. 4.2)
+FRAMES = 5                       # equally spaced frames per video: 5 x 32 = 160 vectors (Sec. 4.2)
 
 
 class InstructBlip(Favor):
@@ -36,7 +33,7 @@ class InstructBlip(Favor):
 
     def __init__(self, config, visual, projection, llm, tokenizer, qformer_tokenizer):
         nn.Module.__init__(self)
-        # One "window" a frame, of as many vectors as the Q-Former has queries; no diversity loss.
+        # One "window" per frame, of as many vectors as the Q-Former has queries; no diversity loss.
         self.config = dataclasses.replace(config, queries=visual.n_queries, diversity=0.0,
                                           encoder_dropout=0.0, lora_targets=())
         self.tokenizer, self.qformer_tokenizer = tokenizer, qformer_tokenizer
@@ -52,17 +49,19 @@ class InstructBlip(Favor):
 
     @classmethod
     def from_config(cls, config, dtype=None, device=None, load=None):
-        """All four parts from config.instructblip, the LLM from config.llm."""
+        """Makes ViT, Q-Former and projection from config.instructblip and the LLM from config.llm.
+        load(kind, source, dtype=, device=, ...) makes one part or tokenizer; by default the
+        pretrained one, otherwise (random weights) the projection is random as well."""
         load = load or load_pretrained
         tokenizer = load(Tokenizer, config.llm)
         qformer_tokenizer = load(QFormerTokenizer, config.instructblip)
         visual = load(VisualEncoder, config.instructblip, dtype=dtype, device=device)
-        llm = load(Llama, config.llm, dtype=dtype, device=device,
-                   vocab_size=tokenizer.vocab_size)
+        llm = load(Llama, config.llm, dtype=dtype, device=device, vocab_size=tokenizer.vocab_size)
         with torch.device("meta" if device == "meta" else "cpu"):
             projection = nn.Linear(visual.width, llm.config.width)
             if load is load_pretrained:
-                root = hub.folder(hub.local_source(config.instructblip), (), ("language_projection.",))
+                root = hub.folder(hub.local_source(config.instructblip), (),
+                                  ("language_projection.",))
                 hub.load_into(projection, root, prefix="language_projection.")
             model = cls(config, visual, projection, llm, tokenizer, qformer_tokenizer)
         return (model.to(device) if device else model).eval()
@@ -83,8 +82,8 @@ class InstructBlip(Favor):
 
     @torch.no_grad()
     def encode_all(self, clips, prompts):
-        """Clips -> a Features each: the ViT's (F,P,D_vit) of an image or of FRAMES frames; the
-        Q-Former, which may learn, comes later.  Sound is not heard."""
+        """Clips -> one Features each: the ViT's (F,P,D_vit) of an image or of FRAMES frames.  The
+        Q-Former comes later, as it may be trained.  Sound is ignored."""
         device, found = self.language_projection.weight.device, {}
         for clip in clips:
             if clip is not None and clip.frames is not None and id(clip) not in found:
@@ -103,7 +102,7 @@ class InstructBlip(Favor):
         return self.encode_sample(sample).features.visual, None
 
     def empty_features(self, seconds):
-        """A video's, on the device "meta"."""
+        """Those of a video, on the device "meta"."""
         vit = self.visual.vit.config
         return torch.empty(FRAMES, vit.n_patches + 1, vit.width, device="meta"), None
 
@@ -112,8 +111,8 @@ class InstructBlip(Favor):
         return 0 if image is None else len(image)
 
     def text_ids(self, sample, has_clip):
-        """[vectors | </s> prompt | answer </s>]: InstructBLIP's first token is </s>, and there is
-        no template.  Earlier turns of a dialogue stand before the question."""
+        """Ids of [vectors | </s> prompt | answer </s>]: InstructBLIP's first token is </s>, and it
+        has no template.  Earlier turns of a dialogue stand before the question."""
         turns = [f"{question} {answer}" for question, answer in sample.history]
         prompt = self.tokenizer.encode(" ".join([*turns, sample.prompt]))
         answer = [] if sample.target is None else [
@@ -121,9 +120,9 @@ class InstructBlip(Favor):
         return [], [self.tokenizer.eos_id, *prompt], answer
 
     def audio_visual_tokens(self, samples):
-        """Samples -> LLM vectors, one (F*V,D_llm) a sample ((0,D_llm) for text), and the queries.
-        One dummy frame of zeros goes along, so that every rank of a DDP run touches every trained
-        parameter; a masked picture is vectors of zeros."""
+        """Samples -> LLM vectors, one (F*V,D_llm) per sample ((0,D_llm) for text), and the queries.
+        A dummy frame of zeros goes along, so that every rank of a DDP run gives every trained
+        parameter a gradient.  A masked picture becomes vectors of zeros."""
         images = [self.features_of(sample)[0] for sample in samples]
         counts = [0 if image is None else len(image) for image in images]
         patches, width = self.visual.vit.config.n_patches + 1, self.visual.vit.config.width
@@ -139,38 +138,3 @@ class InstructBlip(Favor):
         pieces = [rearrange(piece, "f v d -> (f v) d") * float(s.mask not in ("visual", "both"))
                   + touched for s, piece in zip(samples, tokens[:-1].split(counts), strict=True)]
         return pieces, queries[:-1]
-
-
-class WhisperBaseline(nn.Module):
-    """Whisper with its own decoder: hears the sound of a clip, whatever the question."""
-    system = "whisper"
-    tasks = ("asr", "avsr")
-
-    def __init__(self, config, whisper):
-        super().__init__()
-        self.config, self.whisper = config, whisper
-
-    @classmethod
-    def from_config(cls, config, dtype=None, device=None):
-        return cls(config, load_pretrained(Whisper, config.whisper, dtype=dtype, device=device))
-
-    def clip_options(self):
-        return {"sound_only": True}
-
-    def encode_sample(self, sample):
-        return dataclasses.replace(sample, features=Features(
-            audio=sample.clip.audio if sample.clip else sample.features.audio), clip=None)
-
-    def encode_batch(self, samples):
-        return [*map(self.encode_sample, samples)]
-
-    def generate(self, samples, num_beams=1):
-        """A transcript of each Sample; "" where there is no sound or it is masked."""
-        heard = [None if s.mask in ("audio", "both") else self.encode_sample(s).features.audio
-                 for s in samples]
-        said = iter(self.whisper.transcribe(
-            [audio for audio in heard if audio is not None], beams=num_beams))
-        return ["" if audio is None else next(said) for audio in heard]
-
-
-SYSTEMS = {"favor": Favor, "instructblip": InstructBlip, "whisper": WhisperBaseline}

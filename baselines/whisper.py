@@ -7,8 +7,9 @@
 
    B chunks, P positions (1500 a chunk), T tokens, D width, N beams; in this file S counts samples.
    Parameter names are the Hub's after "model.decoder.", so state_dict() is the published layout.
-   Public: Whisper, WhisperDecoder, WhisperDecoderConfig, WhisperTokenizer."""
+   Public: WhisperBaseline, Whisper, WhisperDecoder, WhisperDecoderConfig, WhisperTokenizer."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from einops import rearrange
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
+from data import Features
 from llama import Beams
 from runtime import hub
 from whisper_enc import Norm, SelfAttention, WhisperEncoder, checked_audio, log_mel_spectrogram
@@ -273,3 +275,36 @@ class Whisper(nn.Module):
             cache.reorder((beam.gather(1, on) + rows[:, :1]).flatten())
             logits = self.decoder(token, cache)[:, -1]
         return [chunk.answers[0][1] for chunk in chunks]
+
+
+class WhisperBaseline(nn.Module):
+    """The paper's speech baseline (Sec. 4.2, Tables 2 and 3): Whisper with its own decoder and public
+    weights.  It transcribes the sound of a clip, whatever the question."""
+    system = "whisper"
+    tasks = ("asr", "avsr")
+
+    def __init__(self, config, whisper):
+        super().__init__()
+        self.config, self.whisper = config, whisper
+
+    @classmethod
+    def from_config(cls, config, dtype=None, device=None, load=None):
+        return cls(config, load(Whisper, config.whisper, dtype=dtype, device=device))
+
+    def clip_options(self):
+        return {"sound_only": True}
+
+    def encode_sample(self, sample):
+        return dataclasses.replace(sample, features=Features(
+            audio=sample.clip.audio if sample.clip else sample.features.audio), clip=None)
+
+    def encode_batch(self, samples):
+        return [*map(self.encode_sample, samples)]
+
+    def generate(self, samples, num_beams=1):
+        """A transcript of each Sample; "" where there is no sound or it is masked."""
+        heard = [None if s.mask in ("audio", "both") else self.encode_sample(s).features.audio
+                 for s in samples]
+        texts = iter(self.whisper.transcribe(
+            [audio for audio in heard if audio is not None], beams=num_beams))
+        return ["" if audio is None else next(texts) for audio in heard]

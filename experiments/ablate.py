@@ -39,10 +39,11 @@ import numpy as np
 import torch
 
 import data
-import eval as evaluation
 import miniature
 import train
+from aveb import metrics
 from aveb import tables as reports
+from aveb.answers import evaluate, views_of
 from experiments import figures
 from experiments.tables import (
     FPS,
@@ -53,7 +54,7 @@ from experiments.tables import (
     tables,
 )
 from favor import Favor
-from runtime import cli, distributed, files
+from runtime import cli, distributed, hub
 from runtime.feature_cache import cache_features
 from runtime.log import duration
 
@@ -111,7 +112,7 @@ class Job:
     def finished(self):
         """Whether its scores are there."""
         file = self.folder / "scores.json"
-        return file.exists() and files.read_json(file)["settings"] == self.settings
+        return file.exists() and hub.read_json(file)["settings"] == self.settings
 
 
 def steps_of(config, stage):
@@ -292,11 +293,11 @@ def remaining(took, waiting, running, at_once):
 # ---------------------------------------------------------------- scoring one run
 def prepare(config, log=print):
     """Makes the clips and caches their features once, on all cores, for all runs."""
-    if Path(config.data) == Path(evaluation.EvalConfig.data):
+    if Path(config.data) == Path(train.MINIATURE):
         miniature.make(config.data)
     model = load(train_config(config, "complete", 0, 1))
     records = [r for split in ("train", "test")
-               for r in data.read_manifest(evaluation.find_manifest(config.data, split))]
+               for r in data.read_manifest(data.find_manifest(config.data, split))]
     cache_features(model, records, Path(config.data) / "features", log=log)
 
 
@@ -336,7 +337,7 @@ def rows_of(predictions, view):
     rows = []
     for task, group in reports.by_task(predictions).items():
         for part, some in (("", group), *sorted(reports.parts_of(group).items())):
-            score = next(iter(reports.scores_of(some, view).values()))
+            score = next(iter(metrics.score(some, view).values()))
             rows.append({"task": task, "part": part, "score": score.value, "n": score.n,
                          "low": score.low, "high": score.high})
     return rows
@@ -348,21 +349,21 @@ def score(config, system, seed, stage, log=print):
     Stage 1 of seed 0 writes OUT/inside/<system>.npz for the figures (figures.look_inside)."""
     job, rows = job_of(config, system, seed, stage), []
     trained = train_config(config, system, seed, stage)
-    view = evaluation.views_of("favor", trained.mask, ("both",))[0]
-    records = limited(data.read_manifest(evaluation.find_manifest(config.data, "test")),
+    view = views_of("favor", trained.mask, ("both",))[0]
+    records = limited(data.read_manifest(data.find_manifest(config.data, "test")),
                       config.limit)
     read = partial(cache_features, folder=Path(config.data) / "features", workers=1, log=log)
     before, steps = steps_of(config, stage)
     for step in (steps // 2, steps) if stage == 1 else (steps,):
         checkpoint = job.folder / f"step-{step:06d}"
         model = load(trained, checkpoint)
-        made, method = files.read_json(checkpoint / "favor.json"), model.config
+        made, method = hub.read_json(checkpoint / "favor.json"), model.config
         facts = {"system": system, "seed": seed, "step": before + step,
                  "parameters": sum(p.numel() for p in model.trained_parameters()),
                  "vectors": vectors_per_clip(method), "commit": made.get("commit"),
                  "dirty": made.get("dirty")}
         store = read(model, records)
-        predictions, missing = evaluation.evaluate(model, records, store, (view,), log=log)
+        predictions, missing = evaluate(model, records, store, (view,), log=log)
         reports.write_report(checkpoint / "predictions.jsonl", predictions, (view,), missing,
                              {"checkpoint": str(checkpoint), "view": view})
         rows += [facts | row for row in rows_of(predictions, view)]
@@ -375,7 +376,7 @@ def score(config, system, seed, stage, log=print):
                             Path(config.out) / "inside" / f"{system}.npz")
     if system == "complete":
         rows += [facts | row for row in at_other_rates(model, records, read, log)]
-    files.write_json(job.folder / "scores.json", {"settings": job.settings, "rows": rows})
+    hub.write_json(job.folder / "scores.json", {"settings": job.settings, "rows": rows})
 
 
 def at_other_rates(model, records, read, log=print):
@@ -385,7 +386,7 @@ def at_other_rates(model, records, read, log=print):
     asked, method, rows = [r for r in records if r.task == "videoqa"], model.config, []
     for fps in FPS if asked else ():
         model.config = dataclasses.replace(method, fps=fps)
-        predictions, _ = evaluation.evaluate(model, asked, read(model, asked), ("both",), log=log)
+        predictions, _ = evaluate(model, asked, read(model, asked), ("both",), log=log)
         rows.append(rows_of(predictions, "both")[0] | {
             "part": f"at {fps:g} Hz", "vectors": vectors_per_clip(model.config)})
     model.config = method
@@ -396,10 +397,10 @@ def at_other_rates(model, records, read, log=print):
 def collect(out):
     """Writes results.jsonl and results.md of all scored runs in `out` -> Results."""
     rows = [row for file in Path(out).glob("*-seed*/**/scores.json")
-            for row in files.read_json(file)["rows"]]
+            for row in hub.read_json(file)["rows"]]
     results = Results(in_order(rows))
-    files.write_text(Path(out) / "results.jsonl", jsonl(results.rows))
-    files.write_text(Path(out) / "results.md", tables(results) + "\n")
+    hub.write_text(Path(out) / "results.jsonl", jsonl(results.rows))
+    hub.write_text(Path(out) / "results.md", tables(results) + "\n")
     return results
 
 

@@ -27,7 +27,7 @@ from einops import rearrange
 
 import data
 from aveb.answers import readable_samples
-from aveb.metrics import ERROR_RATES
+from aveb.tasks import ERROR_RATES
 from experiments.tables import FPS, LAMBDAS, SYSTEMS, WINDOWS, Results, mean_interval
 from whisper_enc import SAMPLE_RATE, log_mel_spectrogram
 

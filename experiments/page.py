@@ -21,7 +21,7 @@ from experiments.tables import (
     score_table,
     verdict,
 )
-from runtime.files import markdown_table
+from runtime.hub import markdown_table
 
 VERDICTS = ("same sign and significant", "same sign", "not reproduced", "opposite and significant")
 SIMULTANEOUS = (("avsd", ""), ("avsd", "at"), ("avsd", "after"), ("avssd", ""), ("avm", ""),

@@ -18,7 +18,7 @@ from experiments import figures, tables
 from experiments.ablate import COMMITTED, in_order, jsonl
 from experiments.page import page
 from experiments.tables import Results
-from runtime.files import write_text
+from runtime.hub import write_text
 
 PAGE = COMMITTED.parent / "ablations.md"
 

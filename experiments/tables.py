@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 import miniature
-from aveb.metrics import ERROR_RATES
 from aveb.paper_numbers import PAPER
-from runtime.files import markdown_table
+from aveb.tasks import ERROR_RATES
+from runtime.hub import markdown_table
 
 # name: (its name in the tables, its flags of train.py). The tiny preset has K = 5 and 10 queries.
 SYSTEMS = {

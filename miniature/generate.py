@@ -11,16 +11,14 @@ change it: a part that was made first and the whole set made later give the very
 
 Public: make, demo, VERSION."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from miniature.scenes import SCENES, TASKS, TEST_CLIPS, TRAIN_CLIPS, WEIGHTS
 from miniature.world import VIDEO_FPS
 from runtime import cli
-from runtime.files import read_json, write_json
+from runtime.hub import read_json, write_json
 
 VERSION = 6           # of what is drawn and asked; clips of another version are made again
 DEMO = ("concert", 5)                    # scene and index of the test clip that demo.py asks about
@@ -81,7 +79,7 @@ def records_of(job):
 
 
 def make(folder, seed=0, scale=1.0, workers=None, splits=("train", "test"), counts=None,
-         tasks=None, limit=0, progress=True):
+         tasks=None, limit=0):
     """Writes clips and a manifest for each split -> {split: path of the manifest}.
 
     Without tasks and limit that is the whole set in <split>.jsonl. With them it is the part that
@@ -98,10 +96,10 @@ def make(folder, seed=0, scale=1.0, workers=None, splits=("train", "test"), coun
     counts = counts or {"test": TEST_CLIPS, "train": {
         scene: max(1, round(n * scale)) for scene, n in TRAIN_CLIPS.items()}}
     return {split: _make_split(folder, split, seed, counts[split], tasks, limit,
-                               workers or cli.cores(), progress) for split in splits}
+                               workers or cli.cores()) for split in splits}
 
 
-def _make_split(folder, split, seed, counts, tasks, limit, workers, progress):
+def _make_split(folder, split, seed, counts, tasks, limit, workers):
     """One split of `make` -> the path of its manifest."""
     from data import write_manifest
     settings = {"seed": seed, "clips": counts, "version": VERSION}
@@ -120,9 +118,8 @@ def _make_split(folder, split, seed, counts, tasks, limit, workers, progress):
         manifest = folder / f"{split}-{'+'.join(tasks or ['all'])}-{limit or 'all'}.jsonl"
     missing = [job for job in jobs if job[3] >= there.get(job[2], 0)]
     (folder / split).mkdir(parents=True, exist_ok=True)
-    for _ in tqdm(cli.parallel(make_clip, missing, workers), f"making {split} clips",
-                  len(missing), unit=" clips", disable=not progress or not missing,
-                  mininterval=0.5 if sys.stderr.isatty() else 20):
+    for _ in cli.progress(cli.parallel(make_clip, missing, workers), len(missing),
+                          f"making {split} clips", "clip"):
         pass
     for _, _, scene, index, _ in jobs:
         there[scene] = max(there.get(scene, 0), index + 1)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from aveb.metrics import edit_distance
+from aveb.text import edit_distance
 from favor import prompt_ids
 from llama import Llama, LlamaConfig, Tokenizer
 from miniature import world

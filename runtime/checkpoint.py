@@ -8,7 +8,7 @@ kill at any moment leaves a whole one, and a full disk leaves the one before.  A
 little: random seeds follow from --seed, rank and step, and the position in the data from the step.
 
 Public: save, save_unless_full, disk_full, latest, load_state, resume, prune, find_checkpoint,
-weights_hash, short_hash, StopSignal."""
+trained_preset, weights_hash, short_hash, StopSignal."""
 
 import errno
 import hashlib
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+
+from runtime.hub import read_json
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = ROOT / "miniature" / "weights" / "favor"       # the tiny checkpoint in this repository
@@ -135,6 +137,14 @@ def find_checkpoint(path, model="tiny"):
     raise SystemExit(f"no checkpoint in {' or '.join(map(str, places))} (wanted favor.json there); "
                      "make one with: python train.py"
                      + (f" --model {model}" if model != "tiny" else ""))
+
+
+def trained_preset(path, otherwise):
+    """The preset that the checkpoint in folder `path` was trained with; `otherwise` when there is no
+    path or the checkpoint does not say."""
+    file = Path(path) / "favor.json"
+    trained = read_json(file).get("train", {}) if path and file.exists() else {}
+    return trained.get("model", otherwise)
 
 
 def weights_hash(checkpoint):

@@ -1,4 +1,4 @@
-"""The command line of a program is a dataclass: each field is a flag.  And worker processes.
+"""The command line of a program is a dataclass: each field is a flag.  Worker processes and progress.
 
      @dataclass(frozen=True)
      class TrainConfig:
@@ -25,7 +25,8 @@ FLOAT, STR or the choices of a Literal, where "" means that the flag is not give
 --x and --no-x, tuples take several words, and the default is shown unless it is None, "" or ().
 Fields above the first group are in the group "options".
 
-Public: parse, check_choices, run_module, cores, parallel."""
+Public: parse, check_choices, run_module, cores, parallel, Progress,
+progress."""
 
 import argparse
 import dataclasses
@@ -41,6 +42,8 @@ import types
 import typing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+from tqdm import tqdm
 
 # what torchrun and distributed.launch_local set for each process
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK",
@@ -178,3 +181,50 @@ def _start_worker(start, args):
     threading.Thread(target=exit_with_parent, daemon=True).start()
     if start:
         start(*args)
+
+
+# ---------------------------------------------------------------- progress of long loops
+class Progress:
+    """with Progress("answering", 90, "question") as progress: progress.add(32)
+
+    Shows on stderr how many of `total` are done: a bar on a terminal, a line every 10 s in a log
+    file.  Only the main process shows it, and only when it takes more than 5 s."""
+
+    def __init__(self, what, total, unit):
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=what, unit=f" {unit}s", delay=5,
+                        disable=os.environ.get("RANK", "0") != "0",
+                        mininterval=0.2 if terminal else 10, file=None if terminal else _Lines(),
+                        bar_format=None if terminal else PROGRESS_LINE)
+
+    def add(self, n=1):
+        """n more are done."""
+        self.bar.update(n)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+
+def progress(items, total, what, unit):
+    """Yields the items and shows how many of `total` are done."""
+    with Progress(what, total, unit) as shown:
+        for item in items:
+            yield item
+            shown.add()
+
+
+PROGRESS_LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} so far, {remaining} left"
+
+
+class _Lines:
+    """stderr for tqdm where it is a file: each state becomes a line of its own."""
+
+    def write(self, text):
+        if text := text.strip("\r\n "):
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self):
+        sys.stderr.flush()

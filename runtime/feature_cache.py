@@ -29,7 +29,7 @@ import torch
 
 from data import Features, Sample, load_or_skip, report_skipped
 from runtime import cli, distributed, hub
-from runtime.log import in_words, progress
+from runtime.log import in_words
 from runtime.media import MediaError, probe
 
 
@@ -226,7 +226,7 @@ class FeatureCache:
             ([*rows.values()], clip not in self.clips) for clip, rows in jobs.items()]
         if jobs:
             self._check_space(jobs, log)
-        for (rows, _), made in progress(self._encoded(jobs, workers), len(jobs), "encoding clips",
+        for (rows, _), made in cli.progress(self._encoded(jobs, workers), len(jobs), "encoding clips",
                                         "clips"):
             by_prompt, audio, is_image, why, cut = made
             if why:

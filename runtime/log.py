@@ -29,10 +29,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from runtime import cli, distributed
-from runtime.files import atomic, read_json, read_jsonl, write_json
+from runtime.hub import atomic, read_json, read_jsonl, write_json
 
 GIB = 2 ** 30
 PACKAGES = ("torchaudio", "av", "numpy", "safetensors", "tokenizers")
@@ -217,32 +216,6 @@ def draw_curve(rows, height=10, width=72):
     lines.append(" " * 8 + f"+{'-' * len(levels)}  cross-entropy, "
                  f"steps {points[0][0]}-{points[-1][0]}")
     return "\n".join(lines)
-
-
-def progress(items, total, description, unit):
-    """Yields the items and shows on stderr how many of `total` are done: a bar on a terminal, a
-    line every 10 s in a log file.  Only the main process shows it, and only after 5 s."""
-    terminal = sys.stderr.isatty()
-    with tqdm(total=total, desc=description, unit=f" {unit}", disable=distributed.rank() != 0,
-              delay=5, mininterval=0.2 if terminal else 10, file=None if terminal else _Lines(),
-              bar_format=None if terminal else PROGRESS_LINE) as bar:
-        for item in items:
-            yield item
-            bar.update()
-
-
-PROGRESS_LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} so far, {remaining} left"
-
-
-class _Lines:
-    """stderr for tqdm where it is a file: each state becomes a line of its own."""
-
-    def write(self, text):
-        if text := text.strip("\r\n "):
-            print(text, file=sys.stderr, flush=True)
-
-    def flush(self):
-        sys.stderr.flush()
 
 
 # ---------------------------------------------------------------- log.jsonl, events.jsonl

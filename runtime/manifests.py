@@ -18,8 +18,7 @@ import numpy as np
 
 from data import parse_line, to_record
 from runtime import cli
-from runtime.files import atomic
-from runtime.log import progress
+from runtime.hub import atomic
 
 VERSION = 1
 CHUNK = 1 << 24                        # bytes of a manifest that a worker checks at a time
@@ -121,7 +120,7 @@ def _scan(path, size):
     workers = min(cli.cores(), len(spans)) if len(spans) > 3 else 1
     checked = cli.parallel(partial(_scan_chunk, path=path), spans, workers, chunk=1)
     parts, ids, groups = [], [], {}
-    for rows, names, found in progress(checked, len(spans), f"checking {path}",
+    for rows, names, found in cli.progress(checked, len(spans), f"checking {path}",
                                        f"parts of {CHUNK >> 20} MiB"):
         if rows is None:
             offset, wrong = found

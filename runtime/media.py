@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 
-from runtime.files import atomic
+from runtime.hub import atomic
 
 AUDIO_RATE = 16_000       # samples per second, the rate of Whisper
 TICK = 1e-6               # s; times closer than this are equal (MPEG's own clock ticks at 1.1e-5)

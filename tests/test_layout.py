@@ -18,7 +18,7 @@ FILES = {path.stem: path for path in ROOT.glob("*.py")} | {
 METHOD = COMPONENTS | {"favor", "data"}
 MAY = {
     **dict.fromkeys(COMPONENTS, {"runtime.hub", "runtime.fast"}),
-    "data": {"runtime.media", "vit_qformer"},                   # the latter for its resize
+    "data": {"runtime.media", "runtime.hub", "vit_qformer"},    # atomic files; resize
     "favor": COMPONENTS | {"data", "runtime.hub", "runtime.fast"},
     "runtime": {"data"},                     # Record, Clip and Sample: what a run moves about
     "aveb": METHOD | {"runtime"},

@@ -30,6 +30,8 @@ import lora
 import miniature
 import train
 from aveb import answers, tables
+from aveb.tasks import VIEWS
+from baselines.systems import load_system
 from favor import Favor
 from runtime import checkpoint as checkpoints
 from runtime import cli
@@ -168,7 +170,7 @@ def test_a_run(finished, unbroken, small_parts):
     for task in miniature.TASKS:
         assert f"| **{task}** " in table
     answered = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    assert len(answered) == 36 and {*evaluation.VIEWS} < {*answered[0]}
+    assert len(answered) == 36 and {*VIEWS} < {*answered[0]}
 
 
 def test_flags_reach_the_method(command, tmp_path):
@@ -602,7 +604,7 @@ def test_one_modality_alone(command, small_miniature, tmp_path, monkeypatch, mas
     masks.clear()
     evaluation.main(evaluation.EvalConfig(
         checkpoint=str(tmp_path / "run" / "best"), data=str(small_miniature), mask=mask,
-        task="avm", out=str(tmp_path / "said.jsonl")), [])
+        task="avm", out=str(tmp_path / "said.jsonl")))
     assert masks == {mask}
 
 
@@ -677,7 +679,7 @@ def test_eval_one_task(finished, small_miniature, tmp_path):
     for row, r in zip(rows, records, strict=True):
         assert {*row} == {"id", "task", "prompt", "answer", "references", "meta", "options",
                           "scores",
-                          *evaluation.VIEWS}
+                          *VIEWS}
         assert (row["references"], row["prompt"], row["meta"]) == ([r.target], r.prompt, r.meta)
     head = "| task | n | missing | both | audio only | visual only | blind | chance |"
     assert head in done.stdout
@@ -692,7 +694,7 @@ def test_eval_one_task(finished, small_miniature, tmp_path):
 
 
 def evaluate(*words):
-    evaluation.main(cli.parse(evaluation.EvalConfig, "", [*map(str, words)])[0], [])
+    evaluation.main(cli.parse(evaluation.EvalConfig, "", [*map(str, words)])[0])
 
 
 def test_views(small_model, small_miniature):
@@ -704,10 +706,10 @@ def test_views(small_model, small_miniature):
     for parameter in small_model.trained_parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     small_model.eval()
-    rows, _ = evaluation.evaluate(small_model, records, store, batch=5, log=quiet)
+    rows, _ = answers.evaluate(small_model, records, store, batch=5, log=quiet)
     assert [row["id"] for row in rows] == [r.id for r in records]
     differ = 0
-    for view, mask in evaluation.VIEWS.items():
+    for view, mask in VIEWS.items():
         _, samples = answers.readable_samples(small_model, records, store, mask)
         said = [small_model.generate([sample])[0] for sample in samples]
         assert [row[view] for row in rows] == said
@@ -756,8 +758,7 @@ def test_eval_merges_unless_told_not_to(finished):
     out, answers = finished[0], []
     for merge in (True, False):
         assert evaluation.EvalConfig().merge
-        model, _ = evaluation.load_model(evaluation.EvalConfig(
-            checkpoint=str(out / "best"), merge=merge))
+        model, _ = load_system("favor", None, checkpoint=str(out / "best"), merge=merge)
         layers = list(lora.layers(model).values())
         assert layers and all(layer.merged == merge for layer in layers)
         assert all(layer.unmerged_weight is None for layer in layers)

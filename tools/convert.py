@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from runtime import hub
-from runtime.files import atomic, write_json
+from runtime.hub import atomic, write_json
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 NOT_WEIGHTS = "rotary_emb.inv_freq"              # a buffer that old exporters wrote

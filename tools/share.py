@@ -30,7 +30,7 @@ from aveb import metrics
 from llama import LLM_TENSORS, JsonTokenizer, Llama, LlamaConfig, Tokenizer, as_tuple
 from runtime import hub
 from runtime.checkpoint import weights_hash
-from runtime.files import markdown_table, write_text
+from runtime.hub import markdown_table, write_text
 
 MARK = ("<!-- tools/share.py writes this card again at every push. Remove this line to keep your "
         "own edits. -->")

@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 
-from aveb import tables
 from experiments.bench import media as bench_media
 from experiments.bench import questions as bench_questions
 from experiments.bench import steps as bench_steps
@@ -37,6 +36,7 @@ from experiments.bench import targets as bench_targets
 from experiments.bench.measure import CannotRun, Line, Run, Wrong, ceilings
 from runtime import cli
 from runtime import log as runlog
+from runtime.hub import write_text
 
 
 # ---------------------------------------------------------------- targets
@@ -245,12 +245,12 @@ def facts_of(run, config, argv):
 def write(out, outcomes, run, facts):
     """Writes bench.md and bench.json. It runs after each target, so a kill loses no result."""
     out.mkdir(parents=True, exist_ok=True)
-    tables.write_text(out / "bench.md", markdown(outcomes, run, facts) + "\n")
+    write_text(out / "bench.md", markdown(outcomes, run, facts) + "\n")
     targets = [{"target": o.name, "text": TARGETS[o.name].text, "reached": o.reached, "why": o.why,
               "seconds": o.seconds, "wanted": TARGETS[o.name].h200 if run.cuda
               else TARGETS[o.name].cpu, "lines": [line.to_dict() for line in o.lines]}
              for o in outcomes]
-    tables.write_text(out / "bench.json", json.dumps(
+    write_text(out / "bench.json", json.dumps(
         {"facts": facts, "ceilings": run.ceilings, "first_calls_s": run.first, "targets": targets},
         indent=1) + "\n")
 

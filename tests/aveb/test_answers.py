@@ -14,6 +14,7 @@ import data
 import eval as evaluation
 from aveb import answers
 from aveb.answers import Journal, answer_all
+from aveb.tasks import HISTORIES
 from favor import Favor, preset
 
 
@@ -28,7 +29,7 @@ def test_killed_and_two_processes_give_the_same(checkpoint, small_miniature, tmp
     def run(name):
         evaluation.main(evaluation.EvalConfig(
             checkpoint=str(checkpoint), data=str(small_miniature), out=str(tmp_path / name),
-            batch=2, keep_features=False, views=("both", "blind"), task="vqa,videoqa,avsd"), [])
+            batch=2, keep_features=False, views=("both", "blind"), task="vqa,videoqa,avsd"))
 
     def lines():
         return [json.loads(text) for path in parts.glob("*.jsonl")
@@ -114,7 +115,7 @@ class Parrot(None_model):
         return [f"{s.prompt.split()[0]}/{len(s.history)}" for s in samples]
 
 
-@pytest.mark.parametrize("history", answers.HISTORIES)
+@pytest.mark.parametrize("history", HISTORIES)
 def test_history(records, history):
     """avsd: the turns before are right, gone, or what the model itself said, asked once a clip."""
     talks = [r for r in records if r.task == "avsd"]
@@ -144,5 +145,5 @@ def test_own_answers_with_a_real_model(checkpoint, records):
 
 
 def test_unknown_history():
-    with pytest.raises(ValueError, match="--history silver; wanted gold or none or model"):
+    with pytest.raises(ValueError, match="--history silver: no such choice; choose from gold, no"):
         evaluation.EvalConfig(history="silver")

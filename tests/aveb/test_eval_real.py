@@ -3,7 +3,6 @@ clips, verdicts; and from an official folder to the table (`aveb.py prepare`, th
 
 import json
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,9 @@ from test_train import run_forked
 
 import data
 import eval as evaluation
-from aveb import prepare as aveb
-from aveb import tables
+from aveb import __main__ as command
+from aveb import metrics, tables
+from aveb.answers import find_manifests, read_manifests
 from favor import Favor
 from runtime.media import write_wav
 
@@ -93,7 +93,7 @@ def test_verdicts(tmp_path):
     config = evaluation.EvalConfig(judge=f"file:{tmp_path / 'v.jsonl'}", judge_model="me")
     evaluation.ask_judge(config, None, rows, ("both",), tmp_path / "out.jsonl")
     assert [r["verdicts"]["both"] for r in rows] == [True, False]
-    score = tables.scores_of(rows, "both")["judged"]
+    score = metrics.score(rows, "both")["judged"]
     assert score.value == 50 and "judge me" in score.note
     with pytest.raises(ValueError, match="--judge maybe; wanted url, self, none or file:"):
         evaluation.EvalConfig(judge="maybe")
@@ -143,13 +143,13 @@ def test_from_an_official_folder_to_the_table(checkpoint, tmp_path, capsys):
         write_wav(chapter / f"12-34-000{n}.wav", torch.randn(8000) * 0.1)
         (chapter / f"12-34-000{n}.wav").rename(chapter / f"12-34-000{n}.flac")   # by content
     manifest = tmp_path / "test.jsonl"
-    aveb.main(["prepare", "librispeech", "--root", str(tmp_path / "LibriSpeech"), "--split",
+    command.main(["prepare", "librispeech", "--root", str(tmp_path / "LibriSpeech"), "--split",
                "test", "--out", str(manifest), "--workers", "1"])
     records = data.read_manifest(manifest)
     assert len(records) == 2 and records[0].target == "red ball"
     evaluation.main(evaluation.EvalConfig(
         checkpoint=str(checkpoint), data=str(manifest), task="asr", views=("both",),
-        out=str(tmp_path / "out.jsonl"), keep_features=False), [])
+        out=str(tmp_path / "out.jsonl"), keep_features=False))
     printed = capsys.readouterr().out
     assert "| **asr** wer ↓ | 2 | 0 | " in printed and "| **asr** wer_basic ↓ | 2 |" in printed
     assert "Table 2: single-modal tasks" in printed and "| 3.3 |" in printed
@@ -165,49 +165,66 @@ def test_a_folder_with_a_manifest_a_task(tmp_path):
     """--data FOLDER: videoqa.jsonl, asr.jsonl ... as far as they are there and asked for."""
     for task in ("asr", "vqa"):
         data.write_manifest(tmp_path / f"{task}.jsonl", [data.Record(f"{task}-1", task, "?", "x")])
-    both = evaluation.find_manifests(tmp_path, evaluation.EvalConfig().tasks)
+    both = find_manifests(tmp_path, evaluation.EvalConfig().tasks)
     assert [path.name for path in both] == ["asr.jsonl", "vqa.jsonl"]
-    assert [r.id for r in evaluation.read_manifests(both)] == ["asr-1", "vqa-1"]
-    assert evaluation.find_manifests(tmp_path, ("vqa",)) == [tmp_path / "vqa.jsonl"]
+    assert [r.id for r in read_manifests(both)] == ["asr-1", "vqa-1"]
+    assert find_manifests(tmp_path, ("vqa",)) == [tmp_path / "vqa.jsonl"]
     with pytest.raises(SystemExit, match="id 'asr-1' is in two of them"):
-        evaluation.read_manifests([both[0], both[0]])
+        read_manifests([both[0], both[0]])
     with pytest.raises(SystemExit, match="no such manifest"):
-        evaluation.find_manifests(tmp_path, ("ocr",))
+        find_manifests(tmp_path, ("ocr",))
+
+
+def found_after(folder, text):
+    """Puts a manifest into the folder -> the text of the one that eval.py then reads."""
+    (folder / "test.jsonl").write_text(text)
+    config = evaluation.EvalConfig()
+    return (evaluation.make_miniature(config, True) or [folder / "test.jsonl"])[0].read_text()
 
 
 def test_an_older_miniature_is_made_anew(tmp_path, monkeypatch):
     """Its questions would be another benchmark's; a manifest that someone put there stays."""
     monkeypatch.chdir(tmp_path)
-    make = partial(evaluation.miniature.make, counts={"test": {"still": 1}}, workers=1,
-                   log=lambda *_: None)
-    monkeypatch.setattr(evaluation.miniature, "make", make)
+    make = evaluation.miniature.make
+    monkeypatch.setattr(evaluation.miniature, "make", lambda folder, **settings: make(
+        folder, counts={"test": {"still": 1}}, workers=1, **settings))
     folder = Path(evaluation.EvalConfig.data)
-    manifest, stamp = evaluation.find_manifest(folder, "test"), folder / "test.made.json"
+    (manifest,), stamp = evaluation.make_miniature(evaluation.EvalConfig(), True), (
+        folder / "test.made.json")
     made = manifest.read_text()
-
-    def found_after(text):
-        manifest.write_text(text)
-        return evaluation.find_manifest(folder, "test").read_text()
-
-    assert found_after("of this version") == "of this version"
-    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"version": 1}))
-    assert found_after("of an older one") == made
+    assert found_after(folder, "of this version") == "of this version"
+    for file in (stamp, folder / "test.clips.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 1}))
+    assert found_after(folder, "of an older one") == made
     stamp.unlink()
-    assert found_after("someone's own") == "someone's own"
+    assert found_after(folder, "someone's own") == "someone's own"
+
+
+def test_only_the_clips_of_the_questions_are_made(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    evaluation.main(evaluation.EvalConfig(task="ocr", limit=2, checkpoint=str(checkpoint),
+                                          views=("both",), out="said.jsonl"))
+    files = [path.name for path in Path(evaluation.EvalConfig.data, "test").iterdir()]
+    answered = [json.loads(line) for line in Path("said.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in answered] == ["ocr"] * 2 and 1 <= len(files) <= 2
+    assert "| **ocr** % ↑ | 2 | 0 | " in capsys.readouterr().out
 
 
 def test_under_torchrun_the_first_process_makes_the_clips(tmp_path, monkeypatch):
     """The second one waits, finds them, and both go on to what is wrong with the question."""
     monkeypatch.chdir(tmp_path)
+    manifest = Path(evaluation.EvalConfig.data) / "test-ocr-all.jsonl"
 
-    def make(path, splits):
-        time.sleep(0.3)
-        path.mkdir(parents=True)                             # an error if another made it, too
-        (path / "test.jsonl").write_text('{"id": "a", "task": "vqa", "prompt": "?", "target": "b", '
-                                         '"image": "a.png"}\n')
+    def make(folder, **_):
+        if not manifest.exists():
+            time.sleep(0.3)
+            folder.mkdir(parents=True)                       # an error if another made it, too
+            manifest.write_text('{"id": "a", "task": "vqa", "prompt": "?", "target": "b", '
+                                '"image": "a.png"}\n')
+        return {"test": manifest}
     monkeypatch.setattr(evaluation.miniature, "make", make)
 
     def run(rank):
         with pytest.raises(SystemExit, match="no questions of task ocr"):
-            evaluation.main(evaluation.EvalConfig(task="ocr"), [])
+            evaluation.main(evaluation.EvalConfig(task="ocr"))
     assert run_forked(run, processes=2) == [0, 0]

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 import data
-import eval as evaluation
 import favor
 import train
-from aveb import captions, tables
+from aveb import __main__ as command
+from aveb import captions, metrics, tables
 from aveb import prepare as aveb
-from aveb.sets import SAVEBENCH, SETS, Files, narration
+from aveb.answers import evaluate
+from aveb.sets import SETS, Files
+from aveb.sets.savebench import SAVEBENCH
+from aveb.sets.video import narration
 from favor import Favor
 from runtime.media import write_png, write_video, write_wav
 
@@ -320,7 +323,7 @@ def test_all_sets_are_here():
     assert len(SETS) == 20 and {name.split()[0] for name in CASES} == set(SETS)
 
 
-def no_java(name):
+def no_java():
     raise captions.CannotRun("needs Java")
 
 
@@ -351,11 +354,11 @@ def test_prepare_check_eval(case, tmp_path, clips, small_model, monkeypatch):
     broken = about.broken
     assert aveb.check(manifest, workers=1, log=lines.append) == broken
     assert any(f": {broken} broken" in line for line in lines)
-    rows, lost = evaluation.evaluate(small_model, records, None, ("both",), log=lines.append)
+    rows, lost = evaluate(small_model, records, None, ("both",), log=lines.append)
     assert len(rows) == len(records) - broken == len(records) - lost.total()
-    monkeypatch.setattr(captions, "_java", no_java)          # METEOR takes half a minute to load
+    monkeypatch.setattr(captions, "package_folder", no_java)   # it takes half a minute to load
     for part in tables.by_task(rows).values():
-        scores = tables.scores_of(part, "both")
+        scores = metrics.score(part, "both")
         assert set(scores) == set(part[0]["meta"]["metrics"])
     assert tables.table(rows, ("both",), lost).count("\n") >= len(scores)
 
@@ -587,7 +590,7 @@ def test_check_resumes(manifest, monkeypatch):
 def test_check_on_two_cores(manifest, capsys):
     lines = []
     assert aveb.check(manifest, 2, lines.append) == 2
-    assert aveb.main(["check", str(manifest)]) == 1
+    assert command.main(["check", str(manifest)]) == 1
     assert "20 of 20 clips were checked before" in capsys.readouterr().out
 
 
@@ -640,30 +643,30 @@ def test_command_line(tmp_path, clips, monkeypatch, capsys):
             "imageId": "n1", "question": "Who?", "answer": "I"} for k in range(9)},
         "images/n1.jpg": HERE})
     monkeypatch.chdir(tmp_path)
-    assert aveb.main(["prepare", "gqa", "--root", str(root), "--sample", "4"]) == 0
+    assert command.main(["prepare", "gqa", "--root", str(root), "--sample", "4"]) == 0
     printed = capsys.readouterr().out
     assert "gqa-testdev_balanced.jsonl: 4 records, ids " in printed
     assert "4 records about 1 clips" in printed and ": 0 broken" in printed
-    assert aveb.main(["subset", "gqa-testdev_balanced.jsonl", "--n", "2"]) == 0
+    assert command.main(["subset", "gqa-testdev_balanced.jsonl", "--n", "2"]) == 0
     assert "gqa-testdev_balanced-2-0.jsonl: 2 records" in capsys.readouterr().out
     (root / "images" / "n1.jpg").write_bytes(b"no picture")
-    assert aveb.main(["prepare", "gqa", "--root", str(root)]) == 1
+    assert command.main(["prepare", "gqa", "--root", str(root)]) == 1
     printed = capsys.readouterr().out
     assert ": 1 broken (9 records)" in printed and "  broken: " in printed and "n1.jpg" in printed
-    assert aveb.main(["prepare", "gqa", "--root", str(root), "--no-check"]) == 0
-    assert aveb.main(["prepare", "vggss", "--root", str(root)]) == 2
+    assert command.main(["prepare", "gqa", "--root", str(root), "--no-check"]) == 0
+    assert command.main(["prepare", "vggss", "--root", str(root)]) == 2
     assert "error: " in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        aveb.main(["prepare", "gqa", "--root", str(root), "--no-merge"])
+        command.main(["prepare", "gqa", "--root", str(root), "--no-merge"])
     assert "--merge means nothing to gqa" in capsys.readouterr().err
 
 
 def test_list_and_help_teach(capsys):
-    assert aveb.main(["list"]) == 0
+    assert command.main(["list"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in SETS) and "openslr.org/12" in printed
     for words, wanted in ((["--help"], "nothing is fetched"),
                           (["prepare", "--help"], "may be given several times")):
         with pytest.raises(SystemExit) as error:
-            aveb.main(words)
+            command.main(words)
         assert error.value.code == 0 and wanted in capsys.readouterr().out

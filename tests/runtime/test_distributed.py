@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import favor
 import train
-from baselines.instructblip import SYSTEMS
+from baselines.systems import SYSTEMS
 from favor import Features, Sample
 from llama import Block, KVCache
 from runtime import distributed

@@ -11,7 +11,7 @@ import data
 import demo
 import favor
 import train
-from baselines.instructblip import SYSTEMS
+from baselines.systems import SYSTEMS
 from favor import Favor, preset
 from llama import Llama
 from tools import memory as sizes
