@@ -53,7 +53,7 @@ class EvalConfig:
                        # avssd, avm, favd and valor with commas between them
     limit: int = 0  # <questions> answer at most this many questions of each task; 0 answers all
     # -- model
-    model: str = "tiny"  # preset of sizes: tiny, 7b or 13b; a given --checkpoint knows its own
+    model: str = "tiny"  # <preset> of sizes: tiny, 7b or 13b; a given --checkpoint knows its own
     system: Literal["favor", "instructblip", "whisper"] = "favor"  # FAVOR or one of the paper's
                                                                    # single-modality baselines
     checkpoint: str = ""  # <folder> written by train.py (default: runs/<model>/best; for tiny, if

@@ -132,7 +132,7 @@ class Judge:
 
     def verdicts(self, rows, view="both"):
         """Lines of predictions -> True, False or None (not judged, see `stopped` and `failures`)
-        for each.  JudgeError if the server cannot be asked like this; its replies so far are cached."""
+        for each.  JudgeError if the server cannot be asked like this; what it replied is cached."""
         prompts = [prompt_of(row, view) for row in rows]
         keys = [p and key_of(p, self.model) for p in prompts]
         self._ask({k: p for k, p in zip(keys, prompts, strict=True)
@@ -316,8 +316,10 @@ def main(argv=None):
         help="ask a server (default), only write the prompts, or read verdicts")
     add("--judge-url", default="", help="the server's address, mostly ending in /v1")
     add("--judge-model", default="", help="the judge's name, as the server knows it")
-    for name, text in (("cache", "file that caches the replies"), ("budget", "most requests of this run"),
-                       ("timeout", "seconds that one request may take"), ("workers", "requests at the same time")):
+    for name, text in (("cache", "file that caches the replies"),
+                       ("budget", "most requests of this run"),
+                       ("timeout", "seconds that one request may take"),
+                       ("workers", "requests at the same time")):
         default = getattr(Judge, name)
         add("--judge-" + name, type=type(default), default=default,
             help=f"{text} (default: {default})")

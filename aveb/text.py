@@ -125,7 +125,7 @@ FILLERS = set("a an the of in on at by and or to with is are it being playing so
 
 def label_match(answer, label):
     """Whether all content words of a part of the class ("donkey, ass braying": two parts) are in
-    the answer, without their endings.  It is a quick check and not comparable with a judged accuracy."""
+    the answer, without their endings.  A quick check, not comparable with a judged accuracy."""
     def words(text):
         return {re.sub(r"(ing|ed|es|e|s)$", "", w) if len(w) > 3 else w
                 for w in re.findall(r"[^\W_]+", text.lower()) if w not in FILLERS}

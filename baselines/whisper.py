@@ -278,8 +278,8 @@ class Whisper(nn.Module):
 
 
 class WhisperBaseline(nn.Module):
-    """The paper's speech baseline (Sec. 4.2, Tables 2 and 3): Whisper with its own decoder and public
-    weights.  It transcribes the sound of a clip, whatever the question."""
+    """The paper's speech baseline (Sec. 4.2, Tables 2 and 3): Whisper with its own decoder and
+    public weights.  It transcribes the sound of a clip, whatever the question."""
     system = "whisper"
     tasks = ("asr", "avsr")
 
