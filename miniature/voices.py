@@ -17,9 +17,9 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+import torchaudio.functional as AF
 
 from miniature.world import RATE, VOICES, WORDS
-from whisper_enc import resample
 
 SPLITS = {  # split: (accents, speakers); every accent speaks with every speaker's voice
     "train": (("en-us", "en-gb", "en-029", "en-gb-x-gbclan", "en-gb-x-gbcwmd"),
@@ -38,7 +38,7 @@ def render(word, voice, speed):
                 file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
     loud = np.flatnonzero(abs(audio) > 0.02 * abs(audio).max())
     audio = audio[max(0, loud[0] - 100):loud[-1] + 400]
-    return resample(torch.from_numpy(audio), rate).numpy()
+    return AF.resample(torch.from_numpy(audio), rate, RATE).numpy()
 
 
 def write_opus(path, audio):
