@@ -33,6 +33,7 @@ from favor import preset
 from runtime import cli, distributed, hub
 from runtime.checkpoint import (
     COMMITTED,
+    disk_full,
     find_checkpoint,
     short_hash,
     trained_preset,
@@ -230,6 +231,18 @@ def output_file(config, checkpoint):
     return (Path("runs/tiny-committed") if committed else checkpoint) / "predictions.jsonl"
 
 
+def save_report(out, *report):
+    """Writes predictions, table and report.  SystemExit when the disk is full: the answers are kept
+    in the journal, so that the same command goes on from there."""
+    try:
+        write_report(out, *report)
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        raise SystemExit(f"{out} could not be saved, the disk was full; make room and run the same "
+                         "command again") from error
+
+
 def main(config):
     config = resolve_config(config)
     rank, world, device = distributed.init_distributed()
@@ -259,12 +272,12 @@ def main(config):
     predictions, missing = evaluate(
         model, records, cache, views, config.batch, config.beams, config.history, journal, log)
     if rank == 0:
-        write_report(out, predictions, views, missing, settings)         # in case the judge fails
+        save_report(out, predictions, views, missing, settings)          # in case the judge fails
         try:
             ask_judge(config, model, predictions, views, out)
         except judge.JudgeError as error:
             raise SystemExit(f"{out} is written, but not judged: {error}") from error
-        write_report(out, predictions, views, missing, settings)
+        save_report(out, predictions, views, missing, settings)
         print(report_text(predictions, views, missing, settings))
         print(f"predictions: {out}, report: {out.with_suffix('.json')}")
     journal.remove()

@@ -289,6 +289,7 @@ class WhisperBaseline(nn.Module):
 
     @classmethod
     def from_config(cls, config, dtype=None, device=None, load=None):
+        load = load or load_pretrained
         return cls(config, load(Whisper, config.whisper, dtype=dtype, device=device))
 
     def clip_options(self):

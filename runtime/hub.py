@@ -18,9 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 REPOSITORY = Path(__file__).parent.parent
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -205,7 +203,7 @@ class Stored:
     stay, until the file is closed."""
     path: Path
     name: str
-    dtype: torch.dtype
+    dtype: object                               # a torch.dtype
     shape: tuple
 
     def __call__(self):
@@ -270,6 +268,7 @@ def load_module(make, root, dtype=None, device=None, **options):
     """make() -> a module with the weights of folder `root`, in eval mode. It is built on the device
     "meta", so that no time and memory goes to weights that are replaced.
     dtype None: fp32; device None: CPU; options: see load_into."""
+    import torch  # not above, because some programs read small files only and start without it
     with torch.device("meta"):
         module = make()
     module = module.to(dtype or torch.float32).to_empty(device=device or "cpu")
@@ -298,6 +297,7 @@ def load_into(module, root, prefix="", rename=(), rows=None, only=("",)):
     if problems:
         raise ValueError(f"{root}: weights do not fit {type(module).__name__}; "
                          + "; ".join(problems))
+    import torch
     with torch.no_grad():
         for ours, stored in found.items():
             target, value = targets[ours], stored()
@@ -337,6 +337,7 @@ def _match(targets, tensors, prefix, rename, rows):
 def save_tensors(path, tensors):
     """Writes {name: tensor} as the safetensors file `path`, atomically. Tensors that share memory
     are written once under each name."""
+    from safetensors.torch import save_file
     separate, storages = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()

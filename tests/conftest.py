@@ -27,7 +27,7 @@ def small_miniature(tmp_path_factory):
     import miniature
     folder = tmp_path_factory.mktemp("miniature")
     counts = {split: dict.fromkeys(miniature.SCENES, n) for split, n in (("train", 4), ("test", 2))}
-    miniature.make(folder, workers=1, counts=counts, progress=False)
+    miniature.make(folder, workers=1, counts=counts)
     return folder.resolve()
 
 

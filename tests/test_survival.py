@@ -35,6 +35,7 @@ from test_train import (  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import eval as evaluation
 import train
 from favor import Favor
 from runtime import checkpoint as checkpoints
@@ -319,21 +320,25 @@ def test_a_run_whose_end_could_not_be_saved_says_so(command, tmp_path, monkeypat
         run(command(tmp_path, "--test", steps=2, val_every=2, show=0))
 
 
-@pytest.mark.parametrize("name", ["loss.txt", "predictions.jsonl"])
-def test_a_disk_that_is_full_at_the_end_is_said(command, tmp_path, monkeypatch, name):  # noqa: F811
+def test_a_disk_that_is_full_at_the_end_is_said(command, tmp_path, monkeypatch):  # noqa: F811
+    """For the curve of train.py, and for the predictions of eval.py."""
     write = Path.write_text
 
     def full(path, text, *rest, **named):
-        if path.name.startswith(name):
+        if path.name.endswith(("loss.txt", "predictions.jsonl")):
             raise OSError(28, "No space left on device", str(path))
         return write(path, text, *rest, **named)
     words = command(tmp_path, "--test", steps=2, val_every=2, show=0)
     with monkeypatch.context() as m:
         m.setattr(Path, "write_text", full)
-        with pytest.raises(SystemExit, match=f"{name} could not be saved, the disk was full; make"):
+        with pytest.raises(SystemExit, match="loss.txt could not be saved, the disk was full; make"):
             run(words)
+        asked = evaluation.EvalConfig(checkpoint=str(tmp_path / "best"), data=words[1], limit=1,
+                                      out=str(tmp_path / "predictions.jsonl"))
+        with pytest.raises(SystemExit, match="predictions.jsonl could not be saved, the disk was "):
+            evaluation.main(asked)
     run(words)                                                    # there is room now
-    assert (tmp_path / name).exists()
+    assert (tmp_path / "loss.txt").exists() and (tmp_path / "predictions.jsonl").exists()
 
 
 def test_a_best_that_was_not_saved_is_not_the_best(command, tmp_path, monkeypatch):  # noqa: F811

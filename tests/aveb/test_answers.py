@@ -29,7 +29,7 @@ def test_killed_and_two_processes_give_the_same(checkpoint, small_miniature, tmp
     def run(name):
         evaluation.main(evaluation.EvalConfig(
             checkpoint=str(checkpoint), data=str(small_miniature), out=str(tmp_path / name),
-            batch=2, keep_features=False, views=("both", "blind"), task="vqa,videoqa,avsd"))
+            batch=2, cache_features=False, views=("both", "blind"), task="vqa,videoqa,avsd"))
 
     def lines():
         return [json.loads(text) for path in parts.glob("*.jsonl")

@@ -149,7 +149,7 @@ def test_from_an_official_folder_to_the_table(checkpoint, tmp_path, capsys):
     assert len(records) == 2 and records[0].target == "red ball"
     evaluation.main(evaluation.EvalConfig(
         checkpoint=str(checkpoint), data=str(manifest), task="asr", views=("both",),
-        out=str(tmp_path / "out.jsonl"), keep_features=False))
+        out=str(tmp_path / "out.jsonl"), cache_features=False))
     printed = capsys.readouterr().out
     assert "| **asr** wer ↓ | 2 | 0 | " in printed and "| **asr** wer_basic ↓ | 2 |" in printed
     assert "Table 2: single-modal tasks" in printed and "| 3.3 |" in printed

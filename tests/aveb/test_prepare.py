@@ -376,7 +376,7 @@ def test_training_sets_train(tmp_path, clips, parts, capsys):
     data.write_manifest(tmp_path / "train.jsonl", records)
     train.main(train.TrainConfig(
         data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "run"), steps=2, batch=4,
-        val_share=0.0, val_every=2, log_every=1, test=False, keep_features=False, workers=0,
+        val_share=0.0, val_every=2, log_every=1, test=False, cache_features=False, workers=0,
         **parts), [])
     assert (tmp_path / "run" / "last" / "favor.json").exists()
 

@@ -166,7 +166,7 @@ def test_it_learns_and_is_kept(config, tmp_path):
 
 # ---- through train.py and eval.py ---------------------------------------------------------------
 
-def test_train_and_eval(folder, small_parts, small_miniature, tmp_path, capsys):
+def test_train_and_eval(folder, small_parts, small_miniature, tmp_path, capfd):
     """train.py --system instructblip, then eval.py with its checkpoint and with public weights."""
     root = str(folder[0])
     parts = {"instructblip": root, "llm": root, "whisper": str(small_parts / "whisper")}
@@ -174,7 +174,7 @@ def test_train_and_eval(folder, small_parts, small_miniature, tmp_path, capsys):
     train.main(train.TrainConfig(
         system="instructblip", data=str(small_miniature), out=str(out), steps=2, batch=4,
         val_share=0.0, val_every=2, log_every=1, **parts), [])
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out                 # also what eval.py prints, a program of its own
     assert "language projection" in printed and "| **vqa**" in printed and "avsr" not in printed
     saved = json.loads((out / "best" / "favor.json").read_text())
     assert saved["system"] == "instructblip"

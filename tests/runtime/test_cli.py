@@ -180,9 +180,9 @@ def test_wrong_values_are_usage_errors(capsys):
     import train
     for config, words, message in [
             (train.TrainConfig, ["--model", "70b"],
-             "unknown preset '70b'; there are tiny, 7b, 13b"),
+             "invalid choice: '70b' (choose from),
             (train.TrainConfig, ["--variant", "x"], "unknown variant"),
-            (train.TrainConfig, ["--causal", "x"], "wanted one of past, future, none"),
+            (train.TrainConfig, ["--causal", "x"], "invalid choice: 'x' (choose from),
             (train.TrainConfig, ["--batch", "0"], "--batch 0; wanted more than 0"),
             (train.TrainConfig, ["--micro-batch", "-1"], "--micro-batch -1; wanted 0 or more"),
             (train.TrainConfig, ["--val-share", "1"], "less than 1"),
@@ -254,3 +254,34 @@ def test_a_killed_run_leaves_no_workers(tmp_path):
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
     pytest.fail("a worker outlived its killed run")
+
+
+# ---- progress -----------------------------------------------------------------------------------
+
+def test_progress_counts_items_in_lines(monkeypatch, capsys):
+    """stderr is a file here: a line per state.  A loop of less than 5 s shows nothing."""
+    assert list(cli.progress(iter("abc"), 3, "reading", "clip")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
+    real = cli.tqdm
+    monkeypatch.setattr(cli, "tqdm", lambda **settings: real(
+        **settings | {"delay": 0, "mininterval": 0}))
+    for _ in cli.progress(iter("abc"), 3, "reading", "clip"):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines[:4]] == [
+        f"reading: {n} of 3 clips" for n in range(4)]
+    assert "left" in lines[0]
+    monkeypatch.setenv("RANK", "1")
+    assert list(cli.progress("ab", 2, "reading", "clip")) == ["a", "b"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_program_of_its_own(tmp_path, monkeypatch, capfd):
+    """Found from any folder, whatever lies there, and without the rank of this process."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert cli.run_module("miniature", "--help") == 0
+    assert "python -m miniature" in capfd.readouterr().out
+    assert cli.run_module("miniature", "fly") == 2

@@ -771,21 +771,3 @@ def test_log_answers():
                          ("vqa", "Which?", "", ["red", "a red one"])], said.append)
     assert said == [f"  asr: What is said? -> {('a ' * 50)[:59]}… | wanted: b",
                     "  vqa: Which? -> (nothing) | wanted: red / a red one"]
-
-
-def test_progress_counts_items_in_lines(monkeypatch, capsys):
-    """stderr is a file here: a line per state.  A loop of less than 5 s shows nothing."""
-    assert list(runlog.progress(iter("abc"), 3, "reading", "clips")) == ["a", "b", "c"]
-    assert capsys.readouterr().err == ""
-    real = runlog.tqdm
-    monkeypatch.setattr(runlog, "tqdm", lambda **settings: real(
-        **settings | {"delay": 0, "mininterval": 0}))
-    for _ in runlog.progress(iter("abc"), 3, "reading", "clips"):
-        pass
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines[:4]] == [
-        f"reading: {n} of 3 clips" for n in range(4)]
-    assert "left" in lines[0]
-    monkeypatch.setattr(runlog.distributed, "rank", lambda: 1)
-    assert list(runlog.progress("ab", 2, "reading", "clips")) == ["a", "b"]
-    assert capsys.readouterr().err == ""

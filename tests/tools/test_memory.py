@@ -155,5 +155,5 @@ def test_demo_with_random_weights(tmp_path, capsys):
 def test_training_with_random_weights(small_miniature, tmp_path):
     train.main(train.TrainConfig(data=str(small_miniature), out=str(tmp_path / "run"), steps=2,
                                  batch=2, random_init=True, test=False, val_share=0.0,
-                                 dtype="bfloat16", keep_features=False, workers=0), [])
+                                 dtype="bfloat16", cache_features=False, workers=0), [])
     assert (tmp_path / "run" / "best" / "model.safetensors").exists()
