@@ -48,18 +48,18 @@ def arguments():
     model.add_argument("--model", default="tiny", choices=tuple(PRESETS),
                        help="preset of all sizes (default: tiny)")
     model.add_argument("--checkpoint", default="", metavar="FOLDER",
-                       help="checkpoint of train.py (default: runs/<model>/best; for tiny, if there "
-                            "is none, the committed one)")
+                       help="checkpoint of train.py (default: runs/<model>/best; for tiny, if "
+                            "there is none, the committed one)")
     for part in PARTS:
-        model.add_argument(f"--{part}", metavar="SOURCE", help=f"folder or Hub repository of {part} "
-                           "(default: where the checkpoint says)")
+        model.add_argument(f"--{part}", metavar="SOURCE", help=f"folder or Hub repository of "
+                           f"{part} (default: where the checkpoint says)")
     model.add_argument("--dtype", default="", choices=("bfloat16", "float32"),
                        help="of frozen weights (default: float32 for tiny on a CPU, else bfloat16)")
     model.add_argument("--merge", action=argparse.BooleanOptionalAction, default=True,
                        help="add LoRA into the LLM's own weights, so that it costs nothing "
                             "(default: on)")
-    model.add_argument("--compile", action="store_true", help="torch.compile for each new token, on "
-                       "a GPU as a CUDA graph: slow to start, for long answers")
+    model.add_argument("--compile", action="store_true", help="torch.compile for each new token, "
+                       "on a GPU as a CUDA graph: slow to start, for long answers")
     model.add_argument("--random-init", action="store_true",
                        help="full size with random weights: nothing to download, nonsense to read")
     model.add_argument("--offline", action="store_true",
@@ -118,20 +118,24 @@ def contents(clip):
     return f"{picture}, {sound}"
 
 
+def relative(path):
+    """A path below the working folder without that folder; others as they are."""
+    inside = Path(path).is_relative_to(Path.cwd())
+    return Path(path).relative_to(Path.cwd()) if inside else path
+
+
 def first_look(model, name):
     """A question about the clip that comes with the code, with and without each modality."""
     example = json.loads(EXAMPLE.read_text())
     path = EXAMPLE.parent / example["clip"]
     clip = clip_from_path(path, **model.clip_options())
-    here = Path.cwd()
-    shown = path.relative_to(here) if path.is_relative_to(here) else path
-    print(f"clip                 {shown} ({probe(path).seconds:g} s: {contents(clip)})\n"
+    print(f"clip                 {relative(path)} ({probe(path).seconds:g} s: {contents(clip)})\n"
           f"question             {example['question']}\n"
           f"right answer         {example['answer']}\n")
     for view, mask in (("picture and sound", None), ("without the sound", "audio"),
                        ("without the picture", "visual")):
         print(f"{view:<20} {model.answer(clip, example['question'], mask=mask)}", flush=True)
-    print(f"\nThe answers are those of {name}.  Next:\n"
+    print(f"\nThe answers are those of {relative(name)}.  Next:\n"
           '  python demo.py YOUR_CLIP "your question"           any video, sound or image file\n'
           "  python eval.py --task videoqa --limit 20           scores one task\n"
           "  python train.py                                    trains such a model, in minutes")

@@ -17,6 +17,7 @@ import runtime  # noqa: F401  before torch: it sets how threads wait
 # isort: split
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -164,7 +165,7 @@ def make_miniature(config, every):
     if folder != Path(EvalConfig.data) or foreign or tasks == ():
         return None
     made = miniature.make(folder, splits=("test",), tasks=tasks, limit=config.limit)
-    return [made["test"]]
+    return [Path(os.path.relpath(made["test"]))]
 
 
 # ---------------------------------------------------------------- the judge

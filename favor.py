@@ -110,8 +110,8 @@ class FavorConfig:
         values = {RENAMED.get(name, name): value for name, value in saved["config"].items()}
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            raise ValueError(f"{where}: settings that are not known here: {unknown}; another version "
-                             f"of this code wrote it ({saved.get('commit', 'unknown commit')})")
+            raise ValueError(f"{where}: settings that are not known here: {unknown}; another "
+                             f"version wrote it ({saved.get('commit', 'unknown commit')})")
         return cls(**values)
 
 

@@ -12,6 +12,11 @@ reports how many it found, writes <set>-<split>.jsonl and checks it.  A check th
 on where it stopped; the exit status is 1 if files cannot be decoded.  A subset depends on the seed
 and the ids alone: the same hash of ids means the same questions."""
 
+import runtime  # noqa: F401  before torch: it sets how threads wait
+
+# isort: split
+
+
 import argparse
 import sys
 from pathlib import Path

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from data import Features
+from favor import load_pretrained
 from llama import Beams
 from runtime import hub
 from whisper_enc import Norm, SelfAttention, WhisperEncoder, checked_audio, log_mel_spectrogram

@@ -21,6 +21,11 @@ data. Where its table shows no change, the systems have converged.
 
 Public: AblateConfig, resolve_config, Job, plan, run_jobs, prepare, score, collect."""
 
+import runtime  # noqa: F401  before torch: it sets how threads wait
+
+# isort: split
+
+
 import dataclasses
 import itertools
 import json

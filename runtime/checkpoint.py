@@ -140,8 +140,8 @@ def find_checkpoint(path, model="tiny"):
 
 
 def trained_preset(path, otherwise):
-    """The preset that the checkpoint in folder `path` was trained with; `otherwise` when there is no
-    path or the checkpoint does not say."""
+    """The preset that the checkpoint in folder `path` was trained with; `otherwise` when there is
+    no path or the checkpoint does not say."""
     file = Path(path) / "favor.json"
     trained = read_json(file).get("train", {}) if path and file.exists() else {}
     return trained.get("model", otherwise)

@@ -1,4 +1,5 @@
-"""The command line of a program is a dataclass: each field is a flag.  Worker processes and progress.
+"""The command line of a program is a dataclass: each field is a flag.  Also worker processes and
+the progress of long loops.
 
      @dataclass(frozen=True)
      class TrainConfig:

@@ -6,8 +6,8 @@
      fixed_steps          decoding by steps of fixed shape: compiled, on a GPU one CUDA graph
      scaled_theta, scaled_frequencies      RoPE for texts longer than a LLaMA was trained on
 
-   The first four compute what a plain line says, faster or in less memory. Nothing here is needed to
-   understand the method. This file knows no model: what it computes with are its arguments.
+   The first four compute what a plain line says, faster or in less memory. Nothing here is needed
+   to understand the method. This file knows no model: what it computes with are its arguments.
    Public: the above, stacked_down, FixedSteps, fixed_step, checked_scaling."""
 
 import math
@@ -182,7 +182,7 @@ class FixedSteps:
             self.logits = self.step(self.token, self.position, self.mask, self)
 
 
-# ---- RoPE scalings: longer texts than a LLaMA was trained on --------------------------------------
+# ---- RoPE scalings: longer texts than a LLaMA was trained on ------------------------------------
 #
 # linear: every angle divided by factor.  dynamic: a larger theta for longer texts.  llama3, yarn:
 # pairs that turn often within the original length keep their frequency, slow ones are divided by

@@ -226,7 +226,8 @@ class FeatureCache:
             ([*rows.values()], clip not in self.clips) for clip, rows in jobs.items()]
         if jobs:
             self._check_space(jobs, log)
-        for (rows, _), made in cli.progress(self._encoded(jobs, workers), len(jobs), "encoding clips",
+        for (rows, _), made in cli.progress(
+                self._encoded(jobs, workers), len(jobs), "encoding clips",
                                         "clips"):
             by_prompt, audio, is_image, why, cut = made
             if why:

@@ -1,4 +1,5 @@
-"""Files on disk.  Weights: a Hub repo id or a local folder in the Hub's layout -> tensors in our modules.
+"""Files on disk.  Weights: a Hub repo id or a local folder in the Hub's layout -> tensors in our
+modules.
 
      folder(source) -- config.json, tokenizers, the needed shards --> load_module(make, folder)
      save_folder(folder, tensors, config) -- config.json and model.safetensors

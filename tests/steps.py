@@ -27,7 +27,7 @@ def train_items(samples):
 
 
 def one_step(model, samples, config):
-    """Gradients as the loop of train.py makes them, in one process -> losses and norm, the Share."""
+    """Gradients as the loop of train.py makes them, in one process -> {losses, norm}, Share."""
     cpu, factor = torch.device("cpu"), model.config.diversity
     share = train.encode_share(model, train_items(samples), config, cpu)
     for part in share.parts:

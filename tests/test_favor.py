@@ -55,8 +55,8 @@ WHISPER = WhisperConfig(n_mels=80, width=20, layers=1, heads=2, ffn=32, max_sour
                         n_fft=512, hop=400)      # 16000 / (2 * 400) = 20 a second; chunks of 2.5 s
 VIT = ViTConfig(width=16, layers=1, heads=2, ffn=24, image_size=28, patch_size=14)
 CONFIG = FavorConfig(
-    window_frames=K, queries=Q, width=20, layers=2, heads=2, causal_heads=4, ffn=28, max_positions=8 * N,
-    lora_r=4, lora_alpha=4, max_new_tokens=8)
+    window_frames=K, queries=Q, width=20, layers=2, heads=2, causal_heads=4, ffn=28,
+    max_positions=8 * N,    lora_r=4, lora_alpha=4, max_new_tokens=8)
 SHORT_OFFICIAL = OFFICIAL | {"audio_seconds": 3.0, "image_frames": 6}    # 3 s instead of 30 s
 VARIANTS = {
     "paper": {}, "no sync": {"sync": False}, "one window": {"window_frames": 0},
@@ -270,7 +270,8 @@ def test_on_the_flash_path_there_is_no_mask(monkeypatch):
     check("bf16", flash.double(), wanted, 2e-2, 2e-2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"causal": "future"}, {"window_frames": 0}, SHORT_OFFICIAL],
+@pytest.mark.parametrize("changes",
+                         [{}, {"causal": "future"}, {"window_frames": 0}, SHORT_OFFICIAL],
                          ids=["paper", "future", "one window", "official"])
 def test_losses_are_the_same_on_either_path(changes, build, monkeypatch):
     model, results = build(**changes), []
@@ -967,13 +968,15 @@ def test_errors_say_what_was_wanted(build, tmp_path):
     with pytest.raises(ValueError, match=r"\['window'\].*window_frames"):
         preset("7b", window=5)
     for field, bad, message in (
-            ("causal", "yes", "'yes'.*past, future, none"), ("window_frames", -1, "window_frames=-1"),
+            ("causal", "yes", "'yes'.*past, future, none"),
+            ("window_frames", -1, "window_frames=-1"),
             ("diversity_reduction", "max", "mean, sum"), ("frame_times", "x", "regular, ends"),
             ("queries", 0, "queries=0"), ("fps", 0, "fps=0"), ("variant", "x", "paper, official")):
         with pytest.raises(ValueError, match=message):
             FavorConfig(**{field: bad})
     model = build(window_frames=0)
-    with pytest.raises(ValueError, match="9 frames x 12 vectors = 108.*96 positions.*window_frames=10"):
+    with pytest.raises(ValueError, match="9 frames x 12 vectors = 108.*96 positions.*"
+                                         "window_frames=10"):
         model([Sample("what", "red", features=features(9))])
     with pytest.raises(ValueError, match="no target for 'who is it'"):
         model([Sample("what", "red"), Sample("who is it")])
@@ -1002,8 +1005,8 @@ def test_presets_hold_the_papers_numbers(name):
     config, vicuna = preset(name), f"Salesforce/instructblip-vicuna-{name}"
     assert fields(config, "whisper", "instructblip", "llm") == (
         "openai/whisper-large-v2", vicuna, vicuna)
-    assert fields(config, "fps", "window_frames", "queries", "layers", "width", "heads", "causal_heads",
-                  "ffn") == (2.0, 10, 32, 2, 768, 12, 12, 3072)
+    assert fields(config, "fps", "window_frames", "queries", "layers", "width", "heads",
+                  "causal_heads", "ffn") == (2.0, 10, 32, 2, 768, 12, 12, 3072)
     assert fields(config, "causal", "sync", "mask_padding", "frame_times", "audio_seconds",
                   "image_frames") == ("past", True, True, "regular", None, 1)
     assert fields(config, "diversity", "diversity_reduction", "encoder_dropout", "lora_r", "beams",

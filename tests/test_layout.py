@@ -1,5 +1,5 @@
-"""The house: what lies at the root, who may import whom, that nothing goes in a circle, and how much
-a reader of favor.py or train.py has to open.  Imports inside functions count like those above."""
+"""The house: what lies at the root, who may import whom, that nothing goes in a circle, and how
+much a reader of favor.py or train.py has to open.  Imports inside functions count, too."""
 
 import ast
 from pathlib import Path
@@ -25,7 +25,7 @@ MAY = {
     "baselines": METHOD | {"runtime"},
     "miniature": {"runtime", "data", "aveb"},
     "miniature.pretrain": METHOD | {"runtime", "aveb"},
-    "miniature.sheet": {"runtime", "data", "aveb", "whisper_enc"},         # draws what Whisper hears
+    "miniature.sheet": {"runtime", "data", "aveb", "whisper_enc"},        # draws what Whisper hears
     "tools": METHOD | {"runtime", "aveb", "baselines", "miniature"},
     **dict.fromkeys(PROGRAMS, METHOD | set(ROOMS) - {"experiments"}),
     "experiments": METHOD | set(ROOMS) | PROGRAMS}

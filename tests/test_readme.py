@@ -191,7 +191,7 @@ for words in sys.argv[1:]:
 def test_the_flags_on_the_pages_exist():
     """Every --flag that a page mentions belongs to one of our programs."""
     commands = [f"{s} --help" for s in (
-        "train.py", "eval.py", "demo.py", "aveb.judge", "miniature", "experiments.ablate",
+        "train.py", "eval.py", "demo.py", "aveb.judge", "miniature make", "experiments.ablate",
         "experiments.bench", "aveb prepare", "aveb subset", "aveb.speech isqa")]
     known = subprocess.run([sys.executable, "-c", HELP, *commands], cwd=ROOT, check=True,
                            capture_output=True, text=True, timeout=120).stdout

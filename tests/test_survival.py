@@ -331,10 +331,10 @@ def test_a_disk_that_is_full_at_the_end_is_said(command, tmp_path, monkeypatch):
     words = command(tmp_path, "--test", steps=2, val_every=2, show=0)
     with monkeypatch.context() as m:
         m.setattr(Path, "write_text", full)
-        with pytest.raises(SystemExit, match="loss.txt could not be saved, the disk was full; make"):
+        with pytest.raises(SystemExit, match="loss.txt could not be saved, the disk was full"):
             run(words)
         asked = evaluation.EvalConfig(checkpoint=str(tmp_path / "best"), data=words[1], limit=1,
-                                      out=str(tmp_path / "predictions.jsonl"))
+                                      out=str(tmp_path / "asked" / "predictions.jsonl"))
         with pytest.raises(SystemExit, match="predictions.jsonl could not be saved, the disk was "):
             evaluation.main(asked)
     run(words)                                                    # there is room now

@@ -174,8 +174,8 @@ def test_a_run(finished, unbroken, small_parts):
 
 
 def test_flags_reach_the_method(command, tmp_path):
-    run(command(tmp_path, "--no-test", "--no-sync", steps=1, window_frames=2, queries=3, causal="none",
-                diversity=0.5))
+    run(command(tmp_path, "--no-test", "--no-sync", steps=1, window_frames=2, queries=3,
+                causal="none", diversity=0.5))
     model = Favor.from_pretrained(tmp_path / "last")
     config = model.config
     assert (config.variant, config.sync, config.window_frames, config.causal, config.diversity) == (

@@ -3,7 +3,7 @@
      python -m tools.official pytorch_model_1_101.pt runs/official
      python demo.py clip.mp4 "What happens?" --model 13b --checkpoint runs/official
 
-     their file --weights_only--> {their name: tensor} --one table--> aligner, LoRA; strict both ways
+     their file --weights_only--> {their name: tensor} --one table--> aligner, LoRA; strict
                 --from_official--> Favor in variant "official" --save_pretrained--> OUT
 The frozen parts come from where the preset names them.  docs/differences.md says what the variant
 means.  A checkpoint of the successor, video-SALMONN, has other parts and is refused by name.

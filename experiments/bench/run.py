@@ -17,6 +17,11 @@ width; on a GPU they are whole, with random weights. Timings need a quiet machin
 
 Public: BenchConfig, TARGETS, run_target, markdown."""
 
+import runtime  # noqa: F401  before torch: it sets how threads wait
+
+# isort: split
+
+
 
 import gc
 import json

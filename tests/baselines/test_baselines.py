@@ -174,7 +174,7 @@ def test_train_and_eval(folder, small_parts, small_miniature, tmp_path, capfd):
     train.main(train.TrainConfig(
         system="instructblip", data=str(small_miniature), out=str(out), steps=2, batch=4,
         val_share=0.0, val_every=2, log_every=1, **parts), [])
-    printed = capfd.readouterr().out                 # also what eval.py prints, a program of its own
+    printed = capfd.readouterr().out                # also what eval.py prints, its own program
     assert "language projection" in printed and "| **vqa**" in printed and "avsr" not in printed
     saved = json.loads((out / "best" / "favor.json").read_text())
     assert saved["system"] == "instructblip"

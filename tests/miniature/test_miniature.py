@@ -356,7 +356,7 @@ def hashes(folder):
 
 def test_same_seed_same_files(small_miniature, tmp_path):
     one_each = {"train": dict.fromkeys(miniature.SCENES, 1)}
-    quiet = {"splits": ("train",), "counts": one_each, "progress": False}
+    quiet = {"splits": ("train",), "counts": one_each}
     two, other = tmp_path / "two", tmp_path / "other"
     miniature.make(two, workers=2, **quiet)                                   # other processes
     ours, first = hashes(two / "train"), hashes(small_miniature / "train")
@@ -379,7 +379,7 @@ def made(monkeypatch):
 
 def test_made_clips_stay(tmp_path, made):
     counts = {"train": {"sounds": 2}, "test": {"sounds": 1}}
-    quiet = {"workers": 1, "progress": False}
+    quiet = {"workers": 1}
     for seed, wanted in ((0, 3), (0, 0), (1, 3)):
         made.clear()
         paths = miniature.make(tmp_path, seed=seed, counts=counts, **quiet)
@@ -403,7 +403,7 @@ def test_a_part_makes_only_the_clips_it_needs(tmp_path, small_miniature, made):
         return [r.id for r in records if r.task in tasks
                 and (taken.update([r.task]) or taken[r.task] <= limit)]
     counts = {"test": dict.fromkeys(miniature.SCENES, 2)}
-    quiet = {"workers": 1, "progress": False, "splits": ("test",), "counts": counts}
+    quiet = {"workers": 1, "splits": ("test",), "counts": counts}
     path = miniature.make(tmp_path, tasks=("avsd", "avm"), limit=3, **quiet)["test"]
     assert made == [("test", "concert", 0), ("test", "concert", 1), ("test", "flash", 0),
                     ("test", "flash", 1)]

@@ -180,9 +180,9 @@ def test_wrong_values_are_usage_errors(capsys):
     import train
     for config, words, message in [
             (train.TrainConfig, ["--model", "70b"],
-             "invalid choice: '70b' (choose from),
-            (train.TrainConfig, ["--variant", "x"], "unknown variant"),
-            (train.TrainConfig, ["--causal", "x"], "invalid choice: 'x' (choose from),
+             "invalid choice: '70b' (choose from"),
+            (train.TrainConfig, ["--variant", "x"], "invalid choice: 'x'"),
+            (train.TrainConfig, ["--causal", "x"], "invalid choice: 'x' (choose from"),
             (train.TrainConfig, ["--batch", "0"], "--batch 0; wanted more than 0"),
             (train.TrainConfig, ["--micro-batch", "-1"], "--micro-batch -1; wanted 0 or more"),
             (train.TrainConfig, ["--val-share", "1"], "less than 1"),

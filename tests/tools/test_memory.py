@@ -138,7 +138,8 @@ def test_a_folder_with_nothing_but_its_sizes(tmp_path):
 @pytest.mark.parametrize("system", ["favor", "instructblip"])
 def test_random_models_answer(system):
     kind = SYSTEMS[system]
-    model = kind.from_config(preset("tiny", max_new_tokens=4), torch.bfloat16, load=sizes.random_part)
+    model = kind.from_config(preset("tiny", max_new_tokens=4), torch.bfloat16,
+                             load=sizes.random_part)
     clip = data.Clip(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(16000))
     assert isinstance(model.eval().answer(clip, "What?"), str)
     assert next(model.llm.parameters()).dtype == torch.bfloat16
