@@ -271,7 +271,7 @@ class CausalQFormerLayer(nn.Module):
 
 class CausalQFormer(nn.Module):
     """Eq. (2): Q trained queries read each window of synchronised frames, every window alike."""
-    checkpointing = False         # in training, layers keep only their inputs (sharding.py)
+    checkpointing = False         # in training, layers keep only their inputs (--recompute)
 
     def __init__(self, config, joint_width):
         super().__init__()

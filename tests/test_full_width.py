@@ -1,6 +1,6 @@
 """The visual and audio encoders at the full width of the published models, a few layers deep,
 against transformers in fp32 and bf16.  (LLaMA: test_llama.py; Whisper's decoder:
-test_whisper_dec.py.)  What a narrow model hides shows here: head sizes, scales, rounding."""
+baselines/test_whisper.py.)  What a narrow model hides shows here: head sizes, scales, rounding."""
 
 import pytest
 import torch

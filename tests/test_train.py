@@ -1,4 +1,4 @@
-"""train.py, eval.py, demo.py and features.py end to end, on a miniature of a few clips and parts of
+"""train.py, eval.py, demo.py and the feature cache end to end, on a miniature of a few clips and parts of
 random weights: runs, two processes = one, resume = no stop, kept features = fresh ones."""
 
 import contextlib

@@ -1,4 +1,4 @@
-"""aveb_speech.py: questions spoken by made-up programs and by espeak-ng; pairs for avm."""
+"""aveb/speech.py: questions spoken by made-up programs and by espeak-ng; pairs for avm."""
 
 import os
 import random

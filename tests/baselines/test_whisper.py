@@ -1,4 +1,4 @@
-"""whisper_dec.py against transformers' Whisper on random weights, and its own promises."""
+"""baselines/whisper.py against transformers' Whisper on random weights, and its own promises."""
 
 import json
 import shutil

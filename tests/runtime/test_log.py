@@ -695,7 +695,7 @@ def test_git_facts(tmp_path):
     assert runlog.git_facts(tmp_path) == clean | {"dirty": True}
     installed = tmp_path / ".venv" / "site-packages"            # in that project, but not of it
     installed.mkdir(parents=True)
-    (installed / "runlog.py").touch()
+    (installed / "log.py").touch()
     assert runlog.git_facts(installed) == {"commit": "not a git checkout", "dirty": None}
 
 

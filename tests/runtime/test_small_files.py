@@ -1,4 +1,4 @@
-"""Atomic writing, JSON and Markdown."""
+"""The small files of runtime/hub.py: written atomically, read with errors that name the file."""
 
 import os
 
