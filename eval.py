@@ -168,37 +168,6 @@ def make_miniature(config, every):
     return [Path(os.path.relpath(made["test"]))]
 
 
-# ---------------------------------------------------------------- the judge
-def ask_judge(config, model, predictions, views, out):
-    """Adds row["verdicts"] = {view: True, False or None} and row["judge"] = its name to the rows of
-    the tasks that are judged (aveb/judge.py)."""
-    rows = [row for row in predictions if "judged" in row["meta"].get("metrics", ())]
-    way = config.judge or ("url" if config.judge_url else "")
-    if not rows or not way:
-        return
-    if way == "none":
-        path, n = judge.write_prompts(out.with_suffix(".prompts.jsonl"), rows, views)
-        log(f'{n} prompts for a judge: {path}; add "verdict": "Yes" or "No" to its lines, then '
-            f"--judge file:{path}")
-        return
-    asked = None
-    if way == "url":
-        asked = judge.Judge(config.judge_url, config.judge_model, budget=config.judge_budget)
-    elif way == "self":
-        asked = judge.OwnJudge(model, config.judge_model)
-    for view in views:
-        if asked:
-            verdicts, name = asked.verdicts(rows, view), asked.model
-            log(f"judge {name}, {view}: {asked.asked} requests, {verdicts.count(None)} of "
-                f"{len(rows)} not judged {asked.stopped}".rstrip())
-        else:
-            path = way.removeprefix("file:")
-            verdicts, name = judge.read_verdicts(path, rows, view), config.judge_model or path
-        for row, verdict in zip(rows, verdicts, strict=True):
-            row.setdefault("verdicts", {})[view] = verdict
-            row["judge"] = name
-
-
 # ---------------------------------------------------------------- the run
 def trained_on(model, checkpoint):
     """{data set: {task: samples}} that the checkpoint was trained on; {} for public weights as they
@@ -275,7 +244,7 @@ def main(config):
     if rank == 0:
         save_report(out, predictions, views, missing, settings)          # in case the judge fails
         try:
-            ask_judge(config, model, predictions, views, out)
+            judge.ask(config, model, predictions, views, out, log)
         except judge.JudgeError as error:
             raise SystemExit(f"{out} is written, but not judged: {error}") from error
         save_report(out, predictions, views, missing, settings)

@@ -303,6 +303,36 @@ def report(task, judge, verdicts):
     return f"{task}: {text}, n {n}, not judged {len(verdicts) - n}, judge: {judge}"
 
 
+def ask(config, model, predictions, views, out, log=print):
+    """Adds row["verdicts"] = {view: True, False or None} and row["judge"] = its name to the rows of
+    the tasks that are judged by the way that config.judge names (see EvalConfig)."""
+    rows = [row for row in predictions if "judged" in row["meta"].get("metrics", ())]
+    way = config.judge or ("url" if config.judge_url else "")
+    if not rows or not way:
+        return
+    if way == "none":
+        path, n = write_prompts(out.with_suffix(".prompts.jsonl"), rows, views)
+        log(f'{n} prompts for a judge: {path}; add "verdict": "Yes" or "No" to its lines, then '
+            f"--judge file:{path}")
+        return
+    asked = None
+    if way == "url":
+        asked = Judge(config.judge_url, config.judge_model, budget=config.judge_budget)
+    elif way == "self":
+        asked = OwnJudge(model, config.judge_model)
+    for view in views:
+        if asked:
+            verdicts, name = asked.verdicts(rows, view), asked.model
+            log(f"judge {name}, {view}: {asked.asked} requests, {verdicts.count(None)} of "
+                f"{len(rows)} not judged {asked.stopped}".rstrip())
+        else:
+            path = way.removeprefix("file:")
+            verdicts, name = read_verdicts(path, rows, view), config.judge_model or path
+        for row, verdict in zip(rows, verdicts, strict=True):
+            row.setdefault("verdicts", {})[view] = verdict
+            row["judge"] = name
+
+
 def main(argv=None):
     """-> exit status: 1 when some answers are not judged."""
     parser = argparse.ArgumentParser("python -m aveb.judge", description=__doc__,

@@ -227,8 +227,7 @@ class FeatureCache:
         if jobs:
             self._check_space(jobs, log)
         for (rows, _), made in cli.progress(
-                self._encoded(jobs, workers), len(jobs), "encoding clips",
-                                        "clips"):
+                self._encoded(jobs, workers), len(jobs), "encoding clips", "clip"):
             by_prompt, audio, is_image, why, cut = made
             if why:
                 self.put_skipped(rows[0], why)

@@ -121,7 +121,7 @@ def _scan(path, size):
     checked = cli.parallel(partial(_scan_chunk, path=path), spans, workers, chunk=1)
     parts, ids, groups = [], [], {}
     for rows, names, found in cli.progress(checked, len(spans), f"checking {path}",
-                                       f"parts of {CHUNK >> 20} MiB"):
+                                       f"{CHUNK >> 20} MiB part"):
         if rows is None:
             offset, wrong = found
             raise ValueError(wrong.replace("LINE", f"{path}, line {_line_number(path, offset)}", 1))

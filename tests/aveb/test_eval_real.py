@@ -12,6 +12,7 @@ from test_train import run_forked
 import data
 import eval as evaluation
 from aveb import __main__ as command
+from aveb import judge as judging
 from aveb import metrics, tables
 from aveb.answers import find_manifests, read_manifests
 from favor import Favor
@@ -91,7 +92,7 @@ def test_verdicts(tmp_path):
     (tmp_path / "v.jsonl").write_text(json.dumps({"id": rows[0]["id"], "verdict": "Yes"}) + "\n"
                                       + json.dumps({"id": rows[1]["id"], "verdict": "No"}) + "\n")
     config = evaluation.EvalConfig(judge=f"file:{tmp_path / 'v.jsonl'}", judge_model="me")
-    evaluation.ask_judge(config, None, rows, ("both",), tmp_path / "out.jsonl")
+    judging.ask(config, None, rows, ("both",), tmp_path / "out.jsonl")
     assert [r["verdicts"]["both"] for r in rows] == [True, False]
     score = metrics.score(rows, "both")["judged"]
     assert score.value == 50 and "judge me" in score.note
@@ -104,7 +105,7 @@ def test_prompts_for_later_and_the_model_as_judge(checkpoint, tmp_path, capsys):
     for r in rows:
         r["blind"] = "nobody"
     none = evaluation.EvalConfig(judge="none")
-    evaluation.ask_judge(none, None, rows, ("both", "blind"), tmp_path / "out.jsonl")
+    judging.ask(none, None, rows, ("both", "blind"), tmp_path / "out.jsonl")
     path = tmp_path / "out.prompts.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     # an empty answer is wrong, unasked; both rows are blind alike
@@ -112,8 +113,8 @@ def test_prompts_for_later_and_the_model_as_judge(checkpoint, tmp_path, capsys):
     assert all("verdicts" not in r for r in rows) and {"id", "key", "prompt"} == {*lines[0]}
     path.write_text("".join(json.dumps({**line, "verdict": "Yes"}) + "\n" for line in lines))
     with pytest.raises(ValueError, match="holds verdicts"):
-        evaluation.ask_judge(none, None, rows, ("both",), tmp_path / "out.jsonl")
-    evaluation.ask_judge(evaluation.EvalConfig(judge=f"file:{path}"), None, rows, ("both",),
+        judging.ask(none, None, rows, ("both",), tmp_path / "out.jsonl")
+    judging.ask(evaluation.EvalConfig(judge=f"file:{path}"), None, rows, ("both",),
                          tmp_path / "out.jsonl")
     assert [r["verdicts"]["both"] for r in rows] == [True, False]
 
@@ -124,11 +125,11 @@ def test_prompts_for_later_and_the_model_as_judge(checkpoint, tmp_path, capsys):
             self.asked.append((clip, prompt))
             return "Yes." if "one man" in prompt and "nobody" not in prompt else "I am not sure"
     own = evaluation.EvalConfig(judge="self", judge_model="7b")
-    evaluation.ask_judge(own, Agrees(), rows, ("both", "blind"), tmp_path / "out.jsonl")
+    judging.ask(own, Agrees(), rows, ("both", "blind"), tmp_path / "out.jsonl")
     assert [r["verdicts"] for r in rows] == [{"both": True, "blind": False},
                                              {"both": False, "blind": False}]
     assert len(Agrees.asked) == 2 and rows[0]["judge"] == "7b"           # nothing twice
-    evaluation.ask_judge(own, Favor.from_pretrained(checkpoint), rows, ("both",),
+    judging.ask(own, Favor.from_pretrained(checkpoint), rows, ("both",),
                          tmp_path / "out.jsonl")                          # a real model can read it
     assert rows[0]["verdicts"]["both"] in (True, False)
 
