@@ -1,5 +1,5 @@
-"""train.py, eval.py, demo.py and the feature cache end to end, on a miniature of a few clips and parts of
-random weights: runs, two processes = one, resume = no stop, kept features = fresh ones."""
+"""train.py, eval.py, demo.py and the feature cache end to end, on a miniature of a few clips and
+parts of random weights: runs, two processes = one, resume = no stop, kept features = fresh ones."""
 
 import contextlib
 import copy

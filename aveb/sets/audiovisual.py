@@ -87,7 +87,8 @@ def vggsound(files):
 def spokencoco(files):
     """SpokenCOCO_{train,val}.json: {"data":[{"image":"val2014/COCO_val2014_000000000042.jpg",
     "captions":[{"text":"a cup on a table","uttid":"m1-H_42_1","wav":"wavs/val/0/m1-H_42_1.wav"}]
-    }]}; images below the COCO folder. All match: `python -m aveb.speech avm` makes the other half."""
+    }]}; images below the COCO folder. All match;
+    `python -m aveb.speech avm` makes the other half."""
     for entry in files.json(dict, f"SpokenCOCO_{files.split}.json")["data"]:
         for caption in entry["captions"]:
             yield from files.record(
