@@ -87,13 +87,15 @@ def check_values(values, where):
     """Parsed line of a manifest -> the same dict without fields that are null.  Raises a ValueError
     that starts with `where` and says which value is wrong."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: a {type(values).__name__}, wanted one object a line")
+        raise ValueError(f"{where}: a {type(values).__name__}, wanted one object per line")
     if None in values.values():
         values = {name: value for name, value in values.items() if value is not None}
     missing = [name for name in NEEDED if name not in values]
     if missing or not values.keys() <= WANTED.keys():
-        raise ValueError(f"{where}: missing {missing}, unknown {sorted(set(values) - set(WANTED))};"
-                         f" the fields are {', '.join(WANTED)} (anything else belongs into meta)")
+        wrong = [f"{label} {', '.join(names)}" for label, names in (
+            ("missing", missing), ("unknown", sorted(set(values) - set(WANTED)))) if names]
+        raise ValueError(f"{where}: {' and '.join(wrong)}; the fields are {', '.join(WANTED)} "
+                         "(anything else belongs in meta)")
     for name, value in values.items():
         fits, wanted = WANTED[name]
         if not fits(value):
@@ -113,7 +115,7 @@ def parse_line(line, where):
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}); wanted one object a line") from None
+        raise ValueError(f"{where}: not JSON ({error}); wanted one object per line") from None
 
 
 def to_record(values, folder):
@@ -180,7 +182,7 @@ def find_manifest(path, split):
     if not manifest.is_file():
         raise ValueError(
             f"{manifest}: no such manifest; name a .jsonl file or a folder with {split}.jsonl "
-            "(python -m miniature make FOLDER makes the miniature)")
+            "(python -m miniature make --out FOLDER makes the miniature)")
     return manifest
 
 
@@ -304,14 +306,13 @@ MATCH_PROMPTS = ("Is the audio compatible with the video?",
 
 @dataclass(frozen=True)
 class Mixing:
-    """What training changes in a sample.  mask: what every sample lacks ("audio", "visual" or "").
-    The shares are from 0 to 1."""
+    """What training changes in a sample.  mask: what every sample lacks ("audio", "visual" or "")."""
     seed: int = 0
     mask: str = ""
-    mask_share: float = 0.0     # of all samples lack the sound, the picture or both (a third each)
-    pair_share: float = 0.0     # of the pictures without sound get the sound of another record
-    join_share: float = 0.5     # of those are asked both questions in one, the others one of them
-    match_share: float = 0.0    # of the videos with sound ask whether picture and sound match
+    mask_share: float = 0.0     # share of samples without sound, picture or both, a third each
+    pair_share: float = 0.0     # share of pictures without sound that get another's
+    join_share: float = 0.5     # share of those asked both questions; the others are asked one
+    match_share: float = 0.0    # share of videos with sound asked whether the two match
 
 
 def drawn_mask(mixing, g):
@@ -333,7 +334,7 @@ def mix(mixing, g, record, parts, find_sound):
 
     find_sound(rng) -> (record, sound) of a random record that is sound only; sound is of the kind
     that `parts` holds, or None when that record cannot be read.  Then the sample stays unchanged;
-    the reason is reported when that record's own turn comes."""
+    the reason is reported when that record itself is drawn."""
     picture = parts.frames if isinstance(parts, Clip) else parts.visual
     unchanged = record.prompt, record.target, parts
     rng = np.random.default_rng([mixing.seed, 11, g])

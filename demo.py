@@ -37,11 +37,11 @@ def arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     clip = parser.add_argument_group("clip and question")
     clip.add_argument("clip", nargs="?", help="a video, sound or image file")
-    clip.add_argument("question", nargs="?", help="what to answer about it, one sentence")
+    clip.add_argument("question", nargs="?", help="the question about it, in one sentence")
     clip.add_argument("--audio", metavar="FILE",
                       help="sound to go with an image, or in place of a video's own")
-    clip.add_argument("--start", type=float, metavar="S", help="first second to look at")
-    clip.add_argument("--end", type=float, metavar="S", help="second to stop at")
+    clip.add_argument("--start", type=float, metavar="S", help="second of the file to start at")
+    clip.add_argument("--end", type=float, metavar="S", help="second of the file to stop at")
     clip.add_argument("--mask", choices=("audio", "visual", "both"),
                       help="answer without this modality")
     model = parser.add_argument_group("model")

@@ -1,16 +1,17 @@
 """Scores a checkpoint on AVEB's tasks.
 
      python eval.py --task videoqa                   one task of the miniature
-     python eval.py --task all                       the table of all eleven
+     python eval.py --task all                       the table of all eleven tasks
      python eval.py --task avm --checkpoint runs/tiny/best --data my/test.jsonl
      python eval.py --model 7b --task videoqa        the checkpoint runs/7b/best, on the same clips
-     python eval.py --model 13b --system instructblip --data my/test.jsonl      a baseline: public
-     python eval.py --model 13b --system whisper --beams 5 --data my/test.jsonl   weights, untrained
+     python eval.py --model 13b --system instructblip --data my/test.jsonl        a baseline
+     python eval.py --model 13b --system whisper --beams 5 --data my/test.jsonl   another one
 
 Each question is answered four times: as it is, with the sound masked, with the picture masked, and
-blind (both masked), always by the same trained model: a task needs the modality without which its
-score falls.  Accuracy is exact match of the whole answer; asr, ac and avsr are word error rates.
-The predictions are written as JSONL, with a table and a JSON report beside them."""
+blind (both masked), always by the same trained model.  If the score of a task falls without a
+modality, the task needs it.  The baselines use public weights without training.  Accuracy is exact
+match of the whole answer; asr, ac and avsr are word error rates.  The predictions are written as
+JSONL, with a table and a JSON report beside them."""
 
 import runtime  # noqa: F401  before torch: it sets how threads wait
 
@@ -25,7 +26,7 @@ from typing import Literal
 import torch
 
 import miniature
-from aveb import judge
+from aveb import judge, metrics
 from aveb.answers import Journal, evaluate, find_manifests, read_manifests, views_of
 from aveb.tables import report_text, write_report
 from aveb.tasks import TASKS
@@ -81,7 +82,7 @@ class EvalConfig:
     judge_url: str = ""  # <address> of an OpenAI-compatible server; its key comes from the
                          # environment variable FAVOR_JUDGE_KEY
     judge_model: str = ""  # <name> of the judge on that server; it is reported beside the score
-    judge_budget: int = 10_000  # <requests> that this run may send to the judge at most
+    judge_budget: int = 10_000  # <requests> most requests that this run may send to the judge
     # -- output
     out: str = ""  # <file> for the predictions (default: predictions.jsonl in the checkpoint's
                    # folder, in runs/tiny-committed for the committed one)
@@ -153,12 +154,14 @@ def find_questions(config):
     for record in records:
         if record.target is None and not record.refs:
             raise SystemExit(f"{name}: {record.id} has neither target nor refs to score against")
+        if wrong := metrics.unknown_metrics(record):
+            raise SystemExit(f"{name}: {record.id}: {wrong}")
     return manifests, records
 
 
 def make_miniature(config, every):
-    """[its manifest], if --data is the miniature's folder; a manifest that somebody else put there
-    stays, and then the answer is None."""
+    """[its manifest], if --data is the miniature's folder; a user's own
+    test.jsonl is kept, and then the answer is None."""
     folder = Path(config.data)
     foreign = (folder / "test.jsonl").exists() and not (folder / "test.made.json").exists()
     tasks = None if every else tuple(task for task in config.tasks if task in miniature.TASKS)
@@ -203,7 +206,7 @@ def output_file(config, checkpoint):
 
 def save_report(out, *report):
     """Writes predictions, table and report.  SystemExit when the disk is full: the answers are kept
-    in the journal, so that the same command goes on from there."""
+    in the journal, so the same command continues from there."""
     try:
         write_report(out, *report)
     except OSError as error:

@@ -62,10 +62,10 @@ class FavorConfig:
     frame_times: str = "regular"            # 0, 0.5, 1.0 s ...; "ends": first and last of a second
     audio_seconds: float | None = None      # None: the true length; 30.0: always exactly 30 s
     image_frames: int = 1                   # frames that an image without sound becomes
-    max_seconds: float = 300.0              # DIFF: of a clip are read at most so many; 0: all
+    max_seconds: float = 300.0              # DIFF: seconds that are read at most; 0: the whole clip
     antialias: bool = True                  # shrink video frames as PIL does; False: bare bicubic
-    mask_padding: bool = True               # False: only frames that fill the last window are
-    #                                         masked, and only in the cross-attention
+    mask_padding: bool = True               # False: mask only the frames that fill the last window,
+    #                                         and only in the cross-attention (as released)
     # causal Q-Former
     queries: int = 32                       # Q
     width: int = 768
@@ -202,15 +202,15 @@ def block_causal_mask(frames, per_frame, causal="past", device=None):
 
 def block_causal_attention(q, k, v, mask=None, dropout=0.0, *, per_frame, causal="past"):
     """Softmax attention of q, k, v (W,heads,K*N,d) -> (W,heads,K*N,d) under block_causal_mask for
-    frames of per_frame = N vectors.  mask (W,K*N): padding is no key; the rows of padded vectors
-    are to be ignored."""
+    frames of per_frame = N vectors.  mask (W,K*N): padded vectors are never attended to, and
+    their own rows of the result are to be ignored."""
     frames = q.shape[2] // per_frame
     if q.is_cuda and q.shape[-1] + frames + 1 <= fast.LARGEST_FLASH_HEAD:
-        # The same in one flash call: other kernels would read a mask of (K*N)^2 numbers.
+        # The same result in one flash call; other kernels read a mask of (K*N)^2 numbers.
         return fast.flash_block_causal(q, k, v, mask, dropout, per_frame=per_frame, causal=causal)
     causal_mask = block_causal_mask(frames, per_frame, causal, q.device)
     if mask is not None and not (mask.device.type == "cpu" and mask.all()):
-        # A padded row sees itself: there is no softmax over nothing.
+        # A padded row attends to itself, so that no softmax is over an empty set.
         itself = torch.eye(len(causal_mask), dtype=torch.bool, device=q.device)
         causal_mask = causal_mask & mask[:, None, None] | itself
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask, dropout_p=dropout)
@@ -300,7 +300,8 @@ class CausalQFormer(nn.Module):
                 "(window_frames=10) or a shorter clip")
         position = torch.arange(length, device=windows.device)
         x = self.joint_norm(windows) + self.positions(position)                   # (W,K*N,D_joint)
-        # A window without a real vector (the dummy) sees its zeros: no softmax over nothing.
+        # A window without a real vector (the dummy) attends to its zeros: no softmax is over an
+        # empty set.
         mask = mask | ~mask.any(dim=1, keepdim=True)                              # (W,K*N)
         attend = None
         if self.config.causal != "none":
@@ -360,7 +361,7 @@ class Favor(nn.Module):
     """Frozen Whisper, ViT and Q-Former; trained audio projection, causal Q-Former, LLM projection
     and LoRA on the LLM."""
     system, tasks = "favor", None          # the other systems: baselines/; None: all tasks
-    needs_picture = False                  # whether records without one teach nothing
+    needs_picture = False                  # True: records without a picture are useless to train on
 
     def __init__(self, config, whisper, visual, llm, tokenizer, qformer_tokenizer):
         super().__init__()
@@ -399,7 +400,7 @@ class Favor(nn.Module):
     @classmethod
     def from_pretrained(cls, run_folder, dtype=None, device=None, **sources):
         """A folder that save_pretrained (train.py) wrote, or such a Hub repository -> model in eval
-        mode.  sources: whisper, instructblip or llm in another place than where the run had them.
+        mode.  sources: other places of whisper, instructblip or llm than those of the run.
         """
         root = hub.folder(run_folder, ("lora/*",), config="favor.json")
         if not (root / "favor.json").exists():
@@ -431,7 +432,8 @@ class Favor(nn.Module):
                                              "config": dataclasses.asdict(self.config), **facts})
 
     def load_trained(self, folder):
-        """Reads what save_pretrained wrote into this model; strict both ways."""
+        """Reads what save_pretrained wrote into this model.  Missing or unknown tensors are errors.
+        """
         hub.load_into(self.aligner(), folder)
         if lora.layers(self.llm):
             lora.load(self.llm, Path(folder) / "lora")
@@ -569,8 +571,8 @@ class Favor(nn.Module):
         (all windows,Q,D) for the diversity loss.
 
         The windows of the whole batch go through the Q-Former side by side, so that a sample never
-        meets another one's padding.  One dummy window of zeros goes along: every rank of a DDP run
-        must touch every trained parameter at every step, whatever its batch holds
+        meets another one's padding.  One dummy window of zeros is added, because every rank of a
+        DDP run must touch every trained parameter at every step, whatever its batch holds
         (test_train.py)."""
         parts = [self.windowed_inputs(sample) for sample in self.encode_batch(samples)]
         N = max(self.visual.n_queries, self.audio_steps)
@@ -593,7 +595,7 @@ class Favor(nn.Module):
         """Ids before the clip's vectors, ids behind them, and the ids to learn."""
         return prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target, has_clip)
 
-    # ---- sizes of a sample, by which train.py cuts and weighs its batches
+    # ---- sizes of a sample; train.py uses them to cut its batches and to weight the parts
     def length(self, sample):
         """L: text tokens and clip vectors of a sample in the LLM."""
         windows = self.window_count(sample)
@@ -604,7 +606,7 @@ class Favor(nn.Module):
         return len(self.text_ids(sample, True)[2])
 
     def diversity_parts(self, sample):
-        """How many terms the mean of Eq. (4) has from this sample: its windows ("sum": itself)."""
+        """How many terms this sample adds to the mean of Eq. (4): its windows; 1 with "sum"."""
         return 1 if self.config.diversity_reduction == "sum" else self.window_count(sample)
 
     def window_count(self, sample):
@@ -634,9 +636,9 @@ class Favor(nn.Module):
         """List of Samples with targets -> dict of losses.
 
         loss = ce + lambda * diversity, Eq. (5); ce is the mean over all answer tokens of the batch.
-        tokens and diversity_parts say of how many terms ce and diversity are means, so that
-        train.py can form the mean over ranks; item_ce (B,) is each sample's own mean, which is the
-        same in any batch."""
+        ce and diversity are means of `tokens` and `diversity_parts` terms; train.py forms the same
+        sum from them over micro-batches and ranks (train.Share), so a new loss term belongs there,
+        too.  item_ce (B,) is each sample's own mean, which is the same in any batch."""
         missing = [s.prompt for s in samples if s.target is None]
         if missing:
             raise ValueError(f"no target for {missing[0]!r}; model(batch) learns answers, "

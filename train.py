@@ -53,79 +53,90 @@ EMPTY_STEPS = 20           # so many steps in a row without a readable clip end 
 class TrainConfig:
     # -- data
     data: tuple = (MINIATURE,)  # <manifest> manifests to learn from; FILE:0.5 draws half of its
-                                # rows per epoch
-    proportional: Literal["samples", "tokens"] = "samples"  # what a manifest's weight is a share
-                                                            # of: rows, or characters of answers
-    val_share: float = 0.02  # <share> of the clips, held out of training to choose best/
-    max_seconds: float | None = None  # <s> of a clip that are read; what is cut is counted (0: all;
-                                      # default: 300)
+                                # records per epoch
+    proportional: Literal["samples", "tokens"] = "samples"  # what the weights of manifests are
+                                # shares of: records, or characters of their answers
+    val_share: float = 0.02  # <share> share of the clips that is held out of training to choose
+                             # best/
+    max_seconds: float | None = None  # <seconds> read at most this much of a clip and report what
+                                      # is cut; 0 reads all of it (default: 300)
     mask: Literal["", "audio", "visual"] = ""  # train and test without this modality
-    mask_share: float = 0.06  # <share> of samples with sound, picture or both masked, a third each
-    pair_share: float = 0.0  # <share> of pictures without sound that get a random one (Sec. 4.3)
-    join_share: float = 0.5  # <share> of those pairs with both questions in one prompt
-    match_share: float = 0.0  # <share> of videos with sound that become "do they match?" questions
-    cache_features: bool | None = None  # encode each clip once and store the features on disk
-                                        # (default: the tiny preset only)
-    features: str = ""  # <folder> of the feature cache (default: features/ beside the first
+    mask_share: float = 0.06  # <share> share of the samples whose sound, picture or both are
+                              # masked, a third each
+    pair_share: float = 0.0  # <share> share of the pictures without sound that get a random sound
+                             # (Sec. 4.3)
+    join_share: float = 0.5  # <share> share of those pairs that are asked both questions in one
+                             # prompt; the others are asked one of the two
+    match_share: float = 0.0  # <share> share of the videos with sound that are asked whether sound
+                              # and picture belong together
+    cache_features: bool | None = None  # encode each clip once and store its features on disk
+                                        # (default: on for tiny, else off)
+    features: str = ""  # <folder> folder of the feature cache (default: features/ beside the first
                         # manifest)
-    workers: int = -1  # <n> processes that decode clips ahead, for each process (-1: all cores)
+    workers: int = -1  # <n> processes that decode clips ahead, for each training process; -1 uses
+                       # all cores
     # -- model
     model: Literal["tiny", "7b", "13b"] = "tiny"  # preset of all sizes
-    system: Literal["favor", "instructblip"] = "favor"  # instructblip: the paper's fine-tuned
-                                                        # baseline, without sound
-    start_from: str = ""  # <folder> checkpoint whose trained parts to begin with (a second stage)
-    whisper: str | None = None  # <source> folder or Hub repository of Whisper (default: preset's)
-    instructblip: str | None = None  # <source> of the ViT and the Q-Former (default: preset's)
-    llm: str | None = None  # <source> of a LLaMA, or an InstructBLIP with one (default: preset's)
-    random_init: bool = False  # full size with random weights, no download: does it fit, how fast
+    system: Literal["favor", "instructblip"] = "favor"  # system to train; instructblip is the
+                                                        # paper's fine-tuned baseline without sound
+    start_from: str = ""  # <folder> checkpoint whose trained parts a second stage begins with
+    whisper: str | None = None  # <source> folder or Hub repository of Whisper (default: the
+                                # preset's)
+    instructblip: str | None = None  # <source> folder or Hub repository of the ViT and the Q-Former
+                                     # (default: the preset's)
+    llm: str | None = None  # <source> folder or Hub repository of a LLaMA, or of an InstructBLIP
+                            # that holds one (default: the preset's)
+    random_init: bool = False  # use random weights of the full size, without a download, to see
+                               # whether a run fits and how fast it is
     offline: bool = False  # take what the Hub's cache has and open no connection
-    dtype: Literal["", "bfloat16", "float32"] = ""  # of frozen weights (default: float32 for tiny
-                                                    # on a CPU, else bfloat16)
+    dtype: Literal["", "bfloat16", "float32"] = ""  # number format of the frozen weights (default:
+                                                    # float32 for tiny on a CPU, else bfloat16)
     # -- method (default: what preset and variant say, see FavorConfig)
-    variant: Literal["paper", "official"] = "paper"  # official: what the released code does
+    variant: Literal["paper", "official"] = "paper"  # official does what the released code does
     sync: bool | None = None  # join the modalities every 0.5 s, Eq. (1)
-    window_frames: int | None = None  # <K> frames per window; 0: one window per clip
-    causal: Literal["past", "future", "none"] | None = None  # what a frame may attend to, Sec. 3.2
-    diversity: float | None = None  # <lambda> factor of the diversity loss, Eq. (5)
-    queries: int | None = None  # <Q> output queries per window
+    window_frames: int | None = None  # <frames> frames per window, K; 0 makes one window per clip
+    causal: Literal["past", "future", "none"] | None = None  # frames that a frame may attend to
+                                                             # in the causal Q-Former, Sec. 3.2
+    diversity: float | None = None  # <factor> factor lambda of the diversity loss, Eq. (5)
+    queries: int | None = None  # <n> output queries per window, Q
     fps: float | None = None  # <Hz> video frames per second
     # -- optimisation
     steps: int = 1100  # <n> optimiser steps
-    batch: int = 32  # <n> samples per step, over all processes and micro-batches
+    batch: int = 32  # <samples> samples per step, over all processes and micro-batches
     lr: float = 1.5e-3  # <rate> peak learning rate (for 7b and 13b try 1e-4)
-    warmup: int = 100  # <n> steps of linear warm-up, before a cosine down to 2 %
-    weight_decay: float = 0.01  # <rate> on matrices; vectors have none
-    grad_clip: float = 1.0  # <norm> largest norm of the gradients
-    seed: int = 0  # <n> of weights, order and masks
-    micro_batch: int = 32  # <n> samples computed at a time per process (0: all of its share)
-    micro_tokens: int | None = None  # <n> LLM positions at a time, padding included (0: any number;
-                                     # default: 2048, tiny any number)
-    micro_frames: int = 0  # <n> video frames at a time (0: any number)
+    warmup: int = 100  # <steps> steps of linear warm-up, before a cosine down to 2 %
+    weight_decay: float = 0.01  # <rate> weight decay of matrices; vectors have none
+    grad_clip: float = 1.0  # <norm> scale gradients down to this norm
+    seed: int = 0  # <n> seed of the weights, the order of samples and the masks
+    micro_batch: int = 32  # <samples> samples that a process computes at a time; 0 takes its whole
+                           # share
+    micro_tokens: int | None = None  # <n> LLM positions at a time, padding included; 0 sets no
+                                     # limit (default: 2048, for tiny no limit)
+    micro_frames: int = 0  # <n> video frames at a time; 0 sets no limit
     recompute: bool = False  # activation checkpointing: a third more time, much less memory
     compile: bool = False  # torch.compile for the LLM's blocks: slow to start, for long runs
-    max_skips: int = 0  # <n> steps without a finite loss and gradient that are left out before the
-                        # run ends
+    max_skips: int = 0  # <steps> skip up to this many steps whose loss or gradient is not finite,
+                        # then stop
     # -- logging
-    out: str = ""  # <folder> of the run (default: runs/<model>)
-    log_every: int = 20  # <n> steps between printed lines
-    val_every: int = 200  # <n> steps between validations and checkpoints
-    show: int = 3  # <n> held-out questions whose answers are printed at each validation
-    save_every: int = 0  # <n> steps between snapshots kept beside last/ and best/ (0: none)
-    keep: int = 3  # <n> newest of these snapshots that stay (0: all)
+    out: str = ""  # <folder> folder of the run (default: runs/<model>)
+    log_every: int = 20  # <steps> steps between printed lines
+    val_every: int = 200  # <steps> steps between validations and checkpoints
+    show: int = 3  # <questions> held-out questions whose answers are printed at each validation
+    save_every: int = 0  # <steps> steps between snapshots beside last/ and best/; 0 makes none
+    keep: int = 3  # <n> keep this many of the newest snapshots; 0 keeps all
     tensorboard: bool = True  # write curves for TensorBoard, where it is installed
-    wandb: str = ""  # <project> at Weights & Biases that gets the curves
+    wandb: str = ""  # <project> send the curves to this project at Weights & Biases
     test: bool = True  # end with the table of eval.py on <data>/test.jsonl
     # -- distributed
-    processes: int = 0  # <n> on a CPU without torchrun (0: for tiny one per core, four at most;
-                        # else one)
-    threads: int = 0  # <n> processor threads per process (0: one for tiny, else all)
+    processes: int = 0  # <n> processes to start on a CPU without torchrun; 0 starts one per core
+                        # for tiny, four at most, and else one
+    threads: int = 0  # <n> processor threads per process; 0 takes one for tiny and else all
     shard: bool = False  # spread LLM and trained parts over the processes' GPUs (FSDP2)
     # -- planning
-    dry_run: bool = False  # print parameters and memory for --micro-batch clips, load nothing
-    clip_seconds: float = 30.0  # <s> length of a clip in the plan of --dry-run
+    dry_run: bool = False  # print parameters and memory for --micro-batch clips and load nothing
+    clip_seconds: float = 30.0  # <seconds> length of the clips that --dry-run plans for
 
-    # activation checkpointing under its other name; names that flags had before
-    ALIASES = {"checkpoint": "recompute", "keep-features": "cache_features"}
+    ALIASES = {"keep-features": "cache_features"}             # the name that the flag had before
 
     def __post_init__(self):
         cli.check_choices(self)
@@ -135,14 +146,14 @@ class TrainConfig:
                                  "wanted more than 0")
         shares = dict.fromkeys(("mask_share", "val_share"), 1) | dict.fromkeys(
             ("pair_share", "join_share", "match_share"), 1.001)
-        counts = ("micro_batch", "warmup", "seed", "processes", "threads", "tokens_at_a_time",
+        counts = ("micro_batch", "warmup", "seed", "processes", "threads", "micro_tokens",
                   "micro_frames", "max_seconds", "show", "keep", "save_every", "max_skips")
         for name, limit in (shares | dict.fromkeys(counts, math.inf)).items():
             if not 0 <= (getattr(self, name) or 0) < limit:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; "
                                  "wanted 0 or more" + {math.inf: "", 1: ", less than 1"}.get(
                                      limit, ", at most 1"))
-        # a manifest's weight that is none, unknown presets and switches fail here
+        # bad weights of manifests, presets and switches fail here
         _ = self.manifests, self.method()
 
     def method(self):
@@ -182,7 +193,11 @@ RESUMABLE = ("out", "processes", "threads", "test", "log_every", "show", "keep",
 def dry_run(config):
     """Prints what each part takes, and the memory of a step and of an answer, without weights."""
     dtype, _, why = distributed.precision(config.dtype, config.model, torch.device("cpu"))
-    model = SYSTEMS[config.system].from_config(config.method(), dtype, "meta", memory.random_part)
+    try:
+        model = SYSTEMS[config.system].from_config(config.method(), dtype, "meta",
+                                                   memory.random_part)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     sample = memory.empty_sample(model, config.clip_seconds)
     batch = config.micro_batch or config.batch
     print(f"--model {config.model} --system {config.system}, weights {why}")
@@ -233,8 +248,8 @@ def read_data(config, kind):
 
 
 def build(config, kind, dtype, device, found):
-    """The model: frozen parts as they were pretrained; the trained ones fresh, of --start-from, or
-    of the checkpoint that was found."""
+    """The model: frozen parts are pretrained; trained parts are fresh, or come from --start-from or
+    from the checkpoint that was found."""
     model = kind.from_config(config.method(), dtype, "cpu" if config.shard else device,
                              memory.random_part if config.random_init else None)
     if config.start_from and not found:
@@ -277,7 +292,7 @@ def learning_rate(config, step):
 
 
 def prepare(config, argv, device):
-    """Data, model, feature cache, optimiser and log, as they were where a stopped run goes on."""
+    """Data, model, feature cache, optimiser and log; restored if a stopped run continues."""
     out, kind = Path(config.out or f"runs/{config.model}"), SYSTEMS[config.system]
     out.mkdir(parents=True, exist_ok=True)
     found = checkpoint.resume(out, dataclasses.asdict(config), RESUMABLE)
@@ -319,7 +334,7 @@ def prepare(config, argv, device):
 
 
 def facts_of(config, argv, out, corpus, model, first_step):
-    """What each checkpoint says about its run; the run folder's files say it, too."""
+    """Facts about the run that its folder and each of its checkpoints hold."""
     before = hub.read_json(Path(config.start_from) / "favor.json") if config.start_from else {}
     known = not before or "mixture" in before
     facts = {"train": dataclasses.asdict(config),
@@ -331,25 +346,27 @@ def facts_of(config, argv, out, corpus, model, first_step):
 
 
 # ---------------------------------------------------------------- this process's share of a batch
-FILLER = (None, Sample("?", "."), 0, 0)      # keeps a process in step that has no sample left
+FILLER = (None, Sample("?", "."), 0, 0)     # lets a process without samples take part in a step
 
 
 @dataclass
 class Share:
     """This process's samples of one step, cut into micro-batches, and the sums of their losses.
 
-    ce and diversity are means over the batch of all processes: over its answer tokens, and over its
-    windows.  So each micro-batch counts by how many of them it holds, however the batch is cut."""
+    The loss, Eq. (5), is ce + lambda * diversity; both are means over the batch of all processes,
+    over its answer tokens and over its windows.  So each micro-batch is weighted by its tokens and
+    its windows, and the loss is the same however the batch is cut."""
     samples: list                # encoded
-    parts: list                  # micro-batches of (task, Sample, length, frames); FILLER: of none
+    parts: list                  # micro-batches of (task, Sample, length, frames) or [FILLER]
     tokens: float = 0            # answer tokens in the batch of all processes
     diversity_parts: float = 0   # terms of Eq. (4) in it
     ce: float = 0.0
     diversity: float = 0.0
     task_ce: dict = field(default_factory=dict)       # task -> (sum, number of samples)
 
-    def weighed(self, part, losses, factor):
-        """The losses of one micro-batch -> its part of the batch's ce + factor * diversity."""
+    def add(self, part, losses, factor):
+        """Adds the losses of one micro-batch (Favor.forward) to the sums -> its part of the batch's
+        ce + factor * diversity."""
         real = float(part[0] is not FILLER)
         ce = real * losses["ce"] * losses["tokens"] / self.tokens
         diversity = real * losses["diversity"] * losses["diversity_parts"] / max(
@@ -370,9 +387,9 @@ class Share:
 
 
 def encode_share(model, items, config, device):
-    """items (loader.TrainItem, some without a sample) -> Share, its clips encoded.  All processes
-    have as many micro-batches as they must: sharded ones take part in each other's forwards, DDP's
-    in the last backward."""
+    """items (loader.TrainItem, some without a sample) -> Share, its clips encoded.  With --shard
+    all processes run equally many micro-batches, as each needs the others' weights; under DDP each runs
+    at least one."""
     readable = [item for item in items if item.sample is not None]
     samples = model.encode_batch([item.sample for item in readable])
     seen = [sample.features.visual for sample in samples]
@@ -413,9 +430,9 @@ def train(run, config, stop):
             with distributed.accumulating(ddp, waits=i + 1 < len(share.parts)):
                 with run.autocast:
                     losses = ddp([sample for _, sample, *_ in part])                     # forward
-                # DDP averages gradients over processes, but the loss is a sum over the batch, so
-                # we scale by the world size.
-                (share.weighed(part, losses, factor) * world).backward()                 # backward
+                # DDP averages gradients over processes, but each process adds its own terms of the
+                # batch's mean, so we scale by the world size.
+                (share.add(part, losses, factor) * world).backward()                     # backward
         row = share.losses(factor, run.device)
         if share.parts:
             row["grad_norm"] = distributed.grad_norm_and_clip(ddp, config.grad_clip)     # clip
@@ -423,7 +440,7 @@ def train(run, config, stop):
             "ids": [item.id for item in items], "task_ce": share.task_ce, "stop": stop.name,
             "work": flops.work_of(model, share.samples) if share.parts else None,
             "notes": loader.skip_rows(items, done)})
-        if is_usable(run, config, row, everyone, done):
+        if check_step(run, config, row, everyone, done):
             optimiser.step()                                                             # step
 
         stopped = next((part["stop"] for part in everyone if part["stop"]), "")
@@ -453,9 +470,9 @@ def load_batches(run, config):
     return loader.load_ahead(steps, run.first, config.steps, workers)
 
 
-def is_usable(run, config, row, everyone, done):
-    """Whether loss and gradient are finite.  A batch without a readable clip, or without a finite
-    loss, is left out; SystemExit when there are too many of them."""
+def check_step(run, config, row, everyone, done):
+    """Whether the optimiser may step.  A step without a readable clip, or without a finite loss and
+    gradient, is logged, counted and left out; SystemExit when there are too many of them."""
     run.skipped.add([note for part in everyone for note in part["notes"]])
     run.empty = run.empty + 1 if row["loss"] is None else 0
     if run.empty >= min(EMPTY_STEPS, config.steps):

@@ -119,7 +119,8 @@ METRICS = {}
 
 
 def metric(name, key="answer"):
-    """Registers a function of answered rows; `key` is what a missing row lacks."""
+    """Registers a function of rows, dicts with "answer", "references", "options" and "meta", that
+    returns a Score; rows without `key` are left out and counted as missing."""
     def register(function):
         @functools.wraps(function)
         def run(rows):
@@ -147,6 +148,12 @@ def default_metrics(task):
     """The metrics of records that name none: word error rate or exact match (the miniature's
     answers are normalised words)."""
     return ("wer_basic",) if task in ERROR_RATES else ("exact",)
+
+
+def unknown_metrics(record):
+    """What is wrong with the names in a record's meta["metrics"], in words; "" if nothing is."""
+    unknown = [name for name in record.meta.get("metrics", ()) if name not in METRICS]
+    return f"no metric {unknown[0]!r}; there are {', '.join(METRICS)}" if unknown else ""
 
 
 def score(rows, view="answer"):

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import data
+from aveb import metrics
 from aveb.sets import Files
 from runtime import cli
 from runtime.cli import Progress
@@ -118,6 +119,9 @@ def check(manifest, workers=None, log=print):
     Results are written to <manifest>.check.jsonl while they come, so only new or changed files are
     read."""
     records, results_file = data.read_manifest(manifest), Path(f"{manifest}.check.jsonl")
+    for record in records:
+        if wrong := metrics.unknown_metrics(record):
+            raise ValueError(f"{manifest}: {record.id}: {wrong}")
     keys = {record.id: clip_key(record) for record in records}
     clips = {keys[record.id]: record for record in reversed(records)}          # the first of each
     results = {key: row for row in read_jsonl(results_file)

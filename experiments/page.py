@@ -190,11 +190,12 @@ def in_short(results):
               if "avsr" in significant(last, s, worse=False)]
     return f"""## In short
 
-Of the {sum(len(tasks) for _, tasks in CLAIMS)} losses that the paper reports, so many appear here:
+In {sum(len(tasks) for _, tasks in CLAIMS)} cases the paper's score gets worse
+when a part is removed or changed. So many of them appear here:
 
 {verdict_table(results)}
 
-Much of what a part is worth here is how soon something is learnt. Synchronisation matters most:
+Here a part mostly affects how soon something is learnt. Synchronisation matters most:
 without it, avsd falls from {mean(first, "complete", "avsd")} to {mean(first, "no-sync", "avsd")} %
 after {first.step} steps. Sliding windows help videoqa at every stage. The causal encoder and the
 direction of its mask make no difference that these seeds can show, except for isqa. The diversity

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 COMMITTED = ROOT / "miniature" / "weights" / "favor"       # the tiny checkpoint in this repository
 
 # Fields of TrainConfig that were renamed: name in an old state.pt -> name now.
-RENAMED = {"windows": "window_frames", "clip": "grad_clip"}
+RENAMED = {"windows": "window_frames", "clip": "grad_clip", "keep_features": "cache_features"}
 
 
 # ---------------------------------------------------------------- writing

@@ -83,8 +83,11 @@ def flops_by_part(model, llm_tokens, windows, frames, audio_seconds, encoded):
 
 
 def causal_qformer_flops(model, K):
-    """Forward operations of one window of K frames."""
+    """Forward operations of one window of K frames.  Of another aligner in its place the matrices
+    are counted, each at every joint vector."""
     Q, N, total = model.config.queries, max(model.visual.n_queries, model.audio_steps), 0
+    if not hasattr(model.qformer, "layers"):
+        return 2 * weights(model.qformer) * K * N
     for layer in model.qformer.layers:
         cross, D = layer.cross_attention, model.config.width
         of_frames = weights(cross.key, cross.value)           # applied to K*N joint vectors

@@ -32,7 +32,7 @@ def one_step(model, samples, config):
     share = train.encode_share(model, train_items(samples), config, cpu)
     for part in share.parts:
         losses = model([sample for _, sample, *_ in part])
-        share.weighed(part, losses, factor).backward()
+        share.add(part, losses, factor).backward()
     row = share.losses(factor, cpu)
     if share.parts:
         row["grad_norm"] = distributed.grad_norm_and_clip(model, config.grad_clip)

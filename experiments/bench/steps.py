@@ -80,7 +80,7 @@ class Step:
             with distributed.accumulating(self.ddp, waits=i + 1 < len(share.parts)):
                 with self.autocast:
                     losses = self.ddp([sample for _, sample, *_ in part])
-                (share.weighed(part, losses, factor) * distributed.world()).backward()
+                (share.add(part, losses, factor) * distributed.world()).backward()
         norm = distributed.grad_norm_and_clip(self.ddp, self.config.grad_clip)
         return share.losses(factor, self.device) | {"grad_norm": norm}
 
