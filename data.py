@@ -306,7 +306,7 @@ MATCH_PROMPTS = ("Is the audio compatible with the video?",
 
 @dataclass(frozen=True)
 class Mixing:
-    """What training changes in a sample.  mask: what every sample lacks ("audio", "visual" or "")."""
+    """What training changes in a sample.  mask: what all samples lack ("audio", "visual" or "")."""
     seed: int = 0
     mask: str = ""
     mask_share: float = 0.0     # share of samples without sound, picture or both, a third each

@@ -25,13 +25,13 @@ from typing import Literal
 
 import torch
 
-import miniature
 from aveb import judge, metrics
 from aveb.answers import Journal, evaluate, find_manifests, read_manifests, views_of
 from aveb.tables import report_text, write_report
 from aveb.tasks import TASKS
 from baselines.systems import SYSTEMS, load_system
 from favor import preset
+from miniature import generate, scenes
 from runtime import cli, distributed, hub
 from runtime.checkpoint import (
     COMMITTED,
@@ -164,10 +164,10 @@ def make_miniature(config, every):
     test.jsonl is kept, and then the answer is None."""
     folder = Path(config.data)
     foreign = (folder / "test.jsonl").exists() and not (folder / "test.made.json").exists()
-    tasks = None if every else tuple(task for task in config.tasks if task in miniature.TASKS)
+    tasks = None if every else tuple(task for task in config.tasks if task in scenes.TASKS)
     if folder != Path(EvalConfig.data) or foreign or tasks == ():
         return None
-    made = miniature.make(folder, splits=("test",), tasks=tasks, limit=config.limit)
+    made = generate.make(folder, splits=("test",), tasks=tasks, limit=config.limit)
     return [Path(os.path.relpath(made["test"]))]
 
 

@@ -388,8 +388,8 @@ class Share:
 
 def encode_share(model, items, config, device):
     """items (loader.TrainItem, some without a sample) -> Share, its clips encoded.  With --shard
-    all processes run equally many micro-batches, as each needs the others' weights; under DDP each runs
-    at least one."""
+    all processes run equally many micro-batches, as each needs the others' weights; under DDP each
+    process runs at least one."""
     readable = [item for item in items if item.sample is not None]
     samples = model.encode_batch([item.sample for item in readable])
     seen = [sample.features.visual for sample in samples]

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import data
 from aveb.prepare import check, ids_hash, prepare, subset
-from aveb.sets import SETS
+from aveb.sets.registry import SETS
 
 
 def list_sets(log=print):

@@ -18,7 +18,7 @@ import torch
 
 import data
 from aveb import metrics
-from aveb.sets import Files
+from aveb.sets.registry import Files
 from runtime import cli
 from runtime.cli import Progress
 from runtime.hub import read_jsonl, write_text

@@ -44,7 +44,6 @@ import numpy as np
 import torch
 
 import data
-import miniature
 import train
 from aveb import metrics
 from aveb import tables as reports
@@ -59,6 +58,7 @@ from experiments.tables import (
     tables,
 )
 from favor import Favor
+from miniature import generate
 from runtime import cli, distributed, hub
 from runtime.feature_cache import cache_features
 from runtime.log import duration
@@ -299,7 +299,7 @@ def remaining(took, waiting, running, at_once):
 def prepare(config, log=print):
     """Makes the clips and caches their features once, on all cores, for all runs."""
     if Path(config.data) == Path(train.MINIATURE):
-        miniature.make(config.data)
+        generate.make(config.data)
     model = load(train_config(config, "complete", 0, 1))
     records = [r for split in ("train", "test")
                for r in data.read_manifest(data.find_manifest(config.data, split))]

@@ -10,7 +10,6 @@ Public: page, synchronisation_table, verdict_table."""
 import re
 import textwrap
 
-import miniature
 from aveb.metrics import ERROR_RATES
 from experiments.tables import (
     CLAIMS,
@@ -21,6 +20,7 @@ from experiments.tables import (
     score_table,
     verdict,
 )
+from miniature import scenes
 from runtime.hub import markdown_table
 
 VERDICTS = ("same sign and significant", "same sign", "not reproduced", "opposite and significant")
@@ -64,7 +64,7 @@ def listed(words):
 def significant(stage, system, worse=True):
     """The tasks in which a system is worse (or better) than `complete` outside the interval."""
     found = []
-    for task in miniature.TASKS:
+    for task in scenes.TASKS:
         difference = stage.against(system, task)
         if difference and difference.significant and (
                 (difference.mean > 0) == (worse == (task in ERROR_RATES))):
@@ -76,7 +76,7 @@ def gains(stage, system):
     """The tasks in which the last half of the steps changed a system outside the interval."""
     before = stage.half
     found = {task: paired(stage.by_seed(system, task), before.by_seed(system, task))
-             for task in miniature.TASKS}
+             for task in scenes.TASKS}
     return [task for task, difference in found.items() if difference and difference.significant]
 
 

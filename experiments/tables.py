@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-import miniature
 from aveb.paper_numbers import PAPER
 from aveb.tasks import ERROR_RATES
+from miniature import scenes
 from runtime.hub import markdown_table
 
 # name: (its name in the tables, its flags of train.py). The tiny preset has K = 5 and 10 queries.
@@ -192,19 +192,19 @@ def arrow(task):
 
 def score_table(stage):
     """One line per system, one column per task: mean and 95 % interval over seeds."""
-    lines = [[SYSTEMS[s][0], max(len(stage.by_seed(s, task)) for task in miniature.TASKS),
+    lines = [[SYSTEMS[s][0], max(len(stage.by_seed(s, task)) for task in scenes.TASKS),
               f"{stage.fact(s, 'parameters'):,}", stage.fact(s, "vectors"),
-              *(with_half(stage.by_seed(s, task)) for task in miniature.TASKS)]
+              *(with_half(stage.by_seed(s, task)) for task in scenes.TASKS)]
              for s in stage.systems]
     return markdown_table([f"system, {stage.step} steps", "seeds", "trained parameters",
-                     "LLM vectors, 5 s", *map(arrow, miniature.TASKS)], lines)
+                     "LLM vectors, 5 s", *map(arrow, scenes.TASKS)], lines)
 
 
 def difference_table(stage):
     """The same minus the complete system, paired by seed."""
     return markdown_table(
-        [f"minus complete, {stage.step} steps", *map(arrow, miniature.TASKS)],
-        [[SYSTEMS[s][0], *(stage.against(s, task) or "-" for task in miniature.TASKS)]
+        [f"minus complete, {stage.step} steps", *map(arrow, scenes.TASKS)],
+        [[SYSTEMS[s][0], *(stage.against(s, task) or "-" for task in scenes.TASKS)]
          for s in stage.systems if s != "complete"])
 
 
@@ -213,9 +213,9 @@ def gain_table(stage):
     not converged."""
     half = stage.half
     return markdown_table(
-        [f"steps {stage.step} minus {half.step}", *map(arrow, miniature.TASKS)],
+        [f"steps {stage.step} minus {half.step}", *map(arrow, scenes.TASKS)],
         [[SYSTEMS[s][0], *(paired(stage.by_seed(s, task), half.by_seed(s, task)) or "-"
-                           for task in miniature.TASKS)] for s in stage.systems])
+                           for task in scenes.TASKS)] for s in stage.systems])
 
 
 def claim_table(results):
@@ -246,7 +246,7 @@ def mask_table(stage):
     """The future-looking minus the past-looking mask, for all tasks and their parts."""
     found = dict.fromkeys((t, p) for s, t, p in stage.scores if s == "future")
     lines, half = [], stage.half
-    for task, part in sorted(found, key=lambda key: (miniature.TASKS.index(key[0]), key[1])):
+    for task, part in sorted(found, key=lambda key: (scenes.TASKS.index(key[0]), key[1])):
         difference = stage.against("future", task, part)
         if difference and part != "query cosine":
             lines.append([arrow(task) + (f", {part}" if part else ""),
@@ -292,7 +292,7 @@ def reproduction_table(results, earlier):
         before = earlier.at(now.step)
         for system in (s for s in now.systems if s in before.systems):
             cells = []
-            for task in miniature.TASKS:
+            for task in scenes.TASKS:
                 ours, theirs = now.by_seed(system, task), before.by_seed(system, task)
                 difference = paired(ours, theirs)
                 if difference is None or difference.half is None:
@@ -307,4 +307,4 @@ def reproduction_table(results, earlier):
         return ""
     return (f"{inside} of {n} means lie inside the earlier 95 % intervals; {apart} of {n} "
             "differences, paired by seed, exclude zero (5 % would by chance).\n\n"
-            + markdown_table(["here minus earlier", *map(arrow, miniature.TASKS)], lines))
+            + markdown_table(["here minus earlier", *map(arrow, scenes.TASKS)], lines))

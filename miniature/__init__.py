@@ -7,11 +7,4 @@ real .mp4, .wav or .png file with a JSONL manifest, and is read back like anybod
      pretrain.py  trains the tiny Whisper, InstructBLIP and LLaMA that the tiny FAVOR starts from
      sheet.py     draws docs/miniature.png;  voices.py  renders the spoken words
 
-`import miniature` loads neither torch nor the model."""
-
-from miniature.generate import VERSION, demo, make
-from miniature.scenes import PROMPTS, SCENES, TASKS, TEST_CLIPS, TRAIN_CLIPS
-from miniature.world import COLOURS, SHAPES, SOUNDS, WORDS
-
-__all__ = ["COLOURS", "PROMPTS", "SCENES", "SHAPES", "SOUNDS", "TASKS", "TEST_CLIPS", "TRAIN_CLIPS",
-           "VERSION", "WORDS", "demo", "make"]
+The first three load neither torch nor the model."""

@@ -24,10 +24,10 @@ def _seed():
 @pytest.fixture(scope="session")
 def small_miniature(tmp_path_factory):
     """Folder of a miniature with 4 training and 2 test clips a scene, made once: real files."""
-    import miniature
+    from miniature import generate, scenes
     folder = tmp_path_factory.mktemp("miniature")
-    counts = {split: dict.fromkeys(miniature.SCENES, n) for split, n in (("train", 4), ("test", 2))}
-    miniature.make(folder, workers=1, counts=counts)
+    counts = {split: dict.fromkeys(scenes.SCENES, n) for split, n in (("train", 4), ("test", 2))}
+    generate.make(folder, workers=1, counts=counts)
     return folder.resolve()
 
 
@@ -40,16 +40,15 @@ def small_parts(tmp_path_factory):
     import sentencepiece
     from torch import nn
 
-    import miniature
     from llama import Llama, LlamaConfig
-    from miniature import pretrain, world
+    from miniature import pretrain, scenes, world
     from vit_qformer import QFormerConfig, VisualEncoder, ViTConfig
     from whisper_enc import WhisperConfig, WhisperEncoder
     root = tmp_path_factory.mktemp("parts")
     (root / "llama").mkdir()
     (root / "instructblip" / "qformer_tokenizer").mkdir(parents=True)
     words = " ".join([*world.WORDS, *world.COLOURS, *world.SHAPES, *world.SOUNDS,
-                      *miniature.PROMPTS.values()])
+                      *scenes.PROMPTS.values()])
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([words, "USER: <Img> </Img> ASSISTANT:"] * 20), model_writer=model,

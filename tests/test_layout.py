@@ -20,7 +20,10 @@ MAY = {
     **dict.fromkeys(COMPONENTS, {"runtime.hub", "runtime.fast"}),
     "data": {"runtime.media", "runtime.hub", "vit_qformer"},    # atomic files; resize
     "favor": COMPONENTS | {"data", "runtime.hub", "runtime.fast"},
-    "runtime": {"data"},                     # Record, Clip and Sample: what a run moves about
+    # The plan was that runtime imports itself only.  But manifests, loader and feature cache move
+    # Records, Clips and Samples about, and these belong to the method: data.py, which needs nothing
+    # of the three.
+    "runtime": {"data"},
     "aveb": METHOD | {"runtime"},
     "baselines": METHOD | {"runtime"},
     "miniature": {"runtime", "data", "aveb"},
@@ -48,7 +51,8 @@ IMPORTS = {name: imports(name) for name in FILES}
 
 
 def closure(name):
-    """The files that a reader of this one may have to open: itself and all that it pulls in."""
+    """The files that a reader of this one may have to open: itself and all that it pulls in.  The
+    rooms' __init__.py do not count: they hold a docstring (runtime's also two variables)."""
     seen, todo = set(), [name]
     while todo:
         if (here := todo.pop()) not in seen:
@@ -88,9 +92,9 @@ def test_what_a_reader_has_to_open():
 
 
 def test_rooms_open_without_work():
-    """Importing one file of these rooms runs no other one through the room's __init__.py."""
-    for room in ("runtime", "aveb", "baselines", "tools", "experiments", "experiments.bench"):
-        assert not IMPORTS[room], f"{room}/__init__.py imports {sorted(IMPORTS[room])}"
+    """No room's __init__.py imports a file of ours, so that a file is read without the others."""
+    for name, path in FILES.items():
+        assert path.name != "__init__.py" or not IMPORTS[name], f"{path} imports {IMPORTS[name]}"
 
 
 @pytest.mark.parametrize("name", sorted(METHOD | PROGRAMS))

@@ -27,12 +27,12 @@ import demo
 import eval as evaluation
 import favor
 import lora
-import miniature
 import train
 from aveb import answers, tables
 from aveb.tasks import VIEWS
 from baselines.systems import load_system
 from favor import Favor
+from miniature import scenes
 from runtime import checkpoint as checkpoints
 from runtime import cli
 from runtime import feature_cache as features
@@ -143,7 +143,7 @@ def test_a_run(finished, unbroken, small_parts):
     assert {*rows[0]} == {"step", "loss", "ce", "diversity", "cosine", "lr", "grad_norm", "task_ce",
                           "skipped", "clips_per_s", "tokens_per_s", "tflops", "memory_gib",
                           "wait_share", "eta_s"}
-    assert {*rows[0]["task_ce"]} <= {*miniature.TASKS, "caption"} and rows[0]["skipped"] == 0
+    assert {*rows[0]["task_ce"]} <= {*scenes.TASKS, "caption"} and rows[0]["skipped"] == 0
     assert rows[0]["cosine"] == rows[0]["diversity"]
     assert ["val_ce" in row for row in rows] == [False, True] * 3
     for row in rows:
@@ -167,7 +167,7 @@ def test_a_run(finished, unbroken, small_parts):
     assert "cross-entropy, steps 1-6" in (out / "loss.txt").read_text()
     table = (out / "predictions.md").read_text()
     assert table in printed
-    for task in miniature.TASKS:
+    for task in scenes.TASKS:
         assert f"| **{task}** " in table
     answered = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert len(answered) == 36 and {*VIEWS} < {*answered[0]}

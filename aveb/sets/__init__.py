@@ -2,10 +2,4 @@
 
      annotation file --SETS[name].read--> Record, Record, ...   media are looked for, never fetched
 
-   Each module reads the sets of one modality and adds them to SETS.
-   Public: SETS, Set, Files."""
-
-from aveb.sets import audio, image, video, audiovisual, savebench  # noqa: F401, I001 (SETS' order)
-from aveb.sets.common import SETS, Files, Set
-
-__all__ = ["SETS", "Files", "Set"]
+   Each module reads the sets of one modality and adds them to SETS; registry.py has all of them."""

@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 
-import miniature
 from aveb import metrics, paper_numbers
 from aveb.tasks import METRICS
 from aveb.whisper_norm import whisper_english
+from miniature import scenes
 
 
 def row(answer, *references, **more):
@@ -289,7 +289,7 @@ def test_ceiling_and_floor(name):
     assert value(name, *({**r, "answer": ""} for r in rows)) == CEILINGS[name][1]
 
 
-@pytest.mark.parametrize("task", miniature.TASKS)
+@pytest.mark.parametrize("task", scenes.TASKS)
 def test_ceiling_and_floor_of_the_miniature(small_miniature, task):
     import data
     records = [r for r in data.read_manifest(small_miniature / "test.jsonl") if r.task == task]

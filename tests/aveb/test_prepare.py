@@ -18,7 +18,7 @@ from aveb import __main__ as command
 from aveb import captions, metrics, tables
 from aveb import prepare as aveb
 from aveb.answers import evaluate
-from aveb.sets import SETS, Files
+from aveb.sets.registry import SETS, Files
 from aveb.sets.savebench import SAVEBENCH
 from aveb.sets.video import narration
 from favor import Favor

@@ -16,12 +16,12 @@ import pytest
 import torch
 from einops import rearrange
 
-import miniature
 from experiments import ablate, figures, page, publish
 from experiments import tables as ablation
 from experiments.ablate import AblateConfig, Job
 from experiments.tables import Difference, Results
 from favor import CausalQFormer, Favor, preset
+from miniature import scenes
 from runtime import cli, hub
 from runtime import log as runlog
 
@@ -122,7 +122,7 @@ def test_the_full_plan_goes_stage_by_stage_and_every_flag_is_one_of_train():
 
 def test_the_claims_name_what_is_measured():
     for system, tasks in ablation.CLAIMS:
-        assert system in ablation.SYSTEMS and {*tasks} <= {*miniature.TASKS}
+        assert system in ablation.SYSTEMS and {*tasks} <= {*scenes.TASKS}
         for task in tasks if system in ablation.PAPER_ROWS else ():
             assert ablation.PAPER[ablation.PAPER_ROWS[system]][task]
 
@@ -689,7 +689,7 @@ def test_the_program_from_clips_to_figures(small_parts, small_miniature, tmp_pat
     results = Results.read(tmp_path)
     assert results.scored == [1, 2, 4] and [stage.step for stage in results.stages] == [2, 4]
     ends = {(row["task"], row["part"]): row for row in results.first.rows}
-    assert {task for task, part in ends if part == ""} == {*miniature.TASKS}
+    assert {task for task, part in ends if part == ""} == {*scenes.TASKS}
     assert {part for task, part in ends if task == "videoqa"} >= {
         "", "query cosine", "at 0.5 Hz", "at 1 Hz", "at 2 Hz", "at 4 Hz"}
     row, config = ends["videoqa", ""], AblateConfig(out=str(tmp_path), steps=2, flags=flags)

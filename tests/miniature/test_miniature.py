@@ -12,22 +12,21 @@ import numpy as np
 import pytest
 
 import data
-import miniature
-from miniature import generate, world
+from miniature import generate, scenes, world
 from runtime.media import write_video
 
 COLOURS, SHAPES = list(world.COLOURS), list(world.SHAPES)
 
 
-def scenes(kind, split, n=200, seed=0):
+def scenes_of(kind, split, n=200, seed=0):
     """n scenes of one kind, nothing of them drawn."""
     for index in range(n):
-        yield miniature.SCENES[kind](np.random.default_rng([seed, index]), split)
+        yield scenes.SCENES[kind](np.random.default_rng([seed, index]), split)
 
 
 def of_task(kind, split, task, n=200):
     """(scene, prompt, target, extras) of every question of one task."""
-    for scene in scenes(kind, split, n):
+    for scene in scenes_of(kind, split, n):
         for name, prompt, target, extras in scene.questions:
             if name == task:
                 yield scene, prompt, target, extras
@@ -112,7 +111,7 @@ def test_avssd_asks_for_the_lamp_that_sounds():
 
 def test_avm_pairs_every_picture_with_both_sounds():
     for kind in ("flash", "spoken_caption"):
-        for scene in scenes(kind, "test"):
+        for scene in scenes_of(kind, "test"):
             answers = [(target, extras["audio"]) for task, _, target, extras in scene.questions]
             assert answers == [("yes", "yes"), ("no", "no")]
             heard = {k: [bool(h[k]) for _, h in scene.facts] for k in ("yes", "no")}
@@ -143,7 +142,7 @@ def test_questions_about_stills():
 
 
 def test_the_places_are_where_the_objects_are_drawn():
-    for scene in scenes("still", "test", 20):
+    for scene in scenes_of("still", "test", 20):
         image = scene.media["image"]().astype(int)
         for _, prompt, place, extras in scene.questions:
             if extras.get("type") == "place":
@@ -158,8 +157,8 @@ def test_the_places_are_where_the_objects_are_drawn():
 
 def test_no_held_out_pair_in_training():
     seen = set()
-    for kind in miniature.SCENES.keys() - {"speech", "lips"}:        # those are words in any order
-        for scene in scenes(kind, "train", 300):
+    for kind in scenes.SCENES.keys() - {"speech", "lips"}:        # those are words in any order
+        for scene in scenes_of(kind, "train", 300):
             for words in all_texts(scene):
                 seen |= set(pairs_in(words))
     held_out = {(c, s) for c in COLOURS for s in SHAPES if world.is_held_out_pair(c, s)}
@@ -171,7 +170,7 @@ def test_no_held_out_pair_in_training():
 @pytest.mark.parametrize("kind",
                          ["still", "parade", "spoken_question", "lamps", "flash", "spoken_caption"])
 def test_every_test_scene_has_a_held_out_pair(kind):
-    for scene in scenes(kind, "test", 100):
+    for scene in scenes_of(kind, "test", 100):
         pairs = {pair for words in all_texts(scene) for pair in pairs_in(words)}
         assert any(world.is_held_out_pair(*pair) for pair in pairs)
 
@@ -215,7 +214,7 @@ def test_voices(monkeypatch):
     for split in ("train", "test"):
         asked.clear()
         for kind in ("speech", "lips", "spoken_question", "spoken_caption"):
-            for scene in scenes(kind, split, 20):
+            for scene in scenes_of(kind, split, 20):
                 [render() for what, render in scene.media.items() if what not in ("video", "image")]
         assert {s for s, _ in asked} == {split} and {v for _, v in asked} <= {*world.voices(split)}
         assert len({v for _, v in asked}) > 5
@@ -260,10 +259,10 @@ def test_the_right_option_stands_anywhere():
 
 def test_the_test_split_is_large_enough():
     count = collections.Counter()
-    for kind in miniature.SCENES:
-        for task, *_ in next(scenes(kind, "test", 1)).questions:
-            count[task] += miniature.TEST_CLIPS[kind]
-    assert all(count[task] >= 500 for task in miniature.TASKS)
+    for kind in scenes.SCENES:
+        for task, *_ in next(scenes_of(kind, "test", 1)).questions:
+            count[task] += scenes.TEST_CLIPS[kind]
+    assert all(count[task] >= 500 for task in scenes.TASKS)
 
 
 # ---- the files ----------------------------------------------------------------------------------
@@ -276,7 +275,7 @@ def test_manifests(small_miniature):
     for split, n in (("train", 4), ("test", 2)):
         records = records_of(small_miniature, split)
         tasks = collections.Counter(r.task for r in records)
-        assert {*tasks} == {*miniature.TASKS} | ({"caption"} if split == "train" else set())
+        assert {*tasks} == {*scenes.TASKS} | ({"caption"} if split == "train" else set())
         assert tasks["avm"] == 4 * n and tasks["asr"] == n and tasks["vqa"] == 3 * n
         for record in records:
             assert record.refs == (record.target,)
@@ -324,7 +323,7 @@ def test_files_decode_to_the_right_length(small_miniature):
 
 def test_what_is_seen_and_heard_is_synchronous(tmp_path):
     """Colour on screen and sound of every half second, after H.264 and AAC, are the facts."""
-    for index, scene in enumerate(scenes("concert", "test", 4)):
+    for index, scene in enumerate(scenes_of("concert", "test", 4)):
         path = tmp_path / f"{index}.mp4"
         write_video(path, scene.media["video"](), world.VIDEO_FPS, scene.media["audio"]())
         clip = data.load_clip(data.Record("x", "t", "p", video=str(path)), size=64)
@@ -338,7 +337,7 @@ def test_what_is_seen_and_heard_is_synchronous(tmp_path):
 
 def test_lips_fit_the_words():
     classes = set()
-    for scene in scenes("lips", "test", 30):
+    for scene in scenes_of("lips", "test", 30):
         words = scene.questions[0][2].split()
         assert [seen[0] for seen, _ in scene.facts] == [world.LIPS_OF[w] for w in words
                                                         for _ in (0, 1)]
@@ -355,17 +354,17 @@ def hashes(folder):
 
 
 def test_same_seed_same_files(small_miniature, tmp_path):
-    one_each = {"train": dict.fromkeys(miniature.SCENES, 1)}
+    one_each = {"train": dict.fromkeys(scenes.SCENES, 1)}
     quiet = {"splits": ("train",), "counts": one_each}
     two, other = tmp_path / "two", tmp_path / "other"
-    miniature.make(two, workers=2, **quiet)                                   # other processes
+    generate.make(two, workers=2, **quiet)                                   # other processes
     ours, first = hashes(two / "train"), hashes(small_miniature / "train")
     assert len(ours) == 5 + 4 + 7                                             # mp4, png, wav
     assert ours == {name: first[name] for name in ours}
     lines = (small_miniature / "train.jsonl").read_text().splitlines()
     assert {*(two / "train.jsonl").read_text().splitlines()} <= {*lines}
     some = {"train": {"speech": 1, "number": 1, "parade": 1, "spoken_caption": 1}}
-    miniature.make(other, seed=1, workers=1, **quiet | {"counts": some})
+    generate.make(other, seed=1, workers=1, **quiet | {"counts": some})
     assert all(value != ours[name] for name, value in hashes(other / "train").items())
 
 
@@ -382,14 +381,14 @@ def test_made_clips_stay(tmp_path, made):
     quiet = {"workers": 1}
     for seed, wanted in ((0, 3), (0, 0), (1, 3)):
         made.clear()
-        paths = miniature.make(tmp_path, seed=seed, counts=counts, **quiet)
+        paths = generate.make(tmp_path, seed=seed, counts=counts, **quiet)
         assert len(made) == wanted, made
         assert paths == {s: tmp_path.resolve() / f"{s}.jsonl" for s in ("train", "test")}
     made.clear()
-    miniature.make(tmp_path, seed=1, counts=counts | {"train": {"sounds": 3}}, **quiet)
+    generate.make(tmp_path, seed=1, counts=counts | {"train": {"sounds": 3}}, **quiet)
     assert made == [("train", "sounds", 2)]
     assert len(records_of(tmp_path, "train")) == 3
-    miniature.make(tmp_path, seed=1, counts=counts, **quiet)          # fewer again
+    generate.make(tmp_path, seed=1, counts=counts, **quiet)          # fewer again
     assert len(records_of(tmp_path, "train")) == 2
 
 
@@ -402,36 +401,36 @@ def test_a_part_makes_only_the_clips_it_needs(tmp_path, small_miniature, made):
         taken = collections.Counter()
         return [r.id for r in records if r.task in tasks
                 and (taken.update([r.task]) or taken[r.task] <= limit)]
-    counts = {"test": dict.fromkeys(miniature.SCENES, 2)}
+    counts = {"test": dict.fromkeys(scenes.SCENES, 2)}
     quiet = {"workers": 1, "splits": ("test",), "counts": counts}
-    path = miniature.make(tmp_path, tasks=("avsd", "avm"), limit=3, **quiet)["test"]
+    path = generate.make(tmp_path, tasks=("avsd", "avm"), limit=3, **quiet)["test"]
     assert made == [("test", "concert", 0), ("test", "concert", 1), ("test", "flash", 0),
                     ("test", "flash", 1)]
     assert [r.id for r in data.read_manifest(path)] == first(whole, ("avsd", "avm"), 3)
     assert not (tmp_path / "test.jsonl").exists()
     made.clear()
-    path = miniature.make(tmp_path, limit=1, **quiet)["test"]          # one of every task
-    assert [r.id for r in data.read_manifest(path)] == first(whole, miniature.TASKS, 1)
+    path = generate.make(tmp_path, limit=1, **quiet)["test"]          # one of every task
+    assert [r.id for r in data.read_manifest(path)] == first(whole, scenes.TASKS, 1)
     assert len(made) == len({scene for _, scene, _ in made}) == 8      # not those made before
     made.clear()
-    assert miniature.make(tmp_path, **quiet)["test"].name == "test.jsonl"
-    assert len(made) == 2 * len(miniature.SCENES) - 4 - 8
+    assert generate.make(tmp_path, **quiet)["test"].name == "test.jsonl"
+    assert len(made) == 2 * len(scenes.SCENES) - 4 - 8
     assert hashes(tmp_path / "test") == hashes(small_miniature / "test")
     assert (tmp_path / "test.jsonl").read_text() == (small_miniature / "test.jsonl").read_text()
     made.clear()                                     # the whole set is there: no part any more
-    assert miniature.make(tmp_path, tasks=("avsd",), limit=1, **quiet)["test"].name == "test.jsonl"
+    assert generate.make(tmp_path, tasks=("avsd",), limit=1, **quiet)["test"].name == "test.jsonl"
     assert not made
-    miniature.make(tmp_path, seed=1, tasks=("ocr",), limit=1, **quiet)
+    generate.make(tmp_path, seed=1, tasks=("ocr",), limit=1, **quiet)
     assert made == [("test", "number", 0)] and not (tmp_path / "test.jsonl").exists()
     with pytest.raises(ValueError, match="unknown task avd; there are asr, ac"):
-        miniature.make(tmp_path, tasks=("avd",))
+        generate.make(tmp_path, tasks=("avd",))
 
 
 def test_the_committed_demo_is_a_test_clip_that_needs_both_modalities(tmp_path):
     """demo.mp4 is what `python -m miniature demo` writes, and the committed checkpoint answers its
     question right, but neither without the sound nor without the picture."""
     from favor import Favor
-    for new in miniature.demo(tmp_path):
+    for new in generate.demo(tmp_path):
         assert new.read_bytes() == (world.HERE / new.name).read_bytes()
     facts = json.loads((world.HERE / "demo.json").read_text())
     clip = world.HERE / facts["clip"]
@@ -444,7 +443,7 @@ def test_the_committed_demo_is_a_test_clip_that_needs_both_modalities(tmp_path):
 
 
 def test_importing_the_miniature_loads_no_torch():
-    code = "import sys, miniature; sys.exit('torch' in sys.modules)"
+    code = "import sys, miniature.generate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=world.HERE.parent).returncode == 0
 
 
@@ -456,8 +455,8 @@ def test_every_word_of_an_answer_is_one_piece():
     from llama import Tokenizer
     tokenizer = Tokenizer.from_pretrained(world.HERE / "weights" / "llama")
     words = set()
-    for kind in miniature.SCENES:
-        for scene in scenes(kind, "train", 100):
+    for kind in scenes.SCENES:
+        for scene in scenes_of(kind, "train", 100):
             words |= {word for _, _, target, _ in scene.questions
                       for word in re.findall(r"\w+", target)}
     assert len(words) > 40
@@ -465,7 +464,7 @@ def test_every_word_of_an_answer_is_one_piece():
              if len(tokenizer.encode(w)) != 1 + w.isdigit()}
     assert not spelt
     assert tokenizer.decode(tokenizer.encode("red ball, blue box")) == "red ball, blue box"
-    prompts = {question[1] for kind in miniature.SCENES for scene in scenes(kind, "test", 20)
+    prompts = {question[1] for kind in scenes.SCENES for scene in scenes_of(kind, "test", 20)
                for question in scene.questions}
     unknown = [p for p in prompts if tokenizer.decode(tokenizer.encode(p)) != p]
     assert not unknown
