@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import lora
 from data import Features, Sample, clip_from_path
@@ -271,7 +270,6 @@ class CausalQFormerLayer(nn.Module):
 
 class CausalQFormer(nn.Module):
     """Eq. (2): Q trained queries read each window of synchronised frames, every window alike."""
-    checkpointing = False         # in training, layers keep only their inputs (--recompute)
 
     def __init__(self, config, joint_width):
         super().__init__()
@@ -312,10 +310,8 @@ class CausalQFormer(nn.Module):
         dropout = self.config.dropout
         queries = F.dropout(self.query_norm(self.queries), dropout, self.training)
         queries = queries.expand(len(windows), -1, -1)                            # (W,Q,D)
-        again = self.checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            inputs = queries, x, mask, causal_mask, attend
-            queries = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
+            queries = layer(queries, x, mask, causal_mask, attend)
         return queries
 
 
@@ -573,7 +569,8 @@ class Favor(nn.Module):
         The windows of the whole batch go through the Q-Former side by side, so that a sample never
         meets another one's padding.  One dummy window of zeros is added, because every rank of a
         DDP run must touch every trained parameter at every step, whatever its batch holds
-        (test_train.py)."""
+        (test_train.py,
+        test_processes_with_different_samples)."""
         parts = [self.windowed_inputs(sample) for sample in self.encode_batch(samples)]
         N = max(self.visual.n_queries, self.audio_steps)
         like = self.audio_proj(self.audio_proj.weight.new_zeros(1, self.audio_proj.in_features)) * 0

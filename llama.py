@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from runtime import fast, hub
 
@@ -257,7 +256,6 @@ class Decoder(nn.Module):
 
 class Llama(nn.Module):
     """The whole LLM: embeddings, decoder, lm_head, generation."""
-    checkpointing = False         # in training, store only the input of each block for backward
     compiled = False              # decode by compiled steps of fixed shape (not with beams)
 
     def __init__(self, config):
@@ -328,10 +326,8 @@ class Llama(nn.Module):
     def run_layers(self, x, positions, mask, cache):
         """x (B,T,D), positions (B,T), mask (B,1,T,past+T) bool or None: plain causal -> (B,T,D)."""
         cos, sin = rotary_angles(self.config, positions)
-        recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
         for layer in self.model.layers:
-            x = (checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False) if recompute
-                 else layer(x, cos, sin, mask, cache))
+            x = layer(x, cos, sin, mask, cache)
         return self.model.norm(x)
 
     def forward(self, ids=None, *, embeds=None, mask=None, cache=None, last_only=False):

@@ -19,6 +19,7 @@ import sys
 import threading
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from runtime import cli
 
@@ -183,11 +185,20 @@ def all_gather_object(part):
 # (tests/runtime/test_distributed.py).
 
 def checkpoint_activations(model):
-    """Makes LLaMA blocks and causal Q-Former layers keep only their inputs in training and compute
-    the rest again in the backward pass: a third more time, a fraction of the memory."""
-    for part in model.modules():
-        if hasattr(part, "checkpointing"):
-            part.checkpointing = True
+    """From now on the LLM's blocks and the causal Q-Former's layers store only their inputs in
+    training, and compute the rest again in the backward pass: a third more time, a fraction of the
+    memory."""
+    aligner = getattr(model, "qformer", None)                    # InstructBLIP has none
+    for layer in (*model.llm.model.layers, *getattr(aligner, "layers", ())):
+        layer.forward = partial(_recomputed, layer, layer.forward)
+
+
+def _recomputed(layer, forward, *args):
+    """The layer's own forward(*args), recomputed in the backward pass.  But a KVCache, the last
+    argument of an LLM's block, must not be written twice."""
+    if layer.training and torch.is_grad_enabled() and not hasattr(args[-1], "extend"):
+        return checkpoint(forward, *args, use_reentrant=False)
+    return forward(*args)
 
 
 @contextmanager
