@@ -423,7 +423,7 @@ def train(run, config, stop):
         torch.manual_seed((config.seed * config.steps + step) * world + rank)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(config, step)
-        optimiser.zero_grad(set_to_none=True)
+        optimiser.zero_grad(set_to_none=True)                                            # zero
 
         share = encode_share(model, items, config, run.device)
         for i, part in enumerate(share.parts):
