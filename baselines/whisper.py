@@ -77,10 +77,10 @@ class Attention(SelfAttention):
         return [rearrange(proj(x), "b t (h d) -> b h t d", h=self.heads)
                 for proj in (self.k_proj, self.v_proj)]
 
-    def forward(self, x, k, v, keep=None):
+    def forward(self, x, k, v, mask=None):
         # Where k has fewer rows than x, the N beams of a chunk stand in a row as its queries.
         q = rearrange(self.q_proj(x), "(b n) t (h d) -> b h (n t) d", b=len(k), h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(rearrange(y, "b h (n t) d -> (b n) t (h d)", t=x.shape[1]))
 
 
@@ -96,9 +96,9 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(config.width, config.ffn)
         self.fc2 = nn.Linear(config.ffn, config.width)
 
-    def forward(self, x, keep, cache, index):
+    def forward(self, x, mask, cache, index):
         y = self.self_attn_layer_norm(x)
-        x = x + self.self_attn(y, *cache.append(index, *self.self_attn.keys_values(y)), keep)
+        x = x + self.self_attn(y, *cache.append(index, *self.self_attn.keys_values(y)), mask)
         x = x + self.encoder_attn(self.encoder_attn_layer_norm(x), *cache.cross[index])
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
@@ -123,10 +123,10 @@ class WhisperDecoder(nn.Module):
             raise ValueError(f"{end} tokens, prefix included; this Whisper has positions for "
                              f"{self.config.max_target_positions}")
         x = self.embed_tokens(ids) + self.embed_positions.weight[cache.length:end]
-        # A token sees itself and the past: row t of (T,past+T) keeps past + t + 1 columns.
-        keep = None if T == 1 else x.new_ones(T, end).bool().tril(cache.length)
+        # A token sees itself and the past: row t of the mask (T,past+T) is True in past + t + 1 columns.
+        mask = None if T == 1 else x.new_ones(T, end).bool().tril(cache.length)
         for index, layer in enumerate(self.layers):
-            x = layer(x, keep, cache, index)
+            x = layer(x, mask, cache, index)
         cache.length = end
         return F.linear(self.layer_norm(x), self.embed_tokens.weight)          # the tied head
 

@@ -367,17 +367,17 @@ def score(config, system, seed, stage, log=print):
                  "parameters": sum(p.numel() for p in model.trained_parameters()),
                  "vectors": vectors_per_clip(method), "commit": made.get("commit"),
                  "dirty": made.get("dirty")}
-        store = read(model, records)
-        predictions, missing = evaluate(model, records, store, (view,), log=log)
+        cache = read(model, records)
+        predictions, missing = evaluate(model, records, cache, (view,), log=log)
         reports.write_report(checkpoint / "predictions.jsonl", predictions, (view,), missing,
                              {"checkpoint": str(checkpoint), "view": view})
         rows += [facts | row for row in rows_of(predictions, view)]
-    matrices = figures.query_cosines(model, records, store, trained.mask)
+    matrices = figures.query_cosines(model, records, cache, trained.mask)
     rows += [facts | {"task": task, "part": "query cosine", "n": n, "low": None, "high": None,
                       "score": figures.off_diagonal_mean(matrix)}
              for task, (matrix, n) in matrices.items()]
     if seed == 0 and stage == 1:
-        figures.look_inside(model, records, store, trained.mask, matrices,
+        figures.look_inside(model, records, cache, trained.mask, matrices,
                             Path(config.out) / "inside" / f"{system}.npz")
     if system == "complete":
         rows += [facts | row for row in at_other_rates(model, records, read, log)]

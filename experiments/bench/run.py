@@ -72,7 +72,7 @@ TARGETS = {
     "5": Target("whole audio-visual step against the sum of its parts timed alone",
               "tiny: <= 1.10x", ">= 45 % MFU, <= 1.10x; no step of a ragged length > 2x the median",
               bench_steps.av_step),
-    "6": Target("step on kept features against one that encodes, the same loss to the bit",
+    "6": Target("step on cached features against one that encodes, the same loss to the bit",
               "tiny: <= 0.30x", ">= 4x faster (13b: 2.7x)", bench_steps.cached),
     "7": Target("batch-1 decoding, LoRA merged, against transformers' generate, the same tokens",
               ">= 1.10x faster on one thread",
@@ -218,13 +218,13 @@ def markdown(outcomes, run, facts):
         lines.append(row([outcome.name, target.text, target.h200 if run.cuda else target.cpu,
                           *headline(outcome)]))
     lines += ["", row(["#", "measurement", "ours", "baseline", "ratio", "roofline",
-                       "of the roofline", "wanted", "reached", "repeats", "note"]),
+                       "of the roofline", "wanted", "reached", "repeats", "remark"]),
               row(["---"] * 11)]
     for outcome in outcomes:
         for line in outcome.lines:
             reached = {None: "", True: "yes", False: "no"}[line.reached]
             lines.append(row([outcome.name, line.what, *cells(line), line.wanted, reached,
-                              line.repeats, line.note]))
+                              line.repeats, line.remark]))
     if run.cuda and run.first:
         lines += ["", row(["first calls", "s"]), row(["---"] * 2)]
         lines += [row([what, ", ".join(f"{side} {s:.3g}" for side, s in sides.items())])
@@ -236,7 +236,7 @@ def facts_of(run, config, argv):
     """{name: value}: the machine, the code and the command."""
     here = runlog.environment()
     device = torch.cuda.get_device_name(run.device) if run.cuda else here["cpu"]
-    kept = {name: f"{rate / 1e9:.0f} {'GFLOP/s' if 'gemm' in name else 'GB/s'}"
+    rates = {name: f"{rate / 1e9:.0f} {'GFLOP/s' if 'gemm' in name else 'GB/s'}"
             for name, rate in run.ceilings.items()}
     return {"device": device, "torch": torch.__version__, "threads": torch.get_num_threads(),
             "baselines": ", ".join(f"{name} {runlog.version(name) or 'missing'}"
@@ -244,7 +244,7 @@ def facts_of(run, config, argv):
             "commit": here["commit"] + (" and changes" if here["dirty"] else ""),
             "command": shlex.join(["python", "-m", "experiments.bench", *argv]),
             "size": f"{run.size}, {run.repeats} repeats" + (f", {run.model}" if run.cuda else ""),
-            "ceilings": ", ".join(f"{name} {rate}" for name, rate in kept.items())}
+            "ceilings": ", ".join(f"{name} {rate}" for name, rate in rates.items())}
 
 
 def write(out, outcomes, run, facts):
@@ -279,7 +279,7 @@ def measure_all(config, argv):
               f"  ({outcome.seconds:.0f} s)", flush=True)
         for line in outcome.lines:
             reached = {None: "", True: "reached", False: "NOT reached"}[line.reached]
-            said = [line.what, *cells(line), f"{line.wanted} {reached}".strip(), line.note]
+            said = [line.what, *cells(line), f"{line.wanted} {reached}".strip(), line.remark]
             print("     " + " | ".join(filter(None, said)), flush=True)
         write(out, outcomes, run, facts)
     print(f"\n{runlog.duration(time.time() - start)}; {out}/bench.md, {out}/bench.json")

@@ -136,14 +136,14 @@ def test_every_stage_starts_where_the_one_before_ended(tmp_path):
         (first, 4), (first / "to-8", 4), (first / "to-16", 8)]
     assert [job.name for job in jobs] == [f"no-sync-seed1 to {n} steps" for n in (4, 8, 16)]
     assert [job.after for job in jobs] == ["", jobs[0].name, jobs[1].name]
-    trained = [ablate.train_config(config, "no-sync", 1, round) for round in (1, 2, 3)]
+    trained = [ablate.train_config(config, "no-sync", 1, stage) for stage in (1, 2, 3)]
     assert [t.start_from for t in trained] == ["", f"{first}/last", f"{first}/to-8/last"]
     assert [t.steps for t in trained] == [4, 4, 8] and not any(t.sync for t in trained)
     assert [t.seed for t in trained] == [1, 5, 9]
-    for round, job in enumerate(jobs, 1):            # the program is told what it is to score
+    for stage, job in enumerate(jobs, 1):            # the program is told what it is to score
         again = ablate.resolve_config(*cli.parse(AblateConfig, "", list(job.commands[1][3:])))
-        assert again.score == ("no-sync", "1", str(round))
-        assert ablate.job_of(again, "no-sync", 1, round) == job
+        assert again.score == ("no-sync", "1", str(stage))
+        assert ablate.job_of(again, "no-sync", 1, stage) == job
     # more stages, later: those that are finished count
     assert ablate.plan(dataclasses.replace(config, stages=1)) == ablate.plan(config)[:2]
 
@@ -205,7 +205,7 @@ def test_what_runs_is_told_now_and_then(tmp_path):
 
 
 def test_the_time_left():
-    """6 s a step so far: 10 steps, a round of 20, and 30 s that are left of 10."""
+    """6 s per step so far: 10 steps, a stage of 20, and 30 s that are left of 10."""
     waiting = [SimpleNamespace(steps=10), SimpleNamespace(steps=20)]
     running = SimpleNamespace(started=time.time() - 30, job=SimpleNamespace(steps=10))
     took = [(50, 10), (70, 10)]
@@ -626,16 +626,16 @@ def test_the_hook_shows_what_the_layer_used():
     with torch.no_grad():
         for p in qformer.parameters():
             p.normal_(std=0.5)
-        windows, keep = torch.randn(3, 2 * 4, 16), torch.ones(3, 8, dtype=torch.bool)
-        keep[1, 5:], keep[2] = False, False
+        windows, mask = torch.randn(3, 2 * 4, 16), torch.ones(3, 8, dtype=torch.bool)
+        mask[1, 5:], mask[2] = False, False
         used = []
         hooks = [layer.cross_attention.register_forward_hook(
             lambda m, inputs, out: used.append((m, inputs, out))) for layer in qformer.layers]
         with figures.cross_attention(qformer) as looks:
-            out = qformer(windows, keep, per_frame=4)
+            out = qformer(windows, mask, per_frame=4)
         for hook in hooks:
             hook.remove()
-        assert torch.equal(out, qformer(windows, keep, per_frame=4))    # and changes nothing
+        assert torch.equal(out, qformer(windows, mask, per_frame=4))    # and changes nothing
         assert [len(look) for look in looks] == [1, 1]                  # nor stays behind
         for (layer, (x, context, _), result), look in zip(used, looks, strict=True):
             weights = look[0]

@@ -74,7 +74,7 @@ def test_kept_features_are_taken(few, model):
 
 
 def test_a_broken_clip_leaves_its_place_empty(few, model, tmp_path):
-    """No other sample moves; the reason stands in its place, with and without kept features."""
+    """No other sample moves; the reason stands in its place, with and without cached features."""
     records = data.read_manifest(few)
     good = [told([d])[0] for d in steps_of(few, model, batch=12)[0]]
     bad = [dataclasses.replace(r, video=str(tmp_path / "none.mp4")) if k == 6 else r
@@ -98,7 +98,7 @@ def test_what_was_cut_is_told(few, model, tmp_path):
     longer = {d.id for d in whole if d.sample.clip.seconds > 2.5}
     assert longer and {d.id for d in short if d.cut} == longer
     assert all(d.sample.clip.seconds <= 2.5 for d in short)
-    with pytest.warns(UserWarning, match="the first 2 of"):           # kept features know it, too
+    with pytest.warns(UserWarning, match="the first 2 of"):           # cached features know it, too
         steps.cache = cache_features(model, data.read_manifest(few), tmp_path / "kept", log=quiet,
                                     clip_options={"max_seconds": 2.0})
     again = FeatureCache(tmp_path / "kept", model, {"max_seconds": 2.0})
@@ -120,7 +120,7 @@ def test_micro_batches():
 
 
 def test_pairs_of_real_clips(few, model):
-    """Without and with kept features: the same questions; a question that the kept vectors were not
+    """Without and with cached features: the same questions; a question that the cached vectors were not
     made for is read with its clip."""
     shares = {"pair_share": 0.8, "match_share": 0.8}
     fresh = steps_of(few, model, batch=36, **shares)[0]
