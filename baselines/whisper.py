@@ -123,7 +123,7 @@ class WhisperDecoder(nn.Module):
             raise ValueError(f"{end} tokens, prefix included; this Whisper has positions for "
                              f"{self.config.max_target_positions}")
         x = self.embed_tokens(ids) + self.embed_positions.weight[cache.length:end]
-        # A token sees itself and the past: row t of the mask (T,past+T) is True in past + t + 1 columns.
+        # A token sees itself and the past: row t of the mask (T,past+T) has past + t + 1 True.
         mask = None if T == 1 else x.new_ones(T, end).bool().tril(cache.length)
         for index, layer in enumerate(self.layers):
             x = layer(x, mask, cache, index)

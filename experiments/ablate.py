@@ -11,7 +11,7 @@ tables and figures from the results. Paper Tables 2, 3, 5, 9, 10 and Figs 3, 4, 
      stage 1: SYSTEMS x seeds --train.py, then --score--> OUT/<system>-seed<k>/scores.json
      stage 2: the same trained on for as long again   --> OUT/<system>-seed<k>/to-2200/scores.json
               --all of them--> OUT/results.jsonl, one line per (system, seed, step, task, part)
-              --tables.py-->   OUT/results.md   --figures.py--> OUT/*.png
+              --experiments/tables.py--> OUT/results.md   --experiments/figures.py--> OUT/*.png
 After an interruption the same command continues; runs that have their scores.json are not repeated.
 
 Why there are stages: an early difference may only be one in the speed of learning. Stage 1 is also

@@ -1,4 +1,4 @@
-"""The paper's Figs 3, 4 and 5 from our own runs (ablate.py), and where each query looks.
+"""The paper's Figs 3, 4 and 5 from runs of experiments/ablate.py, and where each query looks.
 
      python -m experiments.figures runs/ablate      draws OUT/*.png again (needs the extra `plot`)
 

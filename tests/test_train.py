@@ -1,5 +1,5 @@
 """train.py, eval.py, demo.py and the feature cache end to end, on a miniature of a few clips and
-parts of random weights: runs, two processes = one, resume = no stop, cached features = fresh ones."""
+parts of random weights: runs, two processes = one, resume = no stop, cached features = fresh."""
 
 import contextlib
 import copy
@@ -196,7 +196,8 @@ def test_training_learns(command, tmp_path):
     there = {flag: ROOT / "miniature" / "weights" / name for flag, name in
              (("whisper", "whisper"), ("instructblip", "instructblip"), ("llm", "llama"))
              if (ROOT / "miniature" / "weights" / name / "model.safetensors").exists()}
-    assert there, "tiny/ holds no pretrained parts; make them: python -m miniature pretrain"
+    assert there, ("miniature/weights/ holds no pretrained parts; make them: "
+                   "python -m miniature pretrain")
     run(command(tmp_path, steps=30, batch=16, val_every=30, warmup=5, mask_share=0, **there))
     ce = [row["ce"] for row in log_of(tmp_path)]
     print(f"cross-entropy {np.mean(ce[:3]):.2f} -> {np.mean(ce[-8:]):.2f}")
@@ -635,9 +636,9 @@ def broken_manifest(small_miniature, tmp_path_factory):
     return folder
 
 
-# ---- without cached features ----------------------------------------------------------------------
+# ---- without cached features --------------------------------------------------------------------
 
-def test_training_without_kept_features(command, unbroken, tmp_path):
+def test_training_without_cached_features(command, unbroken, tmp_path):
     run(command(tmp_path, "--no-test", "--no-keep-features", steps=6))
     ours, kept = (np.array(losses(folder, "loss", "ce")) for folder in (tmp_path, unbroken))
     assert abs(ours - kept).max() < 5e-3                          # fp16 on disk

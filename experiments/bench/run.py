@@ -167,7 +167,7 @@ def run_target(name, run, target=None):
         outcome = Outcome(name, why=str(reason))
     except Wrong as reason:
         outcome = Outcome(name, why=f"the sides differ: {reason}", failed="WRONG")
-    except Exception as error:                     # no memory, say: the other targets still count
+    except Exception as error:           # such as out of memory: the other targets still count
         traceback.print_exc()
         outcome = Outcome(name, why=f"{type(error).__name__}: {error}", failed="error")
     outcome.seconds = time.perf_counter() - start
@@ -232,7 +232,7 @@ def markdown(outcomes, run, facts):
     return "\n".join(lines)
 
 
-def facts_of(run, config, argv):
+def facts_of(run, argv):
     """{name: value}: the machine, the code and the command."""
     here = runlog.environment()
     device = torch.cuda.get_device_name(run.device) if run.cuda else here["cpu"]
@@ -269,7 +269,7 @@ def measure_all(config, argv):
     torch.set_num_threads(config.threads or cli.cores())
     run, out, outcomes, start = config.run(), Path(config.out), [], time.time()
     run.ceilings = ceilings(run)
-    facts = facts_of(run, config, argv)
+    facts = facts_of(run, argv)
     for name, value in facts.items():
         print(f"{name}: {value}", flush=True)
     for name in config.names:
@@ -279,8 +279,8 @@ def measure_all(config, argv):
               f"  ({outcome.seconds:.0f} s)", flush=True)
         for line in outcome.lines:
             reached = {None: "", True: "reached", False: "NOT reached"}[line.reached]
-            said = [line.what, *cells(line), f"{line.wanted} {reached}".strip(), line.remark]
-            print("     " + " | ".join(filter(None, said)), flush=True)
+            words = [line.what, *cells(line), f"{line.wanted} {reached}".strip(), line.remark]
+            print("     " + " | ".join(filter(None, words)), flush=True)
         write(out, outcomes, run, facts)
     print(f"\n{runlog.duration(time.time() - start)}; {out}/bench.md, {out}/bench.json")
     if failed := [f"target {o.name}: {o.failed}, {o.why}" for o in outcomes if o.failed]:

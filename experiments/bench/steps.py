@@ -223,7 +223,8 @@ def cached(run: Run):
         samples, records = make()
         rounded = [in_half(step.model.encode_sample(sample)) for sample in samples]
         from_disk, fresh = step(from_cache(records)), step(samples)
-        check_equal("loss from the cache, against its features from memory", from_disk, step(rounded))
+        check_equal("loss from the cache, against its features from memory", from_disk,
+                    step(rounded))
         far = check("loss from the cache", from_disk, fresh, 1e-2)
         encoded = from_cache(records)
         least = step.flops(encoded, encoded=True) / step.flops(encoded)
@@ -349,4 +350,5 @@ def on_gpus(run):
         return [*lines, Line("GPUs here; 2 would be needed for the scaling", "GPUs", 1)]
     one = in_processes(1, "cuda", run.model, 16, 30.0, 7)[0]["seconds"]
     two = in_processes(2, "cuda", run.model, 32, 30.0, 7)[0]["seconds"]
-    return [*lines, Line("2 GPUs over 1, clips per second", "x", 2 * one / two, wanted="ours >= 1.9")]
+    return [*lines, Line("2 GPUs over 1, clips per second", "x", 2 * one / two,
+                         wanted="ours >= 1.9")]

@@ -391,7 +391,7 @@ def decoding(run: Run):
 
 def same_tokens(sides, make, dtype):
     """In fp32 all tokens must be equal; in bf16 two likely ones may change places: then the share
-    that is equal is told, and the first token must be.  -> in words."""
+    that is equal is reported, and the first token must be.  -> in words."""
     (ids,) = make()
     tokens = {name: side(ids) for name, side in sides.items()}
     for name, mine in tokens.items():
