@@ -146,7 +146,7 @@ def isqa_record(source, record, k, engine, voices, folder):
 
 
 def make_isqa(sources, out, n=1000, seed=0, engine="", voices=(), log=print):
-    """sources {"textvqa" or "gqa": records} -> the records of <out>/isqa.jsonl, n a source.
+    """sources {"textvqa" or "gqa": records} -> the records of <out>/isqa.jsonl, n per source.
     Questions that could not be spoken are left out and reported."""
     engine, voices = find_engine(engine, voices)
     folder = Path(out) / "isqa"
@@ -247,7 +247,7 @@ def avm_records(source, records, n, seed):
 
 
 def make_avm(sources, out, n=500, seed=0, log=print):
-    """sources {"vggss" or "spokencoco": records} -> the records of <out>/avm.jsonl, n a source."""
+    """sources {"vggss" or "spokencoco": records} -> the records of <out>/avm.jsonl, n per source."""
     records = [r for source, all_ in sources.items() for r in avm_records(source, all_, n, seed)]
     yes = sum(r.target == "Yes" for r in records)
     log(f"avm: {len(records)} pairs, {yes} match, {len(records) - yes} do not")

@@ -5,7 +5,7 @@
        x + cross attention over the sound, x + mlp--> norm --embed_tokens transposed--> (B,T,vocab)
      transcribe: <|startoftranscript|><|en|><|transcribe|><|notimestamps|> --greedy, beams--> text
 
-   B chunks, P positions (1500 a chunk), T tokens, D width, N beams; in this file S counts samples.
+   B chunks, P positions (1500 per chunk), T tokens, D width, N beams; in this file S counts samples.
    Parameter names are the Hub's after "model.decoder.", so state_dict() is the published layout.
    Public: WhisperBaseline, Whisper, WhisperDecoder, WhisperDecoderConfig, WhisperTokenizer."""
 
@@ -194,10 +194,9 @@ class Whisper(nn.Module):
         """Hub repo id or local folder with weights and tokenizer -> frozen, in eval mode."""
         root = hub.folder(source, ("*.json", "merges.txt"))
         tokenizer = WhisperTokenizer(root)    # before the weights: what is missing shows at once
-        with torch.device("meta"):            # no time and memory for weights that get replaced
-            decoder = WhisperDecoder(WhisperDecoderConfig.from_folder(root))
-        decoder = decoder.to(dtype or torch.float32).to_empty(device=device or "cpu")
-        hub.load_into(decoder, root, prefix=("model.decoder.", "decoder."))
+        config = WhisperDecoderConfig.from_folder(root)
+        decoder = hub.load_module(lambda: WhisperDecoder(config), root, dtype, device,
+                                  prefix=("model.decoder.", "decoder."))
         encoder = WhisperEncoder.from_pretrained(root, dtype, device)
         file = root / "generation_config.json"
         settings = hub.read_json(file if file.exists() else root / "config.json")

@@ -726,7 +726,7 @@ def test_views(small_model, small_miniature):
     assert differ > len(rows) / 2
 
 
-def test_eval_without_kept_features_and_with_views(finished, small_miniature, tmp_path, capsys):
+def test_eval_without_cached_features_and_with_views(finished, small_miniature, tmp_path, capsys):
     words = ["--task", "avm,isqa", "--checkpoint", finished[0] / "best", "--data", small_miniature,
              "--limit", 3,
              "--batch", 2, "--out", tmp_path / "a.jsonl"]

@@ -67,7 +67,7 @@ def test_workers_change_nothing(few, model):
             assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
 
 
-def test_kept_features_are_taken(few, model):
+def test_cached_features_are_taken(few, model):
     cache = cache_features(model, data.read_manifest(few), log=quiet)
     for d in steps_of(few, model, cache=cache, batch=12)[0]:
         assert d.sample.clip is None and d.sample.features is not None
