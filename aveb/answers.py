@@ -59,14 +59,14 @@ def read_manifests(manifests):
     return records
 
 
-def evaluate(model, records, store, views=tuple(VIEWS), batch=128, beams=0, history="gold",
+def evaluate(model, records, cache, views=tuple(VIEWS), batch=128, beams=0, history="gold",
              journal=None, log=print):
     """-> (predictions, {task: number of questions whose clip cannot be read}).
 
     A prediction is a dict with a question, its references and its answer in every view ("answer":
-    in the first); they are in the records' order.  store: a FeatureCache or None; history: one of
+    in the first); they are in the records' order.  cache: a FeatureCache or None; history: one of
     HISTORIES.  Under torchrun each process answers its share, and all return everything."""
-    answers, skipped = answer_all(model, records, store, views, batch, beams, history, journal, log)
+    answers, skipped = answer_all(model, records, cache, views, batch, beams, history, journal, log)
     if skipped:
         log(data.report_skipped(skipped, len(records)))
     if not answers:
@@ -178,7 +178,7 @@ def generate(model, records, samples, history, settings):
 
 
 @torch.no_grad()
-def answer_all(model, records, store, views=tuple(VIEWS), batch=128, beams=0, history="gold",
+def answer_all(model, records, cache, views=tuple(VIEWS), batch=128, beams=0, history="gold",
                journal=None, log=print):
     """-> {id: {view: answer}} of all records whose clips can be read, and [(id, reason)] of the
     others, on every process."""
@@ -195,7 +195,7 @@ def answer_all(model, records, store, views=tuple(VIEWS), batch=128, beams=0, hi
         + (f"; {len(records) - total} are answered already" if total < len(records) else ""))
     with Progress("answering", total, "question") as progress:
         for part, n in zip(due[rank], side_by_side, strict=False):
-            journal.add(answer_batch(model, part, store, views, history, settings))
+            journal.add(answer_batch(model, part, cache, views, history, settings))
             progress.add(n)
     model.train(was_training)
     wanted = {r.id for r in records}
@@ -205,12 +205,12 @@ def answer_all(model, records, store, views=tuple(VIEWS), batch=128, beams=0, hi
     return answers, [(k, line["skipped"]) for k, line in sorted(lines.items()) if "skipped" in line]
 
 
-def answer_batch(model, part, store, views, history, settings):
+def answer_batch(model, part, cache, views, history, settings):
     """The journal's lines of one batch."""
     skipped = []
     # Cached features know the record's own question only, not those of the turns before it.
     read, samples = readable_samples(
-        model, part, None if history == "model" else store, skipped=skipped)
+        model, part, None if history == "model" else cache, skipped=skipped)
     if history != "model":
         samples = model.encode_batch(samples)                                 # once for all views
     answers = {r.id: {} for r in read}

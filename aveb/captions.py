@@ -63,14 +63,14 @@ def _tokens_of(lines):
     return {line: found[i][0] for i, line in enumerate(lines)}
 
 
-def _by_item(answers, references):
-    """Tokens -> pycocoevalcap's two dicts, references and answers by item."""
+def _by_record(answers, references):
+    """Tokens -> pycocoevalcap's two dicts, references and answers by record."""
     return (dict(enumerate(map(list, references))),
             {i: [answer] for i, answer in enumerate(answers)})
 
 
 def bleu_counts(answers, references):
-    """Tokens -> (items, 10): matched n-grams of each order, n-grams of the answer of each order,
+    """Tokens -> (records, 10): matched n-grams of each order, n-grams of the answer of each order,
     its length, the length of the reference closest to it."""
     package_folder()
     from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
@@ -94,28 +94,29 @@ def bleu(counts):
 
 @functools.lru_cache(maxsize=8)
 def cider_d(answers, references):
-    """Tokens -> CIDEr-D of each item.  An n-gram's weight is taken from the references of the items
-    at hand, so a part of a set has other weights, and with one item all are 0."""
+    """Tokens -> CIDEr-D of each record.  An n-gram's weight is taken from the references of the
+    records at hand, so a part of a set has other weights, and with one record all are 0."""
     package_folder()
     if not any(any(group) for group in references):
         raise CannotRun("no words in the references")
     from pycocoevalcap.cider.cider import Cider
-    return Cider().compute_score(*_by_item(answers, references))[1]
+    return Cider().compute_score(*_by_record(answers, references))[1]
 
 
 @functools.lru_cache(maxsize=8)                                # Java takes half a minute to start
 def meteor(answers, references, resamples=None):
-    """Tokens -> METEOR of the whole set, and of each resample.  resamples(number of items) ->
-    (times, items): how often each item is in each of them.
+    """Tokens -> METEOR of the whole set, and of each resample.  resamples(number of records) ->
+    (times, records): how often each record is in each of them.
 
-    The score is made of statistics that are summed over the items, so a resample costs a sum only.
-    Meteor.compute_score is not enough for that: we ask its Java program in the same protocol."""
+    The score is made of statistics that are summed over the records, so a resample costs a sum
+    only. Meteor.compute_score is not enough for that: we ask its Java program in the same
+    protocol."""
     package_folder()
     from pycocoevalcap.meteor.meteor import Meteor
     scorer = Meteor()
 
     def evaluate(lines):
-        """Statistics of several items -> METEOR of each, then of all together."""
+        """Statistics of several records -> METEOR of each, then of all together."""
         scorer.meteor_p.stdin.write(" ||| ".join(("EVAL", *lines)).encode() + b"\n")
         scorer.meteor_p.stdin.flush()
         return [float(scorer.meteor_p.stdout.readline()) for _ in (*lines, "all")]
@@ -141,14 +142,14 @@ def meteor(answers, references, resamples=None):
 
 @functools.lru_cache(maxsize=8)
 def spice(answers, references):
-    """Tokens -> SPICE of each item.  It needs Java 8 or 11 and Stanford CoreNLP 3.6.0, a large
+    """Tokens -> SPICE of each record.  It needs Java 8 or 11 and Stanford CoreNLP 3.6.0, a large
     download that pycocoevalcap.spice.get_stanford_models makes."""
     folder = package_folder()
     if not list(folder.glob("spice/lib/stanford-corenlp-3.6.0*.jar")):
         raise CannotRun("SPICE not installed")        # the package would now download it unasked
     from pycocoevalcap.spice.spice import Spice
     try:
-        _, items = Spice().compute_score(*_by_item(answers, references))
+        _, scores = Spice().compute_score(*_by_record(answers, references))
     except (OSError, subprocess.CalledProcessError) as error:
         raise CannotRun("SPICE failed; it needs Java 8 or 11 and 8 GiB of memory") from error
-    return np.array([item["All"]["f"] for item in items])
+    return np.array([score["All"]["f"] for score in scores])

@@ -35,16 +35,16 @@ from aveb.whisper_norm import whisper_english
 @dataclass(frozen=True)
 class Score:
     """In percent (or its unit), with a 95 % interval: Wilson's for a share of right answers, over
-    items otherwise."""
+    records otherwise."""
     value: float
     low: float
     high: float
     n: int
-    missing: int = 0                  # items without an answer, not among the n
+    missing: int = 0                  # records without an answer, not among the n
     unit: str = "%"
     better: str = "higher"
     note: str = ""                    # how it was made: 'norm=ours'
-    items: dict = field(default_factory=dict, repr=False, compare=False)   # id: its own score
+    per_record: dict = field(default_factory=dict, repr=False, compare=False)   # id: own score
 
     def __str__(self):
         return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
@@ -52,12 +52,6 @@ class Score:
     @property
     def arrow(self):
         return {"higher": "↑", "lower": "↓"}.get(self.better, "")
-
-    def in_full(self):
-        """'14.4 % ↓ [12.7, 16.0], n 500, missing 3; norm=ours'."""
-        words = [f"{self.value:.1f}", self.unit, self.arrow, f"[{self.low:.1f}, {self.high:.1f}],",
-                 f"n {self.n}, missing {self.missing}" + (f"; {self.note}" if self.note else "")]
-        return " ".join(word for word in words if word)
 
 
 @dataclass(frozen=True)
@@ -70,8 +64,6 @@ class Unavailable:
     def __str__(self):
         return f"n/a ({self.reason})"
 
-    in_full = __str__
-
 
 def wilson(right, n):
     """Score of `right` of n: Wilson's interval."""
@@ -83,12 +75,12 @@ def wilson(right, n):
 
 @functools.lru_cache(maxsize=1)
 def resamples(n, times=1000, seed=0):
-    """(times, n): how often each of n items is drawn, with replacement; the same every time."""
+    """(times, n): how often each of n records is drawn, with replacement; the same every time."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), times).astype(float)
 
 
 def bootstrap(counts, measure, **kind):
-    """Score of measure(sum of counts over the items), interval from 1000 resamplings of the items.
+    """Score of measure(sum of counts over the records), interval from 1000 resamplings of them.
     counts (n, k); measure (..., k) -> (...), a share."""
     counts = np.asarray(counts, float)
     low, high = np.percentile(measure(resamples(len(counts)) @ counts), (2.5, 97.5))
@@ -97,19 +89,19 @@ def bootstrap(counts, measure, **kind):
 
 
 def mean_score(values, **kind):
-    """Score of the mean of one number per item."""
+    """Score of the mean of one number per record."""
     counts = np.stack([np.asarray(values, float), np.ones(len(values))], 1)
     return bootstrap(counts, lambda sums: sums[..., 0] / sums[..., 1],
-                     items=[round(100 * float(value), 4) for value in values], **kind)
+                     per_record=[round(100 * float(value), 4) for value in values], **kind)
 
 
 def share_score(right):
-    """Score of the share of items that are right."""
-    return dataclasses.replace(wilson(sum(right), len(right)), items=[100 * r for r in right])
+    """Score of the share of records that are right."""
+    return dataclasses.replace(wilson(sum(right), len(right)), per_record=[100 * r for r in right])
 
 
 def word_error_rate(answers, references, words=normalise):
-    """(errors, reference words) per item, after `words`; WER = sum of errors / sum of words."""
+    """(errors, reference words) per record, after `words`; WER = sum of errors / sum of words."""
     pairs = [(words(a), words(r)) for a, r in zip(answers, references, strict=True)]
     return np.array([(edit_distance(a, r), len(r)) for a, r in pairs], dtype=float).reshape(-1, 2)
 
@@ -136,9 +128,11 @@ def metric(name, key="answer"):
                 return Unavailable(name, str(reason))
             if isinstance(result, Unavailable):
                 return result
-            items = result.items and dict(       # BLEU and METEOR have none: they are of the set
-                zip((row.get("id") for row in there), result.items, strict=True))
-            return dataclasses.replace(result, missing=len(rows) - len(there), items=items)
+            # BLEU and METEOR have no scores of single records: they are scores of the set.
+            per_record = result.per_record and dict(
+                zip((row.get("id") for row in there), result.per_record, strict=True))
+            return dataclasses.replace(result, missing=len(rows) - len(there),
+                                       per_record=per_record)
         METRICS[name] = run
         return run
     return register
@@ -179,7 +173,7 @@ def by_type(rows):
         if kind is not None:
             kind = kind[0] if re.fullmatch("C[WH]?|T[NCP]?|D[LBCO]?", kind) else kind
             groups.setdefault(kind, []).append(row)
-    return dict(sorted(groups.items(), key=lambda item: ("CTD".find(item[0]) % 4, item[0])))
+    return dict(sorted(groups.items(), key=lambda group: ("CTD".find(group[0]) % 4, group[0])))
 
 
 def _error_rate(rows, words, note):
@@ -194,7 +188,7 @@ def _error_rate(rows, words, note):
              f"{len(rows) - len(kept)} empty references left out" if len(kept) < len(rows) else ""]
     return bootstrap(kept, lambda sums: sums[..., 0] / sums[..., 1], better="lower",
                      note=", ".join(filter(None, notes)),
-                     items=[100 * e / n if n else None for e, n in counts])
+                     per_record=[100 * e / n if n else None for e, n in counts])
 
 
 @metric("wer")
@@ -247,7 +241,7 @@ def meteor(rows):
 
 @metric("spice")
 def spice(rows):
-    """SPICE x 100, the mean over items."""
+    """SPICE x 100, the mean over records."""
     return mean_score(captions.spice(*_tokens(rows)), unit="x100")
 
 
@@ -296,7 +290,7 @@ def _label(row):
     return label_match(row["answer"], row["meta"].get("label") or row["references"][0])
 
 
-word_match_accuracy = _share("word_match", _any_word_match)
+_share("word_match", _any_word_match)
 exact = _share("exact", _exact)
 acc_vqa = _share("acc_vqa", _vqa_equal)
 label = _share("label_match", _label)

@@ -86,7 +86,7 @@ ENGINES = {
 
 def find_engine(name="", voices=()):
     """-> (name, voices): the given engine, or the first that is installed: piper when there are
-    voices for it (.onnx), espeak-ng, flite.  SystemExit says what to install."""
+    voices for it (.onnx), espeak-ng, flite.  SystemExit names what to install."""
     if name and name not in ENGINES:
         raise SystemExit(f"--engine {name}; wanted {', '.join(ENGINES)}")
     wanted = [name] if name else ["piper"] if ".onnx" in "".join(voices) else ["espeak-ng", "flite"]
@@ -111,18 +111,18 @@ def spoken(text):
 def speak(engine, voice, text, path):
     """Writes `text` as 16 kHz mono wav, in one piece. ValueError with the program's own words."""
     with tempfile.TemporaryDirectory() as folder:
-        told, heard = Path(folder) / "text.txt", Path(folder) / "speech.wav"
-        told.write_text(text + "\n", encoding="utf-8")
-        command = ENGINES[engine].command(voice, str(told), str(heard))
+        written, spoken = Path(folder) / "text.txt", Path(folder) / "speech.wav"
+        written.write_text(text + "\n", encoding="utf-8")
+        command = ENGINES[engine].command(voice, str(written), str(spoken))
         try:
             done = subprocess.run(command, input=(text + "\n").encode(), capture_output=True,
                                   timeout=SPEAKING_SECONDS)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ValueError(f"{engine} with voice {voice}: {error}") from None
-        if done.returncode or not heard.exists():
-            said = done.stderr.decode(errors="replace").strip().split("\n")[-1]
-            raise ValueError(f"{engine} with voice {voice} failed ({done.returncode}): {said}")
-        audio = read_audio(heard)
+        if done.returncode or not spoken.exists():
+            reason = done.stderr.decode(errors="replace").strip().split("\n")[-1]
+            raise ValueError(f"{engine} with voice {voice} failed ({done.returncode}): {reason}")
+        audio = read_audio(spoken)
         if not audio.abs().max() > 0.01:
             raise ValueError(f"{engine} with voice {voice} is silent; leave it out (--voice)")
         write_wav(path, audio)
@@ -132,7 +132,7 @@ def speak(engine, voice, text, path):
 
 def isqa_record(source, record, k, engine, voices, folder):
     """Question k of a source -> its isqa record, whose wav may still be to make.  The wav's name
-    holds what is said and how, so that a finished one is never taken for another."""
+    holds the text and how it is spoken, so that a finished one is never taken for another."""
     if not record.image or not record.prompt.strip() or record.target is None and not record.refs:
         raise ValueError(f"{record.id}: has no image, question or answer; wanted all three")
     voice, text = voices[k % len(voices)], spoken(record.prompt)
@@ -146,9 +146,8 @@ def isqa_record(source, record, k, engine, voices, folder):
 
 
 def make_isqa(sources, out, n=1000, seed=0, engine="", voices=(), log=print):
-    """sources {"textvqa" or "gqa": records} -> the records of <out>/isqa.jsonl, n a source.
-    Questions that could not be spoken are left out and
-    reported."""
+    """sources {"textvqa" or "gqa": records} -> the records of <out>/isqa.jsonl, n per source.
+    Questions that could not be spoken are left out and reported."""
     engine, voices = find_engine(engine, voices)
     folder = Path(out) / "isqa"
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +157,7 @@ def make_isqa(sources, out, n=1000, seed=0, engine="", voices=(), log=print):
     todo = [path for path in texts if not Path(path).exists()]
     log(f"isqa: {len(records)} questions by {engine}, {len(voices)} voices; "
         f"{len(texts) - len(todo)} of {len(texts)} wavs are there")
-    failed = _speak_all(engine, {path: texts[path] for path in todo}, log)
+    failed = _speak_all(engine, {path: texts[path] for path in todo})
     records = [r for r in records if r.audio not in failed]
     if failed:
         log(f"{len(failed)} could not be spoken, the first: {next(iter(failed.values()))}")
@@ -167,7 +166,7 @@ def make_isqa(sources, out, n=1000, seed=0, engine="", voices=(), log=print):
     return _written(Path(out) / "isqa.jsonl", records, log)
 
 
-def _speak_all(engine, texts, log):
+def _speak_all(engine, texts):
     """{wav: (voice, text)} -> {wav: why it could not be made}, on all cores."""
     failed = {}
 
@@ -248,7 +247,7 @@ def avm_records(source, records, n, seed):
 
 
 def make_avm(sources, out, n=500, seed=0, log=print):
-    """sources {"vggss" or "spokencoco": records} -> the records of <out>/avm.jsonl, n a source."""
+    """sources {"vggss" or "spokencoco": records} -> the records of <out>/avm.jsonl, n per source."""
     records = [r for source, all_ in sources.items() for r in avm_records(source, all_, n, seed)]
     yes = sum(r.target == "Yes" for r in records)
     log(f"avm: {len(records)} pairs, {yes} match, {len(records) - yes} do not")

@@ -24,7 +24,7 @@ def by_task(predictions):
     for row in predictions:
         groups.setdefault(row["task"], []).append(row)
     order = {task: i for i, task in enumerate(TASKS)}
-    return dict(sorted(groups.items(), key=lambda item: order.get(item[0], len(order))))
+    return dict(sorted(groups.items(), key=lambda group: order.get(group[0], len(order))))
 
 
 def parts_of(rows):
@@ -143,11 +143,11 @@ def write_report(out, predictions, views, missing, settings):
                 entry = str(score)
                 if score.value is not None:
                     entry = dataclasses.asdict(score)
-                    items = entry.pop("items")
+                    per_record = entry.pop("per_record")
                     for row in rows:
-                        if row["id"] in items:
+                        if row["id"] in per_record:
                             row.setdefault("scores", {}).setdefault(name, {})[view] = (
-                                items[row["id"]])
+                                per_record[row["id"]])
                 scores.setdefault(task, {}).setdefault(view, {})[name] = entry
     write_text(out, "".join(json.dumps(row) + "\n" for row in predictions))
     write_text(out.with_suffix(".md"), report_text(predictions, views, missing, settings) + "\n")

@@ -129,10 +129,10 @@ class InstructBlip(Favor):
         like = self.language_projection.weight
         frames = torch.cat([*(image.to(like) for image in images if image is not None),
                             like.new_zeros(1, patches, width)])                  # (F,P,D_vit)
-        ids, keep = self.qformer_tokenizer([sample.prompt for sample in samples])
+        ids, mask = self.qformer_tokenizer([sample.prompt for sample in samples])
         owner = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)] + [0])
         queries = self.visual.query(frames, ids[owner].to(like.device),
-                                    keep[owner].to(like.device))                 # (F,V,D)
+                                    mask[owner].to(like.device))                 # (F,V,D)
         tokens = self.language_projection(queries)                               # (F,V,D_llm)
         touched = 0 * tokens[-1].sum()
         pieces = [rearrange(piece, "f v d -> (f v) d") * float(s.mask not in ("visual", "both"))

@@ -5,7 +5,7 @@
        x + cross attention over the sound, x + mlp--> norm --embed_tokens transposed--> (B,T,vocab)
      transcribe: <|startoftranscript|><|en|><|transcribe|><|notimestamps|> --greedy, beams--> text
 
-   B chunks, P positions (1500 a chunk), T tokens, D width, N beams; in this file S counts samples.
+   B chunks, P positions (1500 per chunk), T tokens, D width, N beams; in this file S counts samples.
    Parameter names are the Hub's after "model.decoder.", so state_dict() is the published layout.
    Public: WhisperBaseline, Whisper, WhisperDecoder, WhisperDecoderConfig, WhisperTokenizer."""
 
@@ -77,10 +77,10 @@ class Attention(SelfAttention):
         return [rearrange(proj(x), "b t (h d) -> b h t d", h=self.heads)
                 for proj in (self.k_proj, self.v_proj)]
 
-    def forward(self, x, k, v, keep=None):
+    def forward(self, x, k, v, mask=None):
         # Where k has fewer rows than x, the N beams of a chunk stand in a row as its queries.
         q = rearrange(self.q_proj(x), "(b n) t (h d) -> b h (n t) d", b=len(k), h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(rearrange(y, "b h (n t) d -> (b n) t (h d)", t=x.shape[1]))
 
 
@@ -96,9 +96,9 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(config.width, config.ffn)
         self.fc2 = nn.Linear(config.ffn, config.width)
 
-    def forward(self, x, keep, cache, index):
+    def forward(self, x, mask, cache, index):
         y = self.self_attn_layer_norm(x)
-        x = x + self.self_attn(y, *cache.append(index, *self.self_attn.keys_values(y)), keep)
+        x = x + self.self_attn(y, *cache.append(index, *self.self_attn.keys_values(y)), mask)
         x = x + self.encoder_attn(self.encoder_attn_layer_norm(x), *cache.cross[index])
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
@@ -123,10 +123,10 @@ class WhisperDecoder(nn.Module):
             raise ValueError(f"{end} tokens, prefix included; this Whisper has positions for "
                              f"{self.config.max_target_positions}")
         x = self.embed_tokens(ids) + self.embed_positions.weight[cache.length:end]
-        # A token sees itself and the past: row t of (T,past+T) keeps past + t + 1 columns.
-        keep = None if T == 1 else x.new_ones(T, end).bool().tril(cache.length)
+        # A token sees itself and the past: row t of the mask (T,past+T) has past + t + 1 True.
+        mask = None if T == 1 else x.new_ones(T, end).bool().tril(cache.length)
         for index, layer in enumerate(self.layers):
-            x = layer(x, keep, cache, index)
+            x = layer(x, mask, cache, index)
         cache.length = end
         return F.linear(self.layer_norm(x), self.embed_tokens.weight)          # the tied head
 
@@ -194,10 +194,9 @@ class Whisper(nn.Module):
         """Hub repo id or local folder with weights and tokenizer -> frozen, in eval mode."""
         root = hub.folder(source, ("*.json", "merges.txt"))
         tokenizer = WhisperTokenizer(root)    # before the weights: what is missing shows at once
-        with torch.device("meta"):            # no time and memory for weights that get replaced
-            decoder = WhisperDecoder(WhisperDecoderConfig.from_folder(root))
-        decoder = decoder.to(dtype or torch.float32).to_empty(device=device or "cpu")
-        hub.load_into(decoder, root, prefix=("model.decoder.", "decoder."))
+        config = WhisperDecoderConfig.from_folder(root)
+        decoder = hub.load_module(lambda: WhisperDecoder(config), root, dtype, device,
+                                  prefix=("model.decoder.", "decoder."))
         encoder = WhisperEncoder.from_pretrained(root, dtype, device)
         file = root / "generation_config.json"
         settings = hub.read_json(file if file.exists() else root / "config.json")

@@ -11,7 +11,7 @@ tables and figures from the results. Paper Tables 2, 3, 5, 9, 10 and Figs 3, 4, 
      stage 1: SYSTEMS x seeds --train.py, then --score--> OUT/<system>-seed<k>/scores.json
      stage 2: the same trained on for as long again   --> OUT/<system>-seed<k>/to-2200/scores.json
               --all of them--> OUT/results.jsonl, one line per (system, seed, step, task, part)
-              --tables.py-->   OUT/results.md   --figures.py--> OUT/*.png
+              --experiments/tables.py--> OUT/results.md   --experiments/figures.py--> OUT/*.png
 After an interruption the same command continues; runs that have their scores.json are not repeated.
 
 Why there are stages: an early difference may only be one in the speed of learning. Stage 1 is also
@@ -367,17 +367,17 @@ def score(config, system, seed, stage, log=print):
                  "parameters": sum(p.numel() for p in model.trained_parameters()),
                  "vectors": vectors_per_clip(method), "commit": made.get("commit"),
                  "dirty": made.get("dirty")}
-        store = read(model, records)
-        predictions, missing = evaluate(model, records, store, (view,), log=log)
+        cache = read(model, records)
+        predictions, missing = evaluate(model, records, cache, (view,), log=log)
         reports.write_report(checkpoint / "predictions.jsonl", predictions, (view,), missing,
                              {"checkpoint": str(checkpoint), "view": view})
         rows += [facts | row for row in rows_of(predictions, view)]
-    matrices = figures.query_cosines(model, records, store, trained.mask)
+    matrices = figures.query_cosines(model, records, cache, trained.mask)
     rows += [facts | {"task": task, "part": "query cosine", "n": n, "low": None, "high": None,
                       "score": figures.off_diagonal_mean(matrix)}
              for task, (matrix, n) in matrices.items()]
     if seed == 0 and stage == 1:
-        figures.look_inside(model, records, store, trained.mask, matrices,
+        figures.look_inside(model, records, cache, trained.mask, matrices,
                             Path(config.out) / "inside" / f"{system}.npz")
     if system == "complete":
         rows += [facts | row for row in at_other_rates(model, records, read, log)]

@@ -1,4 +1,4 @@
-"""The paper's Figs 3, 4 and 5 from our own runs (ablate.py), and where each query looks.
+"""The paper's Figs 3, 4 and 5 from runs of experiments/ablate.py, and where each query looks.
 
      python -m experiments.figures runs/ablate      draws OUT/*.png again (needs the extra `plot`)
 
@@ -52,14 +52,14 @@ def cross_attention(qformer):
     layer's inputs and projections (test_the_hook_shows_what_the_layer_used)."""
     looks = [[] for _ in qformer.layers]
 
-    def keep_weights(layer, inputs, _, into):
-        x, context, keep = inputs
+    def record_weights(layer, inputs, _, into):
+        x, context, mask = inputs
         q, k = (rearrange(part, "w n (h d) -> w h n d", h=layer.heads)
                 for part in (layer.query(x), layer.key(context)))
         scores = (q @ k.transpose(-1, -2)).float() / q.shape[-1] ** 0.5           # (W,h,Q,K*N)
-        into.append(scores.masked_fill(~keep, float("-inf")).softmax(-1).detach())
+        into.append(scores.masked_fill(~mask, float("-inf")).softmax(-1).detach())
 
-    hooks = [layer.cross_attention.register_forward_hook(partial(keep_weights, into=into))
+    hooks = [layer.cross_attention.register_forward_hook(partial(record_weights, into=into))
              for layer, into in zip(qformer.layers, looks, strict=True)]
     try:
         yield looks
@@ -81,12 +81,12 @@ def off_diagonal_mean(matrix):
 
 
 @torch.no_grad()
-def query_cosines(model, records, store, mask=None):
+def query_cosines(model, records, cache, mask=None):
     """{task: (mean cosine matrix (Q,Q), clips)} over the first test clips of Fig. 4's tasks."""
     found = {}
     for task in COSINE_TASKS:
         some = [r for r in records if r.task == task][:COSINE_CLIPS]
-        samples = readable_samples(model, some, store, mask or None)[1]
+        samples = readable_samples(model, some, cache, mask or None)[1]
         if samples:
             queries = model.audio_visual_tokens(samples)[1]                       # (windows,Q,D)
             found[task] = cosines(queries).cpu().numpy(), len(samples)
@@ -94,19 +94,19 @@ def query_cosines(model, records, store, mask=None):
 
 
 @torch.no_grad()
-def look_inside(model, records, store, mask, matrices, path):
+def look_inside(model, records, cache, mask, matrices, path):
     """Writes the data of Fig. 5 and attention-* into `path` (.npz): the matrices of query_cosines,
     and the cross-attention, frames, spectrogram, question and answer of one clip."""
     clips = [r for r in records if r.video and r.task == "avsd"] or [r for r in records if r.video]
-    kept = {f"cosine {task}": matrix.astype(np.float32) for task, (matrix, _) in matrices.items()}
+    arrays = {f"cosine {task}": matrix.astype(np.float32) for task, (matrix, _) in matrices.items()}
     if clips:
         record = next((r for r in clips if r.meta.get("type") == "at"), clips[0])
-        sample = readable_samples(model, [record], store, mask or None)[1][0]
+        sample = readable_samples(model, [record], cache, mask or None)[1][0]
         streams = model.windowed_inputs(sample)
         with cross_attention(model.qformer) as looks:
             model.audio_visual_tokens([sample])
         clip = data.load_clip(record, fps=model.config.fps)
-        kept |= {
+        arrays |= {
             "attention": torch.stack([look[0][:-1] for look in looks]).half().cpu().numpy(),
             "windows": [len(windows) for windows, _ in streams], "fps": model.config.fps,
             "vectors": max(model.visual.n_queries, model.audio_steps),
@@ -114,11 +114,11 @@ def look_inside(model, records, store, mask, matrices, path):
             "question": record.prompt, "right": record.target,
             "answer": model.generate([sample])[0]}
         if clip.audio is not None:
-            kept["mel"] = log_mel_spectrogram(clip.audio, len(clip.audio))[0].half().cpu().numpy()
-            kept["seconds"] = len(clip.audio) / SAMPLE_RATE
+            arrays["mel"] = log_mel_spectrogram(clip.audio, len(clip.audio))[0].half().cpu().numpy()
+            arrays["seconds"] = len(clip.audio) / SAMPLE_RATE
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(path).with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, **kept)
+    np.savez_compressed(temporary, **arrays)
     temporary.replace(path)
 
 

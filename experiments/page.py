@@ -135,7 +135,7 @@ def page(results):
     """All of docs/ablations.md."""
     sections = [introduction(results), in_short(results), synchronisation(results),
                 windows(results), causal_encoder(results), diversity(results),
-                modalities(results), figures(results), scores(results), reproducibility(results)]
+                modalities(results), figures(results), scores(results), reproducibility()]
     return "\n\n".join(wrapped(section) for section in sections) + "\n"
 
 
@@ -376,7 +376,7 @@ steps and core, about eight and a half hours for all 130 runs of the first comma
 disk."""
 
 
-def reproducibility(results):
+def reproducibility():
     """How far the same command gives the same numbers."""
     return """## Reproducibility
 

@@ -1,4 +1,4 @@
-"""Tables of what ablate.py measured: the systems, statistics over seeds, the paper's claims.
+"""Tables of the results of experiments/ablate.py: systems, statistics, the paper's claims.
 
      OUT/results.jsonl --Results--> a Stage for each number of steps that was scored
                        --Stage.by_seed, .against--> means, differences with 95 % t-intervals and p

@@ -126,7 +126,10 @@ def other_voices(mel):
     band = torch.arange(M) * torch.empty(B, 1).uniform_(0.87, 1.15)                      # (B,M)
     low = band.long().clamp(max=M - 1)
     part = (band - low).clamp(0, 1)[..., None]
-    rows = lambda index: mel.gather(1, index[..., None].expand(-1, -1, T))              # noqa: E731
+
+    def rows(index):
+        return mel.gather(1, index[..., None].expand(-1, -1, T))
+
     mel = (1 - part) * rows(low) + part * rows((low + 1).clamp(max=M - 1))
     mel = mel + torch.empty(B, 1, 1).uniform_(-0.4, 0.4) * torch.linspace(-1, 1, M)[:, None]
     first, count = torch.randint(0, M, (B, 1)), torch.randint(0, 13, (B, 1))

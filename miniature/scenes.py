@@ -190,7 +190,10 @@ def parade_scene(rng, split):
     dense = ("caption", PROMPTS["video"], listing(map(name, objects)), {})
     facts = [(list(pair), []) for pair, length in zip(objects, lengths, strict=True)
              for _ in range(length)]
-    ask = lambda: [question(0), question(1)]                                     # noqa: E731
+
+    def ask():
+        return [question(0), question(1)]
+
     return Scene({"video": lambda: to_video(stills(), rng)}, facts, [*ask(), dense], ask, stills)
 
 

@@ -176,8 +176,11 @@ def sound(rng, name):
     """float32 (S,): one event of 0.2-0.35 s, pitch and loudness vary."""
     t = np.arange(int(rng.uniform(0.2, 0.35) * RATE), dtype=np.float32) / RATE
     seconds, pitch = t[-1], rng.uniform(0.93, 1.07)
-    tone = lambda hertz: np.sin(2 * np.pi * pitch * hertz * t)             # noqa: E731
     noise = rng.standard_normal(len(t)).astype(np.float32)
+
+    def tone(hertz):
+        return np.sin(2 * np.pi * pitch * hertz * t)
+
     wave = {
         "beep": lambda: tone(1000),
         "bell": lambda: (tone(620) + 0.7 * tone(1711) + 0.5 * tone(3350)) * np.exp(-9 * t),

@@ -24,7 +24,7 @@ CACHE_MULTIPLE = 128      # caches of compiled decoding hold a multiple of this 
 
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up. The backward pass computes silu(gate) again instead of storing it: one of
-    the three widest tensors that a layer would hold until then (bench goal 4)."""
+    the three widest tensors that a layer would hold until then (bench target 4)."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -64,10 +64,10 @@ def apply_all(x, *linears):
 
 # ---- block-causal attention ---------------------------------------------------------------------
 
-def flash_block_causal(q, k, v, keep=None, dropout=0.0, *, per_frame, causal="past"):
+def flash_block_causal(q, k, v, mask=None, dropout=0.0, *, per_frame, causal="past"):
     """Softmax attention of q, k, v (W,heads,K*N,d) -> (W,heads,K*N,d) in which each frame of
     per_frame = N vectors attends to itself and the frames before it ("past") or after it
-    ("future"). keep (W,K*N) bool: False marks padding, which is no key; the rows of padding in the
+    ("future"). mask (W,K*N) bool: False marks padding, which is no key; the rows of padding in the
     output are to be ignored.
 
     The same as a call with the mask, but the flash kernel takes none. Each frame gets a column of
@@ -80,12 +80,12 @@ def flash_block_causal(q, k, v, keep=None, dropout=0.0, *, per_frame, causal="pa
     padding. v is filled up with zeros, which come out as zeros and are cut off."""
     d, frames = q.shape[-1], q.shape[2] // per_frame
     frame = torch.arange(frames, device=q.device)
-    unseen = frame[:, None] < frame if causal == "past" else frame[:, None] > frame
-    unseen = unseen.repeat_interleave(per_frame, dim=0)                           # (K*N,frames)
+    hidden = frame[:, None] < frame if causal == "past" else frame[:, None] > frame
+    hidden = hidden.repeat_interleave(per_frame, dim=0)                           # (K*N,frames)
     own = torch.eye(frames, device=q.device).repeat_interleave(per_frame, dim=0)  # (K*N,frames)
-    padding = own.new_zeros(len(q), len(own), 1) if keep is None else ~keep[..., None]
+    padding = own.new_zeros(len(q), len(own), 1) if mask is None else ~mask[..., None]
     own = torch.cat([own.expand(len(q), -1, -1), padding], dim=-1)             # (W,K*N,frames+1)
-    unseen = F.pad(unseen, (0, 1), value=True).expand(len(q), -1, -1)
+    hidden = F.pad(hidden, (0, 1), value=True).expand(len(q), -1, -1)
     width = -(d + frames + 1) % 8                                 # kernels want a multiple of 8
 
     def widened(x, columns):
@@ -93,7 +93,7 @@ def flash_block_causal(q, k, v, keep=None, dropout=0.0, *, per_frame, causal="pa
         return torch.cat([x, columns], dim=-1)
 
     out = F.scaled_dot_product_attention(
-        widened(q, -MASK_BIAS * unseen), widened(k, own), F.pad(v, (0, frames + 1 + width)),
+        widened(q, -MASK_BIAS * hidden), widened(k, own), F.pad(v, (0, frames + 1 + width)),
         dropout_p=dropout, scale=d ** -0.5)
     return out[..., :d]
 
@@ -186,13 +186,13 @@ class FixedSteps:
 #
 # linear: every angle divided by factor.  dynamic: a larger theta for longer texts.  llama3, yarn:
 # pairs that turn often within the original length keep their frequency, slow ones are divided by
-# factor, with a ramp in between.  The numbers are transformers' (tests/test_llama.py).
+# factor, with a ramp in between.  The numbers are transformers' (tests/runtime/test_fast_rope.py).
 
 # rope_type -> the fields that config.json must have for it
 ROPE_REQUIRED = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
-            "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+                 "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 ROPE_OPTIONAL = ("original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim",
-            "beta_fast", "beta_slow", "truncate")
+                 "beta_fast", "beta_slow", "truncate")
 
 
 def checked_scaling(fields, max_positions):

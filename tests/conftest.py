@@ -34,7 +34,7 @@ def small_miniature(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_parts(tmp_path_factory):
     """Folder with whisper/, instructblip/ and llama/ in the Hub's layout: random weights, hardly
-    any width, sizes of frame and chunk as in tiny/."""
+    any width, sizes of frame and chunk as in miniature/weights/."""
     import io
 
     import sentencepiece

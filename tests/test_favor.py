@@ -1,7 +1,7 @@
 """favor.py on tiny random parts: Eq. (1) to (5) by hand, who may influence whom, what is learnt.
 
-     A = 10 audio steps, V = 12 visual vectors a frame, so N = 12
-     K = 2 frames a window, Q = 3 queries
+     A = 10 audio steps, V = 12 visual vectors per frame, so N = 12
+     K = 2 frames per window, Q = 3 queries
 Every number that a test compares with is made here by loops or by hand, never by favor.py."""
 
 import copy
@@ -52,7 +52,7 @@ A, V, K, Q = 10, 12, 2, 3
 N = max(A, V)
 RATE = 16000
 WHISPER = WhisperConfig(n_mels=80, width=20, layers=1, heads=2, ffn=32, max_source_positions=50,
-                        n_fft=512, hop=400)      # 16000 / (2 * 400) = 20 a second; chunks of 2.5 s
+                        n_fft=512, hop=400)      # 16000 / (2 * 400) = 20 per second; chunks of 2.5 s
 VIT = ViTConfig(width=16, layers=1, heads=2, ffn=24, image_size=28, patch_size=14)
 CONFIG = FavorConfig(
     window_frames=K, queries=Q, width=20, layers=2, heads=2, causal_heads=4, ffn=28,
@@ -118,7 +118,7 @@ def clip(frames=0, seconds=0.0, image=False, seed=0):
 
 
 def mixed():
-    """One sample of every kind, of different lengths (at 2 frames a second)."""
+    """One sample of every kind, of different lengths (at 2 frames per second)."""
     return [Sample("what is seen", "red car", clip(5, 2.3, seed=1)),
             Sample("what comes next", "the blue one", clip(3, seed=2)),              # silent video
             Sample("what is said here", "one two three", clip(seconds=1.7, seed=3)),
@@ -144,17 +144,17 @@ def losses(model, samples):
 # ---- Eq. (1) ------------------------------------------------------------------------------------
 
 def by_hand(visual, audio, steps):
-    """Eq. (1) vector by vector -> joint (F,N,D_v+D_a), keep (F,N)."""
+    """Eq. (1) vector by vector -> joint (F,N,D_v+D_a), mask (F,N)."""
     frames, n = max(len(visual), -(-len(audio) // steps)), max(visual.shape[1], steps)
     D_v, D_a = visual.shape[2], audio.shape[1]
-    joint, keep = torch.zeros(frames, n, D_v + D_a), torch.zeros(frames, n, dtype=torch.bool)
+    joint, mask = torch.zeros(frames, n, D_v + D_a), torch.zeros(frames, n, dtype=torch.bool)
     for t in range(frames):
         for j in range(n):
             if t < len(visual) and j < visual.shape[1]:
-                joint[t, j, :D_v], keep[t, j] = visual[t, j], True
+                joint[t, j, :D_v], mask[t, j] = visual[t, j], True
             if j < steps and t * steps + j < len(audio):
-                joint[t, j, D_v:], keep[t, j] = audio[t * steps + j], True
-    return joint, keep
+                joint[t, j, D_v:], mask[t, j] = audio[t * steps + j], True
+    return joint, mask
 
 
 @pytest.mark.parametrize("frames, vectors, samples, steps", [
@@ -163,19 +163,19 @@ def by_hand(visual, audio, steps):
     (3, 4, 0, 2), (0, 4, 7, 2), (0, 2, 9, 4), (2, 1, 1, 1)])
 def test_synchronise_is_eq_1(frames, vectors, samples, steps):
     visual, audio = torch.randn(frames, vectors, 5), torch.randn(samples, 3)
-    joint, keep = synchronise(visual, audio, steps)
-    wanted, wanted_keep = by_hand(visual, audio, steps)
-    assert torch.equal(joint, wanted) and torch.equal(keep, wanted_keep)
-    joint, keep = synchronise(visual, audio, steps, mask_padding=False)           # as released
-    assert torch.equal(joint, wanted) and keep.all() and keep.shape == wanted_keep.shape
+    joint, mask = synchronise(visual, audio, steps)
+    wanted, wanted_mask = by_hand(visual, audio, steps)
+    assert torch.equal(joint, wanted) and torch.equal(mask, wanted_mask)
+    joint, mask = synchronise(visual, audio, steps, mask_padding=False)           # as released
+    assert torch.equal(joint, wanted) and mask.all() and mask.shape == wanted_mask.shape
 
 
 def test_synchronise_in_numbers():
     visual = torch.tensor([[[1.], [2.], [3.]]])                       # one frame of V = 3
     audio = torch.tensor([[10.], [20.], [30.]])                       # A = 2: one frame and a half
-    joint, keep = synchronise(visual, audio, 2)
+    joint, mask = synchronise(visual, audio, 2)
     assert joint.tolist() == [[[1, 10], [2, 20], [3, 0]], [[0, 30], [0, 0], [0, 0]]]
-    assert keep.tolist() == [[True, True, True], [True, False, False]]
+    assert mask.tolist() == [[True, True, True], [True, False, False]]
 
 
 # ---- windows and masks --------------------------------------------------------------------------
@@ -184,17 +184,17 @@ def test_synchronise_in_numbers():
     (1, 4, 1), (4, 4, 1), (5, 4, 2), (9, 4, 3), (7, 1, 7), (7, 0, 1), (1, 0, 1), (0, 4, 0),
     (0, 0, 0)])
 def test_split_windows_keeps_order_and_masks_the_filling(frames, window, count):
-    joint, keep = torch.randn(frames, 3, 2), torch.rand(frames, 3) < 0.7
-    windows, kept = split_windows(joint, keep, window)
+    joint, mask = torch.randn(frames, 3, 2), torch.rand(frames, 3) < 0.7
+    windows, window_mask = split_windows(joint, mask, window)
     K = window or max(frames, 1)
-    assert windows.shape == (count, K * 3, 2) and kept.shape == (count, K * 3)
+    assert windows.shape == (count, K * 3, 2) and window_mask.shape == (count, K * 3)
     for t in range(count * K):
         here = slice(t % K * 3, (t % K + 1) * 3)
         if t < frames:
             assert torch.equal(windows[t // K, here], joint[t])
-            assert torch.equal(kept[t // K, here], keep[t])
+            assert torch.equal(window_mask[t // K, here], mask[t])
         else:
-            assert not windows[t // K, here].any() and not kept[t // K, here].any()
+            assert not windows[t // K, here].any() and not window_mask[t // K, here].any()
 
 
 def test_causal_mask_is_fig_2_and_future_its_mirror():
@@ -208,10 +208,10 @@ def test_causal_mask_is_fig_2_and_future_its_mirror():
         block_causal_mask(frames, n, "none")
 
 
-def softmax_attention(q, k, v, keep, causal, per_frame):
+def softmax_attention(q, k, v, mask, causal, per_frame):
     """In float64 by the boolean mask -> (W,heads,K*N,d), the reference of both ways."""
-    mask = block_causal_mask(q.shape[2] // per_frame, per_frame, causal) & keep[:, None, None]
-    scores = (q.double() @ k.double().mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+    seen = block_causal_mask(q.shape[2] // per_frame, per_frame, causal) & mask[:, None, None]
+    scores = (q.double() @ k.double().mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
     return scores.softmax(-1).nan_to_num() @ v.double()
 
 
@@ -223,21 +223,21 @@ def softmax_attention(q, k, v, keep, causal, per_frame):
     (torch.float64, 1e-10, 1e-12), (torch.float32, 2e-4, 5e-6)], ids=["float64", "float32"])
 def test_block_causal_attention_is_the_masked_softmax(
         attend, causal, padding, frames, n, d, dtype, max_abs, rel_rms):
-    """Outputs and gradients of the kept rows, of both ways, against float64; large scores, too.
+    """Outputs and gradients of the unmasked rows, of both ways, against float64; large scores, too.
     In float64 by torch's fused kernel; in float32 by its plain one, as what the fused one rounds
     there depends on the CPU (dk of 33 by 2.5e-4 on one with AVX2 only, whatever the mask)."""
     inputs = [(scale * torch.randn(2, 3, frames * n, d)).to(dtype) for scale in (8, 1, 1)]
-    keep = torch.ones(2, frames * n, dtype=torch.bool)
+    mask = torch.ones(2, frames * n, dtype=torch.bool)
     if padding:
-        keep[0, n - 1::n] = False                         # a vector of every frame
-        keep[1, (frames + 1) // 2 * n:] = False           # the filling of a last window
+        mask[0, n - 1::n] = False                         # a vector of every frame
+        mask[1, (frames + 1) // 2 * n:] = False           # the filling of a last window
     got, wanted = [], []
     for function, results in ((partial(attend, per_frame=n, causal=causal), got),
                               (partial(softmax_attention, per_frame=n, causal=causal), wanted)):
         qkv = [x.clone().requires_grad_() for x in inputs]
         with sdpa_kernel(SDPBackend.MATH) if dtype == torch.float32 else nullcontext():
-            out = function(*qkv, keep) if function.func is attend else function(*qkv, keep)
-        out = out * keep[:, None, :, None]
+            out = function(*qkv, mask)
+        out = out * mask[:, None, :, None]
         (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
         results += [out, *(x.grad for x in qkv)]
     for name, a, b in zip(("output", "dq", "dk", "dv"), got, wanted, strict=True):
@@ -344,8 +344,8 @@ def naive_linear(weights, name, x):
     return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
-def naive_attention(weights, name, heads, x, context, keep):
-    """x (n,D), context (m,D_c), keep (n,m): one head and one row at a time, -1e9 where masked."""
+def naive_attention(weights, name, heads, x, context, mask):
+    """x (n,D), context (m,D_c), mask (n,m): one head and one row at a time, -1e9 where masked."""
     q, k, v = (naive_linear(weights, f"{name}.{part}", y)
                for part, y in (("query", x), ("key", context), ("value", context)))
     d, mixture = q.shape[1] // heads, torch.zeros_like(q)
@@ -353,15 +353,15 @@ def naive_attention(weights, name, heads, x, context, keep):
         own = slice(h * d, (h + 1) * d)
         for row in range(len(q)):
             scores = (k[:, own] * q[row, own]).sum(1) / math.sqrt(d)
-            scores = scores + torch.where(keep[row], 0.0, -1e9)
+            scores = scores + torch.where(mask[row], 0.0, -1e9)
             weight = (scores - scores.max()).exp()
             mixture[row, own] = (weight / weight.sum()) @ v[:, own]
     x = x + naive_linear(weights, f"{name}.output", mixture)
     return naive_norm(weights, f"{name}.norm", x, 1e-12)
 
 
-def naive_qformer(config, weights, window, keep, per_frame):
-    """Eq. (2) for one window (K*N,D), keep (K*N,) -> (Q,D), from the state_dict alone."""
+def naive_qformer(config, weights, window, mask, per_frame):
+    """Eq. (2) for one window (K*N,D), mask (K*N,) -> (Q,D), from the state_dict alone."""
     length = len(window)
     frames = naive_norm(weights, "joint_norm", window, 1e-5) + weights["positions.weight"][:length]
     causal = torch.zeros(length, length, dtype=torch.bool)
@@ -369,7 +369,7 @@ def naive_qformer(config, weights, window, keep, per_frame):
         for j in range(length):
             before = j // per_frame - i // per_frame
             allowed = before <= 0 if config.causal == "past" else before >= 0
-            causal[i, j] = allowed and (bool(keep[j]) or i == j or not config.mask_padding)
+            causal[i, j] = allowed and (bool(mask[j]) or i == j or not config.mask_padding)
     queries = naive_norm(weights, "query_norm", weights["queries"][0], 1e-12)
     everything = torch.ones(Q, Q, dtype=torch.bool)
     for i in range(config.layers):
@@ -379,7 +379,7 @@ def naive_qformer(config, weights, window, keep, per_frame):
         queries = naive_attention(
             weights, f"{layer}.self_attention", config.heads, queries, queries, everything)
         queries = naive_attention(
-            weights, f"{layer}.cross_attention", config.heads, queries, seen, keep.expand(Q, -1))
+            weights, f"{layer}.cross_attention", config.heads, queries, seen, mask.expand(Q, -1))
         inner = naive_linear(weights, f"{layer}.up", queries)
         inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
         queries = queries + naive_linear(weights, f"{layer}.down", inner)
@@ -393,24 +393,24 @@ def naive_qformer(config, weights, window, keep, per_frame):
 @pytest.mark.parametrize("causal", ["past", "future", "none"])
 def test_causal_qformer_equals_a_naive_one(causal, padding, mask_padding):
     model = causal_qformer(causal=causal, mask_padding=mask_padding)
-    windows, keep = torch.randn(2, 3 * 4, 48), torch.ones(2, 3 * 4, dtype=torch.bool)
+    windows, mask = torch.randn(2, 3 * 4, 48), torch.ones(2, 3 * 4, dtype=torch.bool)
     if padding:
-        keep[1, 8:] = False                        # the filling of a last window
+        mask[1, 8:] = False                        # the filling of a last window
         if mask_padding:
-            keep[0, [2, 3, 7, 11]] = False         # vectors of real frames that no modality reaches
+            mask[0, [2, 3, 7, 11]] = False         # vectors of real frames that no modality reaches
     wanted = torch.stack([naive_qformer(model.config, model.state_dict(), *pair, per_frame=4)
-                          for pair in zip(windows, keep, strict=True)])
-    check(f"causal Q-Former, {causal}", model(windows, keep, per_frame=4), wanted, 1e-5, 2e-6)
+                          for pair in zip(windows, mask, strict=True)])
+    check(f"causal Q-Former, {causal}", model(windows, mask, per_frame=4), wanted, 1e-5, 2e-6)
 
 
 @torch.no_grad()
 def test_past_future_and_none_differ_with_the_same_weights():
-    windows, keep = torch.randn(2, 12, 48), torch.ones(2, 12, dtype=torch.bool)
+    windows, mask = torch.randn(2, 12, 48), torch.ones(2, 12, dtype=torch.bool)
     weights, out = causal_qformer().state_dict(), []
     for causal in ("past", "future", "none"):
         model = causal_qformer(causal=causal)
         model.load_state_dict(weights, strict=causal != "none")
-        out.append(model(windows, keep, 4))
+        out.append(model(windows, mask, 4))
     assert min((a - b).abs().max() for a, b in itertools.combinations(out, 2)) > 1e-3
 
 
@@ -446,12 +446,12 @@ def test_parameters_are_as_many_as_in_the_authors_13b():
 
 # ---- who may influence whom ---------------------------------------------------------------------
 
-def encoded_frames(model, windows, keep, per_frame):
+def encoded_frames(model, windows, mask, per_frame):
     """What each layer's causal attention makes of the frames: a list of (W,K*N,D)."""
     seen = []
     hooks = [layer.causal_attention.register_forward_hook(lambda m, i, out: seen.append(out))
              for layer in model.layers]
-    model(windows, keep, per_frame)
+    model(windows, mask, per_frame)
     for hook in hooks:
         hook.remove()
     return seen
@@ -462,13 +462,13 @@ def test_the_future_cannot_change_the_past(causal):
     """Later frames change: with "past" no earlier frame's encoding moves by one bit, in any layer.
     With "future" it is the other way round."""
     model, n = causal_qformer(causal=causal), 4
-    windows, keep = torch.randn(1, 5 * n, 48), torch.ones(1, 5 * n, dtype=torch.bool)
+    windows, mask = torch.randn(1, 5 * n, 48), torch.ones(1, 5 * n, dtype=torch.bool)
     for cut in range(1, 5):
         changed = windows.clone()
         hit = slice(cut * n, None) if causal == "past" else slice(None, cut * n)
         changed[:, hit] += torch.randn_like(changed[:, hit])
-        before = encoded_frames(model, windows, keep, n)
-        after = encoded_frames(model, changed, keep, n)
+        before = encoded_frames(model, windows, mask, n)
+        after = encoded_frames(model, changed, mask, n)
         for a, b in zip(before, after, strict=True):
             moved = (a != b).any(-1)[0].view(5, n)
             early, late = moved[:cut], moved[cut:]
@@ -571,8 +571,8 @@ def test_the_question_reaches_the_visual_qformer_and_the_vit_runs_once(build):
 def test_long_audio_goes_on_in_the_right_frame(build):
     """7 s are three chunks of Whisper's, 2.5 s each here; the second fills frames 5 to 9."""
     model, long = build(), clip(seconds=7.0)
-    joint, keep = joint_of(model, Sample("", clip=long))
-    assert joint.shape == (14, N, 48) and keep[:, :A].all()
+    joint, mask = joint_of(model, Sample("", clip=long))
+    assert joint.shape == (14, N, 48) and mask[:, :A].all()
     chunk = model.audio_proj(model.whisper.encode(long.audio[40000:80000]))             # (50,24)
     heard = joint[5:10, :A, 24:].reshape(50, 24)
     torch.testing.assert_close(heard, chunk, atol=1e-5, rtol=0)
@@ -595,8 +595,8 @@ def test_without_synchronisation_each_modality_goes_alone(build):
 
 def joint_of(model, sample):
     """All windows behind each other: (F,N,D), (F,N), the last one's filling included."""
-    (windows, keep), = model.windowed_inputs(sample)
-    return windows.reshape(-1, N, windows.shape[-1]), keep.reshape(-1, N)
+    (windows, mask), = model.windowed_inputs(sample)
+    return windows.reshape(-1, N, windows.shape[-1]), mask.reshape(-1, N)
 
 
 def test_an_image_lasts_as_long_as_its_sound(build):
@@ -613,15 +613,15 @@ def test_an_image_lasts_as_long_as_its_sound(build):
 @torch.no_grad()
 def test_masks_are_zeros_behind_the_projection(build):
     model, both, other = build(), features(3, 27), features(3, 27, seed=1)
-    whole, keep = joint_of(model, Sample("", features=both))
+    whole, joint_mask = joint_of(model, Sample("", features=both))
 
     def loss(visual, audio, mask=None):
         return losses(model, [Sample("what", "red", features=Features(visual, audio), mask=mask)])
     unmasked = loss(both.visual, both.audio)
     for mask, seen, heard in (("audio", 1, 0), ("visual", 0, 1), ("both", 0, 0)):
-        joint, kept = joint_of(model, Sample("", features=both, mask=mask))
+        joint, same_mask = joint_of(model, Sample("", features=both, mask=mask))
         wanted = whole * torch.tensor([seen, heard]).repeat_interleave(24)
-        assert torch.equal(joint, wanted) and torch.equal(kept, keep)
+        assert torch.equal(joint, wanted) and torch.equal(same_mask, joint_mask)
         masked = loss(both.visual, both.audio, mask)
         assert torch.equal(masked, loss(both.visual if seen else other.visual,
                                         both.audio if heard else other.audio, mask))
@@ -642,8 +642,8 @@ def test_official_audio_has_always_the_same_length(build):
     model = build(**SHORT_OFFICIAL)
     for seconds in (0.3, 3.0, 4.2):
         sound = clip(seconds=seconds).audio
-        joint, keep = joint_of(model, Sample("", clip=Clip(audio=sound)))
-        assert joint.shape[0] == 6 and keep.all()
+        joint, mask = joint_of(model, Sample("", clip=Clip(audio=sound)))
+        assert joint.shape[0] == 6 and mask.all()
         three = torch.cat([sound, torch.zeros(3 * RATE)])[:3 * RATE]
         wanted = model.audio_proj(model.whisper.encode(three))
         torch.testing.assert_close(joint[:, :A, 24:].reshape(60, 24), wanted, atol=1e-6, rtol=0)

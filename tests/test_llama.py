@@ -1,6 +1,6 @@
 """llama.py against transformers' LlamaForCausalLM (tiny and at full width, every parameter random)
 and itself: padding, cache and batch change nothing.  Its tokenizers: test_tokenizers.py; scaled
-RoPE and compiled decoding: runtime/test_rope.py, runtime/test_fast.py."""
+RoPE and compiled decoding: tests/runtime/test_fast_rope.py, test_fast.py."""
 
 import copy
 import json

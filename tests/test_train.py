@@ -1,5 +1,5 @@
 """train.py, eval.py, demo.py and the feature cache end to end, on a miniature of a few clips and
-parts of random weights: runs, two processes = one, resume = no stop, kept features = fresh ones."""
+parts of random weights: runs, two processes = one, resume = no stop, cached features = fresh."""
 
 import contextlib
 import copy
@@ -196,7 +196,8 @@ def test_training_learns(command, tmp_path):
     there = {flag: ROOT / "miniature" / "weights" / name for flag, name in
              (("whisper", "whisper"), ("instructblip", "instructblip"), ("llm", "llama"))
              if (ROOT / "miniature" / "weights" / name / "model.safetensors").exists()}
-    assert there, "tiny/ holds no pretrained parts; make them: python -m miniature pretrain"
+    assert there, ("miniature/weights/ holds no pretrained parts; make them: "
+                   "python -m miniature pretrain")
     run(command(tmp_path, steps=30, batch=16, val_every=30, warmup=5, mask_share=0, **there))
     ce = [row["ce"] for row in log_of(tmp_path)]
     print(f"cross-entropy {np.mean(ce[:3]):.2f} -> {np.mean(ce[-8:]):.2f}")
@@ -474,8 +475,8 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_model, tmp_path, mo
 def test_the_loss_of_a_step_is_the_batch_mean(small_model, small_miniature, limits):
     """Over answer tokens, not over samples or parts, and whatever the size of the parts."""
     records = data.read_manifest(small_miniature / "train.jsonl")[::9]
-    store = features.cache_features(small_model, records, log=quiet)
-    _, samples = answers.readable_samples(small_model, records, store)
+    cache = features.cache_features(small_model, records, log=quiet)
+    _, samples = answers.readable_samples(small_model, records, cache)
     with torch.no_grad():
         wanted = small_model(samples)
     config = train.TrainConfig(warmup=0, steps=10, **limits)
@@ -635,9 +636,9 @@ def broken_manifest(small_miniature, tmp_path_factory):
     return folder
 
 
-# ---- without kept features ----------------------------------------------------------------------
+# ---- without cached features --------------------------------------------------------------------
 
-def test_training_without_kept_features(command, unbroken, tmp_path):
+def test_training_without_cached_features(command, unbroken, tmp_path):
     run(command(tmp_path, "--no-test", "--no-keep-features", steps=6))
     ours, kept = (np.array(losses(folder, "loss", "ce")) for folder in (tmp_path, unbroken))
     assert abs(ours - kept).max() < 5e-3                          # fp16 on disk
@@ -709,23 +710,23 @@ def test_views(small_model, small_miniature):
     """Each answer is what the model says with that modality masked, also where the clip has none of
     it and the answer is taken over from another view."""
     records = data.read_manifest(small_miniature / "test.jsonl")
-    store = features.cache_features(small_model, records, log=quiet)
+    cache = features.cache_features(small_model, records, log=quiet)
     torch.manual_seed(0)                     # an untrained model says the same in every view
     for parameter in small_model.trained_parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     small_model.eval()
-    rows, _ = answers.evaluate(small_model, records, store, batch=5, log=quiet)
+    rows, _ = answers.evaluate(small_model, records, cache, batch=5, log=quiet)
     assert [row["id"] for row in rows] == [r.id for r in records]
     differ = 0
     for view, mask in VIEWS.items():
-        _, samples = answers.readable_samples(small_model, records, store, mask)
+        _, samples = answers.readable_samples(small_model, records, cache, mask)
         said = [small_model.generate([sample])[0] for sample in samples]
         assert [row[view] for row in rows] == said
         differ += sum(row[view] != row["both"] for row in rows)
     assert differ > len(rows) / 2
 
 
-def test_eval_without_kept_features_and_with_views(finished, small_miniature, tmp_path, capsys):
+def test_eval_without_cached_features_and_with_views(finished, small_miniature, tmp_path, capsys):
     words = ["--task", "avm,isqa", "--checkpoint", finished[0] / "best", "--data", small_miniature,
              "--limit", 3,
              "--batch", 2, "--out", tmp_path / "a.jsonl"]

@@ -51,11 +51,11 @@ def tiny(tmp_path_factory):
 
 def oracle_query(tiny, image, ids=None, mask=None):
     """The oracle's Q-Former on image features (F,P,D) and text (F,T) -> (F,V,D)."""
-    queries, keep = tiny.oracle.query_tokens.expand(len(image), -1, -1), None
+    queries, all_mask = tiny.oracle.query_tokens.expand(len(image), -1, -1), None
     if ids is not None:
         mask = torch.ones_like(ids) if mask is None else mask.long()
-        keep = torch.cat((torch.ones(len(image), V, dtype=torch.long), mask), dim=1)
-    return tiny.oracle.qformer(input_ids=ids, attention_mask=keep, query_embeds=queries,
+        all_mask = torch.cat((torch.ones(len(image), V, dtype=torch.long), mask), dim=1)
+    return tiny.oracle.qformer(input_ids=ids, attention_mask=all_mask, query_embeds=queries,
                                encoder_hidden_states=image)[0][:, :V]
 
 
@@ -118,7 +118,7 @@ def test_query_with_padded_text(tiny):
     check("padding cut off", tiny.ours.query(image[1:2], ids[1:2, :4]), out[1:2])
 
     changed = ids.clone()
-    changed[1, 3] = (ids[1, 3] + 1) % WORDS                     # the last kept token of frame 1
+    changed[1, 3] = (ids[1, 3] + 1) % WORDS                     # the last unmasked token of frame 1
     moved = (tiny.ours.query(image, changed, mask) - out).abs().amax((1, 2))
     assert moved[1] > 1e-3 and moved[0] == moved[2] == 0
 
@@ -128,8 +128,8 @@ def test_one_text_for_all_frames(tiny):
     mask = torch.tensor([True] * 5 + [False])
     out = tiny.ours(pixels, ids, mask)
     assert out.shape == (3, V, 30)
-    for text, keep in [(ids[None], mask[None]), (ids.expand(3, -1), mask.expand(3, -1))]:
-        assert torch.equal(tiny.ours(pixels, text, keep), out)
+    for text, shown in [(ids[None], mask[None]), (ids.expand(3, -1), mask.expand(3, -1))]:
+        assert torch.equal(tiny.ours(pixels, text, shown), out)
     image = tiny.oracle.vision_model(pixels).last_hidden_state
     check("frames and text", out, oracle_query(tiny, image, ids.expand(3, -1), mask.expand(3, -1)))
 

@@ -99,19 +99,18 @@ def size(parameters):
 
 def table(model):
     """Markdown: parameters, trained parameters, bytes and dtype of each part."""
-    lines = ["| part | parameters | trained | bytes | dtype |", "|---|---|---|---|---|"]
-    total = []
-    for name, parameters in parts_of(model).items():
-        total += parameters
-        lines.append(row(name, parameters))
-    return "\n".join([*lines, row("**all**", total)])
+    parts = parts_of(model)
+    parts["**all**"] = [p for parameters in parts.values() for p in parameters]
+    return hub.markdown_table(("part", "parameters", "trained", "bytes", "dtype"),
+                              [row(name, parameters) for name, parameters in parts.items()])
 
 
 def row(name, parameters):
+    """The cells of a line of the table."""
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
-    return (f"| {name} | {sum(p.numel() for p in parameters):,} | {trained:,} | "
-            f"{in_words(size(parameters))} | {', '.join(dtypes)} |")
+    return (name, f"{sum(p.numel() for p in parameters):,}", f"{trained:,}",
+            in_words(size(parameters)), ", ".join(dtypes))
 
 
 def parts_of(model):
@@ -167,14 +166,13 @@ def memory_plan(model, sample, batch, answer=40, recompute=False, shards=1):
             (f"LLM, {length} tokens", llm_kept, cache),
             ("aligner", aligner_kept, 0), ("logits of the answer", logits, 0),
             (f"ViT, {FRAMES_AT_ONCE} frames at a time", pictures, pictures)]
-    lines = ["| GiB | training step | answering |", "|---|---|---|"]
     rows.append(("**all**", *(sum(row[i] for row in rows) for i in (1, 2))))
-    lines += [f"| {name} | {a / GIB:.3g} | {b / GIB:.3g} |" for name, a, b in rows]
-    return "\n".join(lines)
+    return hub.markdown_table(("GiB", "training step", "answering"), [
+        (name, f"{a / GIB:.3g}", f"{b / GIB:.3g}") for name, a, b in rows])
 
 
 def llm_bytes(config, wide, width=256, ffn=688, tokens=64):
-    """Bytes that autograd keeps a token and layer, over (8 width + 3 ffn): the second layer of a
+    """Bytes that autograd keeps per token and layer, over (8 width + 3 ffn): the second layer of a
     small LLaMA with the same kind of LoRA, in 2-byte (autocast) or 4-byte floats."""
     totals = []
     for layers in (1, 2):

@@ -252,7 +252,8 @@ def push(folder, repo_id, private=False, token=None, api=None):
         if private and not api.model_info(repo_id).private:
             raise ValueError(f"{repo_id} exists and is public, so nothing was uploaded; name "
                              "another repo, or make it private in its settings")
-        return api.upload_folder(repo_id=repo_id, folder_path=root, commit_message="share.py push",
+        return api.upload_folder(repo_id=repo_id, folder_path=root,
+                                 commit_message="tools.share push",
                                  allow_patterns=[*files, "README.md"])
     except Exception as error:
         known = _known_failure(error, repo_id, card)
@@ -478,7 +479,7 @@ a time.
             size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
             print(f"{out}: {size / 1e9:.2f} GB, for LlamaForCausalLM.from_pretrained and engines")
     except (OSError, ValueError) as error:
-        sys.exit(f"share.py: {error}")
+        sys.exit(f"tools.share: {error}")
 
 
 if __name__ == "__main__":

@@ -32,12 +32,12 @@ def how2(files, merge=True):
         raise FileNotFoundError(f"{texts}: not there; install.sh of srvk/how2-dataset, "
                                 "reproduce/300h, makes it from the subtitles (offsets.bin.bz2 is a "
                                 "pickle, which is never read here)")
-    said, videos = dict(line.partition(" ")[::2] for line in files.lines(texts)), {}
+    text_of, videos = dict(line.partition(" ")[::2] for line in files.lines(texts)), {}
     for line in files.lines(segments):
         fields = re.fullmatch(r"(\S+)\s+(\S+)\s+(\d+\.?\d*)\s+(\d+\.?\d*)\s*", line)
         if not fields:
             files.drop("line that is no segment", line[:60])
-        elif not said.get(fields[1]):
+        elif not text_of.get(fields[1]):
             files.drop("segment without text", fields[1])
         else:
             videos.setdefault(fields[2], []).append(fields.group(1, 3, 4))
@@ -49,7 +49,7 @@ def how2(files, merge=True):
             yield from files.record(
                 cut if merge else clip[0][0],
                 "Transcribe the speech into text, paying attention to both audio and video.",
-                [" ".join(said[name] for name, _, _ in clip)],
+                [" ".join(text_of[name] for name, _, _ in clip)],
                 video=under(f"{youtube if whole else cut}.mp4", "videos"),
                 start=float(start) if whole else None, end=float(end) if whole else None,
                 segments=[name for name, _, _ in clip])

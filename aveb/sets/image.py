@@ -12,12 +12,12 @@ def llava(files):
     {"from":"human","value":"<image>\\nWhat is shown?"},{"from":"gpt","value":"A cup."}, ...]}].
     COCO images: train2017/<image> or train2014/COCO_train2014_<image>."""
     for entry in files.json(list, "llava_instruct_150k.json"):
-        said, image = entry["conversations"], entry["image"]
+        turns, image = entry["conversations"], entry["image"]
         name = files.unique(entry["id"])          # an image has up to three conversations
-        if not said or [turn["from"] for turn in said] != ["human", "gpt"] * (len(said) // 2):
+        if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
             files.drop("dialogue whose turns do not alternate", name)
             continue
-        texts = [turn["value"].replace("<image>", "").strip() for turn in said]
+        texts = [turn["value"].replace("<image>", "").strip() for turn in turns]
         yield from files.dialogue(
             name, list(zip(texts[::2], texts[1::2], strict=True)), original_id=entry["id"],
             image=[*under(image, "train2017"), f"train2014/COCO_train2014_{image}",
@@ -64,7 +64,7 @@ def flickr30k(files):
                                 "results_20130124.token"), {}
     if path.suffix == ".token":
         if files.split != "all":
-            raise ValueError(f"{path}: does not say which images are {files.split}; take "
+            raise ValueError(f"{path}: does not name the images of {files.split}; take "
                              "dataset_flickr30k.json (Karpathy's split), or --split all")
         for line in files.lines(path):
             name, _, text = line.partition("\t")

@@ -63,18 +63,19 @@ def avsd(files):
     "Yes."}, ...]}} (version 0.1: "data":{"<dialogue>":[...]}); or DSTC7's *_set4DSTC7-AVSD.json:
     {"dialogs":[{"image_id":"AB1CD","dialog":[{"question":"...","answer":"..."}]}]}.
     Charades_v1_480/AB1CD.mp4."""
-    values, told = files.json(dict, AVSD[files.split]), []
+    values, dialogues = files.json(dict, AVSD[files.split]), []
     if files.split.startswith("dstc7"):
-        told = [(d["image_id"], d["image_id"], d["dialog"]) for d in values["dialogs"]]
+        dialogues = [(d["image_id"], d["image_id"], d["dialog"]) for d in values["dialogs"]]
     else:
         for video, entry in values.items():
             if isinstance(entry["data"], dict):
-                told += [(f"{video}-{key}", video, turns) for key, turns in entry["data"].items()]
+                dialogues += [(f"{video}-{key}", video, turns)
+                              for key, turns in entry["data"].items()]
             else:
-                told.append((video, video, entry["data"]))
-    for name, video, turns in told:
-        said = [(t["question"], (t["answer"] or "").replace("__UNDISCLOSED__", "")) for t in turns]
-        yield from files.dialogue(files.unique(name), said, original_id=video,
+                dialogues.append((video, video, entry["data"]))
+    for name, video, turns in dialogues:
+        pairs = [(t["question"], (t["answer"] or "").replace("__UNDISCLOSED__", "")) for t in turns]
+        yield from files.dialogue(files.unique(name), pairs, original_id=video,
                                   video=under(f"{video}.mp4", "Charades_v1_480"))
 
 
@@ -82,14 +83,14 @@ def _narrations(video):
     """Sorted (seconds, text) of all passes; two annotators may write the same."""
     passes = [video] if "narrations" in video else [
         video[key] for key in sorted(video) if key.startswith("narration_pass")]
-    told = {}
+    narrated = {}
     for part in passes:
         for line in part.get("narrations") or []:
             text, time = line.get("narration_text", line.get("text")), line.get(
                 "timestamp_sec", line.get("time"))
             if text and time is not None:
-                told.setdefault((text, int(time)), (float(time), text))
-    return sorted(told.values())
+                narrated.setdefault((text, int(time)), (float(time), text))
+    return sorted(narrated.values())
 
 
 def narration(text):

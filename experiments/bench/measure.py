@@ -44,7 +44,7 @@ class Line:
     roofline: float | None = None
     wanted: str = ""                     # "ratio <= 0.70", "ours >= 900", "close >= 0.6"
     repeats: int = 1
-    note: str = ""
+    remark: str = ""
 
     @property
     def ratio(self):
@@ -216,9 +216,9 @@ def traced(run, function, inputs):
     """torch.profiler's events of one call."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * run.cuda
     with profile(activities=activities, profile_memory=not run.cuda, acc_events=True) as prof:
-        kept = function(*inputs)
+        result = function(*inputs)
         run.synchronise()
-    del kept
+    del result
     return prof.profiler.kineto_results.events()
 
 

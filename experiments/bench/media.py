@@ -136,7 +136,7 @@ def pictures(run: Run):
         line = compare(run, f"{seconds} s of video: all frames at 2 fps", tuple,
                        lambda: read_frames(path, resize), decode, baseline_name=name,
                        wanted=run.wants("ratio <= 1.10"),
-                       note="one thread each; the baseline only decodes: it is the roofline")
+                       remark="one thread each; the baseline only decodes: it is the roofline")
         line.roofline = line.baseline
         lines = [line, wrong, pixels_of(run, path), seeking(run, path, seconds)]
         return lines + ([fed(run, path, seconds)] if run.size in ("full", "cuda") else [])
@@ -155,7 +155,7 @@ def wrong_frames(path):
     if len(times) < 2 * stamps[-1] - 1:
         wrong += round(2 * stamps[-1]) - len(times)
     return Line("wrong frames", "frames", wrong, wanted="ours <= 0",
-                note=f"{len(times)} moments; rule: the last with time <= moment")
+                remark=f"{len(times)} moments; rule: the last with time <= moment")
 
 
 def pixels_of(run, path):
@@ -165,7 +165,7 @@ def pixels_of(run, path):
         from PIL import Image
     except ImportError:
         return Line("pixels against PIL bicubic", "of 255", 0,
-                    note='not compared, pillow is missing: pip install -e ".[dev]"')
+                    remark='not compared, pillow is missing: pip install -e ".[dev]"')
     worst = 0
     with av.open(path) as container:
         origin = min(s.start_time * s.time_base for s in container.streams)
@@ -196,12 +196,12 @@ def seeking(run, path, seconds):
     baseline = [s * len(moments) / len(some) for s in spent["baseline"]]
     return line_of(f"one pass, against a seek for each frame, GOP {GOP}", spent["ours"], baseline,
                    baseline_name="seek each", wanted=run.wants("ratio <= 0.2", "ratio <= 0.2"),
-                   note=f"{len(some)} of {len(moments)} frames sought, times "
+                   remark=f"{len(some)} of {len(moments)} frames sought, times "
                         f"{len(moments) / len(some):.3g}")
 
 
 def fed(run, path, seconds):
-    """Clip seconds a second that all cores decode side by side, process start aside."""
+    """Clip seconds per second that all cores decode side by side, process start aside."""
     workers = min(16, cli.cores())
     jobs = [path] * (4 * workers)
     start = None
@@ -238,16 +238,16 @@ def sound(run: Run):
         if abs(len(track) - len(theirs)) > 0.1 * AUDIO_RATE:
             check_equal("audio samples", len(track), len(theirs))
         far = check("audio against ffmpeg", track[:n], theirs[:n], 1e-4)
-        note = f"difference {far:.0e}, allowed 1e-4; lengths {len(track)}, {len(theirs)}"
+        remark = f"difference {far:.0e}, allowed 1e-4; lengths {len(track)}, {len(theirs)}"
         name = "ffmpeg -ac 1 -ar 16000" if has else "its libraries in PyAV (no ffmpeg on PATH)"
         spent = interleaved(run, "sound", tuple, {
             "ours": lambda: read_audio(path), "baseline": baseline,
             "roofline": lambda: plain_decoding(path, "audio")})
     line = line_of(f"{seconds} s of 48 kHz stereo AAC", spent["ours"], spent["baseline"],
-                   baseline_name=name, note=note)
+                   baseline_name=name, remark=remark)
     line.roofline = line_of("", spent["roofline"], spent["roofline"]).ours
     rate = Line("a core", "x real time", seconds / line.ours * 1e3,
                 roofline=seconds / line.roofline * 1e3,
                 wanted=run.wants("ours >= 500", "ours >= 500"),
-                note="roofline: decoding alone")
+                remark="roofline: decoding alone")
     return [line, rate]

@@ -58,7 +58,7 @@ def which_kernels(run):
     """1: forward and backward of each way to compute block-causal attention, and without a mask."""
     order = getattr(torch._C, "_get_sdp_priority_order", lambda: "unknown")()
     lines = [Line("SDPA backends that torch knows, in their order", "backends", len(order),
-                  note=f"{order} (0 math, 1 flash, 2 efficient, 3 cuDNN)")]
+                  remark=f"{order} (0 math, 1 flash, 2 efficient, 3 cuDNN)")]
     heads, d, n = run.pick(test=(2, 8, 4), quick=(12, 128, 32))
     for frames, batch in run.pick(test=((3, 2),), quick=((10, 2), (60, 1)), cuda=((10, 48),
                                                                                  (60, 8))):
@@ -75,7 +75,7 @@ def which_kernels(run):
         medians = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
         lines += [Line(f"S = {frames * n}, batch {batch}, {heads} x {d}: {name}", "ms", ms,
                        medians["unmasked"], "unmasked", repeats=run.repeats,
-                       note=", ".join(kernels(run, ways[name], *make())))
+                       remark=", ".join(kernels(run, ways[name], *make())))
                   for name, ms in medians.items()]
     return lines
 
@@ -94,7 +94,7 @@ def new_lengths(run):
             new, again = (sum(seconds_of(run, attend, x) for x in inputs) for _ in range(2))
             lines.append(Line(f"20 new lengths, cuDNN {'allowed' if on else 'off'}", "ms",
                               new * 1e3, again * 1e3, "the same lengths again",
-                              note=", ".join(kernels(run, attend, *inputs[0]))))
+                              remark=", ".join(kernels(run, attend, *inputs[0]))))
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
     return lines
@@ -134,7 +134,7 @@ def tokens_at_a_time(run):
             seconds = alone(run, f"LLM step, {tokens} tokens", make, step)
         except torch.OutOfMemoryError as error:
             lines.append(Line(f"LLaMA + LoRA step, {batch} x {length} tokens", "tokens/s", 0,
-                              note=f"no memory: {str(error)[:80]}"))
+                              remark=f"no memory: {str(error)[:80]}"))
             continue
         roofline = run.roofline_ms(llm_flops(llm, batch, length, answer), DTYPE)
         lines.append(Line(f"LLaMA + LoRA step, {batch} x {length} tokens", "tokens/s",

@@ -72,7 +72,7 @@ TARGETS = {
     "5": Target("whole audio-visual step against the sum of its parts timed alone",
               "tiny: <= 1.10x", ">= 45 % MFU, <= 1.10x; no step of a ragged length > 2x the median",
               bench_steps.av_step),
-    "6": Target("step on kept features against one that encodes, the same loss to the bit",
+    "6": Target("step on cached features against one that encodes, the same loss to the bit",
               "tiny: <= 0.30x", ">= 4x faster (13b: 2.7x)", bench_steps.cached),
     "7": Target("batch-1 decoding, LoRA merged, against transformers' generate, the same tokens",
               ">= 1.10x faster on one thread",
@@ -167,7 +167,7 @@ def run_target(name, run, target=None):
         outcome = Outcome(name, why=str(reason))
     except Wrong as reason:
         outcome = Outcome(name, why=f"the sides differ: {reason}", failed="WRONG")
-    except Exception as error:                     # no memory, say: the other targets still count
+    except Exception as error:           # such as out of memory: the other targets still count
         traceback.print_exc()
         outcome = Outcome(name, why=f"{type(error).__name__}: {error}", failed="error")
     outcome.seconds = time.perf_counter() - start
@@ -218,13 +218,13 @@ def markdown(outcomes, run, facts):
         lines.append(row([outcome.name, target.text, target.h200 if run.cuda else target.cpu,
                           *headline(outcome)]))
     lines += ["", row(["#", "measurement", "ours", "baseline", "ratio", "roofline",
-                       "of the roofline", "wanted", "reached", "repeats", "note"]),
+                       "of the roofline", "wanted", "reached", "repeats", "remark"]),
               row(["---"] * 11)]
     for outcome in outcomes:
         for line in outcome.lines:
             reached = {None: "", True: "yes", False: "no"}[line.reached]
             lines.append(row([outcome.name, line.what, *cells(line), line.wanted, reached,
-                              line.repeats, line.note]))
+                              line.repeats, line.remark]))
     if run.cuda and run.first:
         lines += ["", row(["first calls", "s"]), row(["---"] * 2)]
         lines += [row([what, ", ".join(f"{side} {s:.3g}" for side, s in sides.items())])
@@ -232,11 +232,11 @@ def markdown(outcomes, run, facts):
     return "\n".join(lines)
 
 
-def facts_of(run, config, argv):
+def facts_of(run, argv):
     """{name: value}: the machine, the code and the command."""
     here = runlog.environment()
     device = torch.cuda.get_device_name(run.device) if run.cuda else here["cpu"]
-    kept = {name: f"{rate / 1e9:.0f} {'GFLOP/s' if 'gemm' in name else 'GB/s'}"
+    rates = {name: f"{rate / 1e9:.0f} {'GFLOP/s' if 'gemm' in name else 'GB/s'}"
             for name, rate in run.ceilings.items()}
     return {"device": device, "torch": torch.__version__, "threads": torch.get_num_threads(),
             "baselines": ", ".join(f"{name} {runlog.version(name) or 'missing'}"
@@ -244,7 +244,7 @@ def facts_of(run, config, argv):
             "commit": here["commit"] + (" and changes" if here["dirty"] else ""),
             "command": shlex.join(["python", "-m", "experiments.bench", *argv]),
             "size": f"{run.size}, {run.repeats} repeats" + (f", {run.model}" if run.cuda else ""),
-            "ceilings": ", ".join(f"{name} {rate}" for name, rate in kept.items())}
+            "ceilings": ", ".join(f"{name} {rate}" for name, rate in rates.items())}
 
 
 def write(out, outcomes, run, facts):
@@ -269,7 +269,7 @@ def measure_all(config, argv):
     torch.set_num_threads(config.threads or cli.cores())
     run, out, outcomes, start = config.run(), Path(config.out), [], time.time()
     run.ceilings = ceilings(run)
-    facts = facts_of(run, config, argv)
+    facts = facts_of(run, argv)
     for name, value in facts.items():
         print(f"{name}: {value}", flush=True)
     for name in config.names:
@@ -279,8 +279,8 @@ def measure_all(config, argv):
               f"  ({outcome.seconds:.0f} s)", flush=True)
         for line in outcome.lines:
             reached = {None: "", True: "reached", False: "NOT reached"}[line.reached]
-            said = [line.what, *cells(line), f"{line.wanted} {reached}".strip(), line.note]
-            print("     " + " | ".join(filter(None, said)), flush=True)
+            words = [line.what, *cells(line), f"{line.wanted} {reached}".strip(), line.remark]
+            print("     " + " | ".join(filter(None, words)), flush=True)
         write(out, outcomes, run, facts)
     print(f"\n{runlog.duration(time.time() - start)}; {out}/bench.md, {out}/bench.json")
     if failed := [f"target {o.name}: {o.failed}, {o.why}" for o in outcomes if o.failed]:

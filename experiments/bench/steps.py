@@ -110,10 +110,10 @@ def parts_alone(step):
             model.visual.encode_image(to_pixels(frames.to(step.device), model.visual.image_size))
 
     def qformer(m):
-        ids, keep = (x.to(step.device) for x in model.qformer_tokenizer([QUESTION]))
+        ids, mask = (x.to(step.device) for x in model.qformer_tokenizer([QUESTION]))
         with torch.inference_mode():
             n = len(m["images"])
-            model.visual.query(m["images"], ids.expand(n, -1), keep.expand(n, -1))
+            model.visual.query(m["images"], ids.expand(n, -1), mask.expand(n, -1))
 
     def whisper(m):
         with torch.inference_mode():
@@ -170,7 +170,7 @@ def av_step(run: Run):
         f"{step.name}, {count} clips of {seconds:g} s: step", times["whole"], alone,
         baseline_name="sum of its parts", wanted=run.wants(f"ratio <= {GAP}", f"ratio <= {GAP}"),
         roofline=run.roofline_ms(step.flops(some["encoded"]), step.dtype),
-        note=f"ms alone: {shares}; losses differ by {far:.0e}")
+        remark=f"ms alone: {shares}; losses differ by {far:.0e}")
     lines = [line]
     if run.full_cuda:
         most = count / line.roofline * 1e3
@@ -195,36 +195,37 @@ def ragged(run, step, count, seconds):
                 wanted=run.wants("", "ratio <= 2"))
 
 
-# ---------------------------------------------------------------- 6: kept features
+# ---------------------------------------------------------------- 6: cached features
 def cached(run: Run):
     """Target 6: a step on features read from the cache on disk, against one that encodes its clips.
     Both start from clips in memory: what decoding would add to the second is left out."""
     step = Step(run.device, run.pick(test="tiny", cuda=run.model))
     count, seconds = run.pick(test=(2, 2.0), quick=(2, 5.0), full=(16, 5.0), cuda=(16, 30.0))
     with tempfile.TemporaryDirectory() as folder:
-        store, made = FeatureCache(folder, step.model, log=lambda *_: None), []
+        cache, made = FeatureCache(folder, step.model, log=lambda *_: None), []
 
         def make():
             samples, records = step.samples(count, seconds), []
             for sample in samples:
                 record = Record(str(len(made)), "videoqa", QUESTION, ANSWER,
                                 video=f"{folder}/{len(made)}.mp4")
-                store.put(record, step.model.encode_sample(sample).features)
+                cache.put(record, step.model.encode_sample(sample).features)
                 made.append(record)
                 records.append(record)
             return samples, records
 
         def from_cache(records):
-            return [Sample(r.prompt, r.target, features=store.get(r)) for r in records]
+            return [Sample(r.prompt, r.target, features=cache.get(r)) for r in records]
 
         times = interleaved(run, "cached step", make, {
             "cached": lambda _, records: step(from_cache(records)),
             "fresh": lambda samples, _: step(samples)})
         samples, records = make()
-        rounded = [as_kept(step.model.encode_sample(sample)) for sample in samples]
-        kept, fresh = step(from_cache(records)), step(samples)
-        check_equal("loss from the cache, against its features from memory", kept, step(rounded))
-        far = check("loss from the cache", kept, fresh, 1e-2)
+        rounded = [in_half(step.model.encode_sample(sample)) for sample in samples]
+        from_disk, fresh = step(from_cache(records)), step(samples)
+        check_equal("loss from the cache, against its features from memory", from_disk,
+                    step(rounded))
+        far = check("loss from the cache", from_disk, fresh, 1e-2)
         encoded = from_cache(records)
         least = step.flops(encoded, encoded=True) / step.flops(encoded)
         limit = {"7b": f"ratio <= {1 / 4}", "13b": f"ratio <= {1 / 2.7:.3f}"}[run.model]
@@ -232,7 +233,7 @@ def cached(run: Run):
             f"{step.name}, {count} clips of {seconds:g} s: cached step", times["cached"],
             times["fresh"], baseline_name="uncached step", wanted=run.wants("ratio <= 0.30", limit),
             roofline=run.roofline_ms(step.flops(encoded, encoded=True), step.dtype),
-            note=f"loss equal bit for bit to fresh features in the cache's fp16; {far:.0e} from "
+            remark=f"loss equal bit for bit to fresh features in the cache's fp16; {far:.0e} from "
                  f"those in {str(step.dtype).removeprefix('torch.')}; ratio of the operations "
                  f"{least:.2f}")
         if run.size == "quick":
@@ -254,7 +255,7 @@ def from_files(run, step, count, seconds, cached_step):
                    times["cached"], times["fresh"], baseline_name="decodes and encodes")
 
 
-def as_kept(sample):
+def in_half(sample):
     """Its features in fp16, as a FeatureCache holds them."""
     features = sample.features
     return dataclasses.replace(sample, features=dataclasses.replace(
@@ -280,7 +281,7 @@ def gradients_outside(run, step, count):
     check_equal("trained parameters without a gradient", sorted(inside - found), [])
     return Line("gradients outside LoRA, causal Q-Former, projections", "tensors",
                 len(found - inside), wanted=run.wants("ours <= 0", "ours <= 0"),
-                note=f"{len(found)} tensors have one")
+                remark=f"{len(found)} tensors have one")
 
 
 def two_ranks(run, step, count):
@@ -296,7 +297,7 @@ def two_ranks(run, step, count):
     check("loss, two ranks", far, 0.0, 1e-4)
     return [Line("loss of 2 ranks / loss of 1, away from 1", "", far,
                  wanted=run.wants("ours <= 1e-6", "ours <= 1e-6"),
-                 note=f"loss {alone['loss']:.4f}, gloo, {count} clips")]
+                 remark=f"loss {alone['loss']:.4f}, gloo, {count} clips")]
 
 
 def in_processes(world, kind, name, count, seconds, steps):
@@ -344,9 +345,10 @@ def on_gpus(run):
     del step, samples
     torch.cuda.empty_cache()
     lines = [Line("13b, 32 clips of 30 s, no checkpointing: peak", "GiB", peak,
-                  wanted="ours <= 115", note="calculated: 102")]
+                  wanted="ours <= 115", remark="calculated: 102")]
     if torch.cuda.device_count() < 2:
         return [*lines, Line("GPUs here; 2 would be needed for the scaling", "GPUs", 1)]
     one = in_processes(1, "cuda", run.model, 16, 30.0, 7)[0]["seconds"]
     two = in_processes(2, "cuda", run.model, 32, 30.0, 7)[0]["seconds"]
-    return [*lines, Line("2 GPUs over 1, clips a second", "x", 2 * one / two, wanted="ours >= 1.9")]
+    return [*lines, Line("2 GPUs over 1, clips per second", "x", 2 * one / two,
+                         wanted="ours >= 1.9")]

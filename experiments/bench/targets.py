@@ -82,7 +82,7 @@ def block_causal_flops(batch, heads, frames, per_frame, d):
 
 
 def attention(run: Run):
-    """Target 1.  Shapes: frames, vectors a frame, batch, heads, limit of the time."""
+    """Target 1.  Shapes: frames, vectors per frame, batch, heads, limit of the time."""
     shapes = run.pick(
         test=((3, 4, 2, 2, ""), (5, 4, 2, 2, "")),
         quick=((10, 32, 4, 12, "ratio <= 0.70"), (20, 64, 1, 6, "ratio <= 0.42"),
@@ -107,7 +107,7 @@ def attention(run: Run):
             roofline=run.roofline_ms(work, dtype), wanted=run.wants(limit, limit))
         far = max(check(f"attention {what}", *pair, *TOLERANCE[dtype])
                   for pair in zip(ours(*inputs), baseline(*inputs), strict=True))
-        line.note = path_and_difference(run, ours, inputs, far)
+        line.remark = path_and_difference(run, ours, inputs, far)
         lines.append(line)
         peaks.append(peak_line(run, f"{what}: peak memory", inputs, ours, baseline,
                                baseline_name="explicit mask",
@@ -125,7 +125,7 @@ def no_square(run, shapes, peaks):
                 zip(peaks, shapes, strict=True)]
     return Line("memory a vector, longest clip / shortest", "x", a_vector[-1] / a_vector[0],
                 wanted=run.wants("", "ours <= 2"),
-                note="6 if a matrix of S x S were kept for each head")
+                remark="6 if a matrix of S x S were kept for each head")
 
 
 def flash_only(run, ours, inputs):
@@ -155,13 +155,13 @@ def vision(run: Run):
         wanted=run.wants("ratio <= 1.02", f"ratio <= {1 / 1.05:.3f}"))
     inputs = make(1)
     far = check("ViT", ours(*inputs), baseline(*inputs).last_hidden_state, *TOLERANCE[dtype])
-    line.note = path_and_difference(run, ours, inputs, far)
+    line.remark = path_and_difference(run, ours, inputs, far)
     more = vision_on_gpu(run, line, ours, baseline, make, frames) if run.full_cuda else ()
     return [line, *more]
 
 
 def vision_on_gpu(run, line, ours, baseline, make, frames):
-    """Frames a second, compiled, and what batching gives."""
+    """Frames per second, compiled, and what batching gives."""
     most = frames / line.roofline * 1e3
     rate = Line(f"{frames} frames at a time", "frames/s", frames / line.ours * 1e3, roofline=most,
                 wanted="ours >= 900")
@@ -202,11 +202,11 @@ def hearing(run: Run):
         far = check(f"Whisper {dtype_name(dtype)}", ours(*inputs),
                     baseline(*inputs).last_hidden_state,
                     *TOLERANCE[dtype])
-        lines[-1].note = path_and_difference(run, ours, inputs, far)
+        lines[-1].remark = path_and_difference(run, ours, inputs, far)
     if run.full_cuda:
         rate, most = (chunks / ms * 1e3 for ms in (lines[-1].ours, lines[-1].roofline))
         lines += [Line("encoder", "chunks/s", rate, roofline=most, wanted="ours >= 174",
-                       note=f"{30 * rate:.0f} times real time"),
+                       remark=f"{30 * rate:.0f} times real time"),
                   Line("encoder, share of the GEMM rate", "chunks/s", rate, roofline=most,
                        wanted="close >= 0.5")]
     return [*lines, log_mel(run)]
@@ -230,7 +230,7 @@ def log_mel(run):
                    baseline_name="WhisperFeatureExtractor", wanted=run.wants("ratio <= 1.0"))
     inputs = make()
     far = check("log-mel", ours(*inputs).cpu(), baseline(*inputs).cpu(), 1e-4)
-    line.note = f"difference {far:.0e}, allowed 1e-4"
+    line.remark = f"difference {far:.0e}, allowed 1e-4"
     return line
 
 
@@ -301,7 +301,7 @@ def language(run: Run):
             roofline=run.roofline_ms(work, dtype),
             wanted=run.wants("ratio <= 0.65" if limit else "ratio <= 0.60",
                              f"ratio <= {1 / 1.3:.3f}")))
-        lines[-1].note = same_step(f"LLM step {what}", ours(*inputs), baseline(*inputs), dtype)
+        lines[-1].remark = same_step(f"LLM step {what}", ours(*inputs), baseline(*inputs), dtype)
         lines.append(peak_line(run, f"{what}: peak memory", inputs, ours, baseline,
                                baseline_name="transformers + peft",
                                wanted=run.wants("ratio <= 0.45")))
@@ -374,7 +374,7 @@ def decoding(run: Run):
         if run.cuda or run.size == "full" and shutil.which("g++"):       # a minute to compile
             sides["fixed"] = in_fixed_steps(llm, ours)
         seconds = interleaved(run, "decoding", make, sides)
-        note = same_tokens(sides, make, dtype)
+        remark = same_tokens(sides, make, dtype)
     weights = flops.weights(llm.model.layers, llm.lm_head) - flops.weights(
         llm.model.layers, named=".lora_")
     roofline = run.roofline_ms(n_bytes=llm.lm_head.weight.element_size() * weights,
@@ -383,7 +383,7 @@ def decoding(run: Run):
     lines = [line_of(f"{config.layers} layers, {names[side]}: a token", seconds[side],
                      seconds["baseline"], 1e3 / new, baseline_name="transformers generate",
                      roofline=roofline,
-                     note=note)
+                     remark=remark)
              for side in sides if side != "baseline"]
     lines[-1].wanted = run.wants(f"ratio <= {1 / 1.1:.3f}", f"ratio <= {1 / 3:.3f}")
     return lines + (decoding_rates(run, lines[-1]) if run.full_cuda else [])
@@ -391,7 +391,7 @@ def decoding(run: Run):
 
 def same_tokens(sides, make, dtype):
     """In fp32 all tokens must be equal; in bf16 two likely ones may change places: then the share
-    that is equal is told, and the first token must be.  -> in words."""
+    that is equal is reported, and the first token must be.  -> in words."""
     (ids,) = make()
     tokens = {name: side(ids) for name, side in sides.items()}
     for name, mine in tokens.items():

@@ -1,4 +1,4 @@
-"""captions.py: pycocoevalcap's numbers in our intervals, hand-made ones, and a fake Java."""
+"""aveb/captions.py: pycocoevalcap's numbers in our intervals, hand-made ones, and a fake Java."""
 
 import importlib.util
 import math
@@ -27,7 +27,7 @@ def rows_of(answers, references):
 
 
 def caption_set(seed):
-    """1-7 items of 1-5 references; long, short, empty, repeated and odd captions."""
+    """1-7 records of 1-5 references; long, short, empty, repeated and odd captions."""
     dice = random.Random(seed)
 
     def caption(least=0):
@@ -102,7 +102,7 @@ def test_bleu_by_hand():
 
 
 def test_cider_by_hand():
-    # "a" is in both items: no weight. "b" and "c" weigh log 2; bigrams likewise.
+    # "a" is in both records: no weight. "b" and "c" weigh log 2; bigrams likewise.
     refs = (("a b",), ("a c",))
     one, none = captions.cider_d(("a b", "b"), refs)
     assert one == pytest.approx(10 * (1 + 1) / 4) and none == 0     # orders 1 and 2 of 4
@@ -111,7 +111,7 @@ def test_cider_by_hand():
     bigram = 1 / math.sqrt(1)                # ("b","b") is in no reference: weighs log 2 too
     cosine = (1 / 2, bigram / math.sqrt(2))
     assert longer == pytest.approx(10 * sum(cosine) / 4 * math.exp(-1 / 72))
-    assert captions.cider_d(("a b",), (("a b",),)).tolist() == [0]      # one item: log 1
+    assert captions.cider_d(("a b",), (("a b",),)).tolist() == [0]      # one record: log 1
 
 
 @needs_java

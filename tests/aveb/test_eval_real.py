@@ -1,5 +1,5 @@
 """eval.py on the real benchmark's records: each task's own metrics, the paper's column, missing
-clips, verdicts; and from an official folder to the table (`aveb.py prepare`, then eval.py)."""
+clips, verdicts; and from an official folder to the table: `python -m aveb prepare`, eval.py."""
 
 import json
 import time

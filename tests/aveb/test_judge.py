@@ -1,5 +1,5 @@
-"""judge.py against a made-up server on 127.0.0.1 that answers, stalls, fails, talks nonsense and
-wants to be left alone."""
+"""aveb/judge.py against a made-up server on 127.0.0.1 that answers, stalls, fails, talks nonsense
+and wants to be left alone."""
 
 import json
 import os

@@ -138,8 +138,8 @@ def test_wer_says_which_normaliser():
     score = metrics.METRICS["wer"]([row('Here is the transcription: "It is two."', "It's 2"),
                                     row(None, "x")])
     assert (score.value, score.n, score.missing) == (0, 1, 1)
-    assert score.in_full() == ("0.0 % ↓ [0.0, 0.0], n 1, missing 1; norm=ours, "
-                               "1 answers without their chat prefix or quotes")
+    assert (str(score), score.unit, score.arrow) == ("0.0 [0.0, 0.0]", "%", "↓")
+    assert score.note == "norm=ours, 1 answers without their chat prefix or quotes"
 
 
 @pytest.mark.parametrize("answer, left", [
@@ -226,7 +226,8 @@ def test_small_metrics():
     assert value("exact", row("Red ball.", "x", "red ball"), row("red", "red ball")) == 50
     assert value("acc_vqa", row("the red ball", "red ball"), row("red", "red ball")) == 50
     length = metrics.METRICS["answer_length"]([row("one two", "x"), row("", "x"), row(None, "x")])
-    assert length.in_full().startswith("1.0 words [0.0, 2.0], n 2, missing 1")
+    assert (str(length), length.unit, length.arrow) == ("1.0 [0.0, 2.0]", "words", "")
+    assert (length.n, length.missing, length.note) == (2, 1, "")
 
 
 def test_score():
@@ -246,14 +247,14 @@ def test_score():
         assert str(function([])) == "n/a (no answers)", name
 
 
-def test_every_item_has_its_score():
-    def items(name, *rows):
+def test_every_record_has_its_score():
+    def scores_of(name, *rows):
         return list(metrics.METRICS[name]([{**r, "id": k} for k, r in enumerate(rows)])
-                    .items.values())
-    assert items("exact", row("a", "a"), row("b", "a")) == [100, 0]
-    assert items("wer_basic", row("a x", "a b"), row("a", ""), row("", "a")) == [50, None, 100]
-    assert items("textvqa_soft", row("a", "a", "b", "b", "b")) == [pytest.approx(33.3333)]
-    assert metrics.METRICS["exact"]([row(None, "a"), {**row("a", "a"), "id": "2"}]).items == {
+                    .per_record.values())
+    assert scores_of("exact", row("a", "a"), row("b", "a")) == [100, 0]
+    assert scores_of("wer_basic", row("a x", "a b"), row("a", ""), row("", "a")) == [50, None, 100]
+    assert scores_of("textvqa_soft", row("a", "a", "b", "b", "b")) == [pytest.approx(33.3333)]
+    assert metrics.METRICS["exact"]([row(None, "a"), {**row("a", "a"), "id": "2"}]).per_record == {
         "2": 100}
 
 

@@ -438,7 +438,7 @@ def test_other_layouts(tmp_path, clips):
     assert flickr.refs == ("A.", "B.")
     token = {"results_20130124.token": "1.jpg#0\tA cat .\n1.jpg#1\tA dog .\n", "1.jpg": HERE}
     assert first("flickr30k", "all", token).refs == ("A cat .", "A dog .")
-    with pytest.raises(ValueError, match="does not say which images are test"):
+    with pytest.raises(ValueError, match="does not name the images of test"):
         first("flickr30k", "test", token)
     valor = first("valor", "train", {"train_id.json": ["x_1.000_2.000"], "x.mp4": HERE,
                                      "txt_mapper_en.json": {"x_1.000_2.000": ["A cat."]}})

@@ -80,9 +80,9 @@ def test_as_transformers(model, folder, frames):
     clip = image() if frames == 1 else video(5)
     question = "What colour is the ball?"
     rows, _ = model.llm_inputs([Sample(question, clip=clip)])
-    ids, keep = model.qformer_tokenizer([question])
+    ids, mask = model.qformer_tokenizer([question])
     projected = torch.cat([oracle.language_projection(oracle.qformer(
-        input_ids=ids, attention_mask=torch.cat([torch.ones(1, 5), keep.long()], 1),
+        input_ids=ids, attention_mask=torch.cat([torch.ones(1, 5), mask.long()], 1),
         query_embeds=oracle.query_tokens, encoder_hidden_states=oracle.vision_model(
             favor.to_pixels(clip.frames[i:i + 1], 28)).last_hidden_state)[0][:, :5])
         for i in range(frames)], dim=1)                                        # (1,5*F,D)

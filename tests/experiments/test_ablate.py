@@ -1,5 +1,6 @@
-"""ablate.py, page.py and figures.py: plan, scheduler, statistics by hand, tables, the page, figures
-of made-up results, and the attention of a hook against the one that the layer used."""
+"""ablate.py, tables.py, page.py and figures.py of experiments/: the plan, the scheduler, statistics
+by hand, tables, the page, figures of made-up results, and the attention of a hook against the one
+that the layer used."""
 
 import dataclasses
 import json
@@ -136,14 +137,14 @@ def test_every_stage_starts_where_the_one_before_ended(tmp_path):
         (first, 4), (first / "to-8", 4), (first / "to-16", 8)]
     assert [job.name for job in jobs] == [f"no-sync-seed1 to {n} steps" for n in (4, 8, 16)]
     assert [job.after for job in jobs] == ["", jobs[0].name, jobs[1].name]
-    trained = [ablate.train_config(config, "no-sync", 1, round) for round in (1, 2, 3)]
+    trained = [ablate.train_config(config, "no-sync", 1, stage) for stage in (1, 2, 3)]
     assert [t.start_from for t in trained] == ["", f"{first}/last", f"{first}/to-8/last"]
     assert [t.steps for t in trained] == [4, 4, 8] and not any(t.sync for t in trained)
     assert [t.seed for t in trained] == [1, 5, 9]
-    for round, job in enumerate(jobs, 1):            # the program is told what it is to score
+    for stage, job in enumerate(jobs, 1):            # the command names what it is to score
         again = ablate.resolve_config(*cli.parse(AblateConfig, "", list(job.commands[1][3:])))
-        assert again.score == ("no-sync", "1", str(round))
-        assert ablate.job_of(again, "no-sync", 1, round) == job
+        assert again.score == ("no-sync", "1", str(stage))
+        assert ablate.job_of(again, "no-sync", 1, stage) == job
     # more stages, later: those that are finished count
     assert ablate.plan(dataclasses.replace(config, stages=1)) == ablate.plan(config)[:2]
 
@@ -162,7 +163,7 @@ FINISH = "import json; json.dump({'settings': {}}, open('scores.json', 'w'))"
 
 
 def fake(folder, name, *bodies, finish=True, after=""):
-    """A job of Python programs that run in its folder; the last one says that it is finished."""
+    """A job of Python programs that run in its folder; the last one marks it as finished."""
     own = folder / name
     start = f"import os, sys, time; os.chdir({str(own)!r})\n"
     bodies = [*bodies, FINISH] if finish else bodies
@@ -175,16 +176,17 @@ def noting(text):
 
 
 def test_jobs_run_in_order(tmp_path):
-    jobs, said, finished = [fake(tmp_path, n, noting(n)) for n in "bca"], [], []
-    assert ablate.run_jobs(jobs, 1, said.append, lambda job: finished.append(job.name), 0.02) == []
+    jobs, logged, finished = [fake(tmp_path, n, noting(n)) for n in "bca"], [], []
+    assert ablate.run_jobs(
+        jobs, 1, logged.append, lambda job: finished.append(job.name), 0.02) == []
     assert (tmp_path / "order").read_text().split() == finished == [*"bca"]
-    assert said[0] == "3 runs, 0 of them finished before; 1 at a time"
-    assert said[1].startswith("[1/3] b: ") and said[3].startswith("[3/3] a: ")
-    assert said[3].endswith("; ETA 0 s") and len(said) == 5
+    assert logged[0] == "3 runs, 0 of them finished before; 1 at a time"
+    assert logged[1].startswith("[1/3] b: ") and logged[3].startswith("[3/3] a: ")
+    assert logged[3].endswith("; ETA 0 s") and len(logged) == 5
 
 
 def test_two_at_a_time_never_three(tmp_path):
-    """The first two wait for each other; all of them note when they begin and end."""
+    """The first two wait for each other; all of them record when they begin and end."""
     meet = ("open('here', 'w')\nuntil = time.time() + 60\n"
             "while not os.path.exists('../{}/here') and time.time() < until:\n"
             "    time.sleep(0.01)\n")
@@ -198,14 +200,14 @@ def test_two_at_a_time_never_three(tmp_path):
 
 
 def test_what_runs_is_told_now_and_then(tmp_path):
-    said = []
+    logged = []
     job = fake(tmp_path, "a", "print('step 5/10', flush=True); time.sleep(0.5)")
-    ablate.run_jobs([job], 1, said.append, poll=0.05, log_every=0.0)
-    assert any(line.startswith("  a, ") and line.endswith(": step 5/10") for line in said)
+    ablate.run_jobs([job], 1, logged.append, poll=0.05, log_every=0.0)
+    assert any(line.startswith("  a, ") and line.endswith(": step 5/10") for line in logged)
 
 
 def test_the_time_left():
-    """6 s a step so far: 10 steps, a round of 20, and 30 s that are left of 10."""
+    """6 s per step so far: 10 steps, a stage of 20, and 30 s that are left of 10."""
     waiting = [SimpleNamespace(steps=10), SimpleNamespace(steps=20)]
     running = SimpleNamespace(started=time.time() - 30, job=SimpleNamespace(steps=10))
     took = [(50, 10), (70, 10)]
@@ -214,27 +216,27 @@ def test_the_time_left():
 
 
 def test_the_pace_is_that_of_whole_runs(tmp_path):
-    """One that goes on where it was stopped, or fails, says nothing of how long a run takes."""
-    jobs, said = [fake(tmp_path, "begun"), fake(tmp_path, "broken", "1 / 0"),
+    """One that goes on where it was stopped, or fails, is no measure of how long a run takes."""
+    jobs, logged = [fake(tmp_path, "begun"), fake(tmp_path, "broken", "1 / 0"),
                   fake(tmp_path, "whole", "time.sleep(1)"), fake(tmp_path, "last")], []
     jobs[0].folder.mkdir()
-    assert ablate.run_jobs(jobs, 1, said.append, poll=0.02) == ["broken"]
-    ends = [line.rsplit("; ", 1)[1] for line in said if line.startswith("[")]
+    assert ablate.run_jobs(jobs, 1, logged.append, poll=0.02) == ["broken"]
+    ends = [line.rsplit("; ", 1)[1] for line in logged if line.startswith("[")]
     assert ends[:2] == ["ETA after the first complete run"] * 2
     assert ends[2] not in (ends[1], "ETA 0 s") and ends[3] == "ETA 0 s"
 
 
 def test_a_job_waits_for_the_one_it_comes_after(tmp_path):
-    """Also where there is room for it; where that one fails it is left out, and said to be."""
+    """Also where there is room for it; where that one fails it is left out, and reported."""
     jobs = [fake(tmp_path, "a", "time.sleep(0.5)\n" + noting("a")),
             fake(tmp_path, "b", noting("b"), after="a"),
             fake(tmp_path, "bad", "sys.exit(3)"), fake(tmp_path, "c", noting("c"), after="bad"),
             fake(tmp_path, "d", noting("d"), after="c")]
-    said = []
-    assert ablate.run_jobs(jobs, 4, said.append, poll=0.02) == ["bad", "c", "d"]
+    logged = []
+    assert ablate.run_jobs(jobs, 4, logged.append, poll=0.02) == ["bad", "c", "d"]
     assert (tmp_path / "order").read_text().split() == ["a", "b"]
-    assert "c is left out, as bad failed" in said and "d is left out, as c failed" in said
-    assert said[-1].endswith("FAILED: bad, c, d; the same command tries again")
+    assert "c is left out, as bad failed" in logged and "d is left out, as c failed" in logged
+    assert logged[-1].endswith("FAILED: bad, c, d; the same command tries again")
     mended = [*jobs[:2], fake(tmp_path, "bad", noting("bad")), *jobs[3:]]
     assert ablate.run_jobs(mended, 4, quiet, poll=0.02) == []
     assert (tmp_path / "order").read_text().split() == ["a", "b", "bad", "c", "d"]
@@ -244,13 +246,13 @@ def test_a_job_that_fails_is_told_and_the_others_go_on(tmp_path):
     jobs = [fake(tmp_path, "good", "print('fine')"),
             fake(tmp_path, "bad", "print('one'); print('two'); sys.exit(3)", noting("not reached")),
             fake(tmp_path, "late", "time.sleep(0.1)")]
-    said = []
-    assert ablate.run_jobs(jobs, 1, said.append, poll=0.02) == ["bad"]
-    told = next(line for line in said if "FAILED (exit status 3)" in line)
-    assert told.startswith("bad FAILED") and told.endswith("one\ntwo")
+    logged = []
+    assert ablate.run_jobs(jobs, 1, logged.append, poll=0.02) == ["bad"]
+    failure = next(line for line in logged if "FAILED (exit status 3)" in line)
+    assert failure.startswith("bad FAILED") and failure.endswith("one\ntwo")
     assert [job.finished() for job in jobs] == [True, False, True]
     assert not (tmp_path / "order").exists()                # its next command was not started
-    assert "FAILED: bad" in said[-1]
+    assert "FAILED: bad" in logged[-1]
     again = []                                              # the same command tries it again, alone
     assert ablate.run_jobs(jobs, 1, again.append, poll=0.02) == ["bad"]
     assert again[0].startswith("3 runs, 2 of them finished before")
@@ -265,11 +267,11 @@ def test_what_was_stopped_goes_on(tmp_path):
 
     def interrupt(_):
         raise KeyboardInterrupt
-    started, said = time.time(), []
+    started, logged = time.time(), []
     with pytest.raises(KeyboardInterrupt):
-        ablate.run_jobs(jobs, 2, said.append, interrupt, poll=0.02)
+        ablate.run_jobs(jobs, 2, logged.append, interrupt, poll=0.02)
     assert time.time() - started < 30
-    assert said[-1] == "stopping b; the same command continues"
+    assert logged[-1] == "stopping b; the same command continues"
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "b" / "pid").read_text()), 0)
     assert [job.finished() for job in jobs] == [True, False]
@@ -308,7 +310,7 @@ def test_the_program_ends_with_1_and_what_there_is(tmp_path, monkeypatch, capsys
     jobs = [fake(tmp_path, "complete-seed0", write, finish=False),
             fake(tmp_path, "future-seed0", "sys.exit(7)")]
     monkeypatch.setattr(ablate, "plan", lambda config: jobs)
-    monkeypatch.setattr(ablate, "prepare", lambda config, say: say("prepared"))
+    monkeypatch.setattr(ablate, "prepare", lambda config, log: log("prepared"))
     monkeypatch.setattr(ablate.signal, "signal", quiet)          # pytest's own stay
 
     monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
@@ -626,16 +628,16 @@ def test_the_hook_shows_what_the_layer_used():
     with torch.no_grad():
         for p in qformer.parameters():
             p.normal_(std=0.5)
-        windows, keep = torch.randn(3, 2 * 4, 16), torch.ones(3, 8, dtype=torch.bool)
-        keep[1, 5:], keep[2] = False, False
+        windows, mask = torch.randn(3, 2 * 4, 16), torch.ones(3, 8, dtype=torch.bool)
+        mask[1, 5:], mask[2] = False, False
         used = []
         hooks = [layer.cross_attention.register_forward_hook(
             lambda m, inputs, out: used.append((m, inputs, out))) for layer in qformer.layers]
         with figures.cross_attention(qformer) as looks:
-            out = qformer(windows, keep, per_frame=4)
+            out = qformer(windows, mask, per_frame=4)
         for hook in hooks:
             hook.remove()
-        assert torch.equal(out, qformer(windows, keep, per_frame=4))    # and changes nothing
+        assert torch.equal(out, qformer(windows, mask, per_frame=4))    # and changes nothing
         assert [len(look) for look in looks] == [1, 1]                  # nor stays behind
         for (layer, (x, context, _), result), look in zip(used, looks, strict=True):
             weights = look[0]
@@ -669,17 +671,17 @@ def test_the_program_from_clips_to_figures(small_parts, small_miniature, tmp_pat
                "--steps", "2", "--limit", "1", "--jobs", "2", "--data", small_miniature,
                "--out", tmp_path, f"--flags={flags} --batch 4 --micro-batch 4"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    said, second = [], tmp_path / "complete-seed0" / "to-4" / "output.txt"
+    logged, second = [], tmp_path / "complete-seed0" / "to-4" / "output.txt"
     for line in first.stdout:
-        said.append(line)
+        logged.append(line)
         if line.startswith("[1/2] complete-seed0 to 2 steps: "):
             until = time.time() + 60                 # more than its command: train.py is under way
             while time.time() < until and not (
                     second.exists() and len(second.read_text().splitlines()) > 1):
                 time.sleep(0.02)
             first.send_signal(signal.SIGTERM)
-    assert first.wait() == 128 + signal.SIGTERM, "".join(said)
-    assert "stopping complete-seed0 to 4 steps; the same command continues" in said[-1]
+    assert first.wait() == 128 + signal.SIGTERM, "".join(logged)
+    assert "stopping complete-seed0 to 4 steps; the same command continues" in logged[-1]
     assert Results.read(tmp_path).scored == [1, 2]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

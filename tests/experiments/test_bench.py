@@ -1,5 +1,6 @@
-"""bench.py: its statistics and tables; every target runs at a tiny size on the CPU and notices when
-the two sides do not do the same.  Nothing here is a timing: those need a quiet machine."""
+"""experiments/bench/: its statistics and tables; every target runs at a tiny size on the CPU and
+notices when the two sides do not do the same.  Nothing here is a timing: those need a quiet
+machine."""
 
 import json
 import math
@@ -64,7 +65,7 @@ def test_both_sides_take_turns_on_the_same_fresh_inputs(run):
         "ours": lambda x: calls.append(("ours", x)),
         "baseline": lambda x: calls.append(("baseline", x))}, 3)
     assert {side: len(seconds) for side, seconds in times.items()} == {"ours": 3, "baseline": 3}
-    assert list(run.first["x"]) == ["ours", "baseline"], "the first calls are told apart"
+    assert list(run.first["x"]) == ["ours", "baseline"], "the first calls are recorded apart"
     order = [side for side, _ in calls]
     assert order == ["ours", "baseline", "baseline", "ours", "ours", "baseline", "baseline", "ours"]
     assert [x for _, x in calls] == [x for x in made for _ in range(2)] and len(made) == 4
@@ -211,7 +212,7 @@ def test_without_baselines(run, monkeypatch, name, library):
     assert outcome.reached == "cannot run" and library in outcome.why and not outcome.failed
 
 
-# ---- what is told -------------------------------------------------------------------------------
+# ---- what is reported ---------------------------------------------------------------------------
 
 def targets(**measures):
     return {name: bench.Target(f"target {name}", "cpu", "h200", f) for name, f in measures.items()}
@@ -225,7 +226,7 @@ def differ(_):
     raise Wrong("attention: differs")
 
 
-GOOD = Line("fast | thing", "ms", 5.0, 10.0, "other", (0.4, 0.6), 2.5, "ratio <= 0.7", 7, "note")
+GOOD = Line("fast | thing", "ms", 5.0, 10.0, "other", (0.4, 0.6), 2.5, "ratio <= 0.7", 7, "remark")
 BAD = Line("slow thing", "ms", 9.0, 10.0, "other", wanted="ratio <= 0.3")
 
 
@@ -242,12 +243,12 @@ def test_one_line_a_target_and_every_measurement(monkeypatch, tmp_path, capsys, 
     assert "| c | target c | cpu | cannot run | no such machine |" in text
     assert "| d | target d | cpu | no limit here | m | 1234 MiB |" in text
     assert "command: python -m experiments.bench --only a b" in text and torch.__version__ in text
-    told = json.loads((tmp_path / "new" / "bench.json").read_text())
-    assert [target["reached"] for target in told["targets"]] == ["yes", "no (1 of 2)", "cannot run",
-                                                           "no limit here"]
-    assert told["targets"][0]["lines"][0]["ratio"] == 0.5 and told["ceilings"] == RATES
-    said = capsys.readouterr().out
-    assert "NOT reached" in said and "no such machine" in said and "threads: 1" in said
+    saved = json.loads((tmp_path / "new" / "bench.json").read_text())
+    assert [target["reached"] for target in saved["targets"]] == [
+        "yes", "no (1 of 2)", "cannot run", "no limit here"]
+    assert saved["targets"][0]["lines"][0]["ratio"] == 0.5 and saved["ceilings"] == RATES
+    printed = capsys.readouterr().out
+    assert "NOT reached" in printed and "no such machine" in printed and "threads: 1" in printed
 
 
 def test_a_wrong_target_ends_with_1_after_the_others(monkeypatch, tmp_path):
@@ -258,9 +259,9 @@ def test_a_wrong_target_ends_with_1_after_the_others(monkeypatch, tmp_path):
     failed = "target a: WRONG, the sides differ.*\ntarget b: error, Run"
     with pytest.raises(SystemExit, match=failed):
         bench.measure_all(bench.BenchConfig(out=str(tmp_path), only=("a", "b", "c"), threads=1), [])
-    told = json.loads((tmp_path / "bench.json").read_text())["targets"]
-    assert [target["reached"] for target in told] == ["WRONG", "error", "yes"]
-    assert "the sides differ: attention" in told[0]["why"] and "out of memory" in told[1]["why"]
+    saved = json.loads((tmp_path / "bench.json").read_text())["targets"]
+    assert [target["reached"] for target in saved] == ["WRONG", "error", "yes"]
+    assert "the sides differ: attention" in saved[0]["why"] and "out of memory" in saved[1]["why"]
 
 
 def test_the_furthest_line_speaks_for_a_target():

@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "walkthrough.md"
 
 @pytest.fixture(scope="module")
 def drawing():
-    """docs/draw_walkthrough.py, which runs the page to draw what it computes."""
+    """experiments/draw_walkthrough.py, which runs the page to draw what it computes."""
     return runpy.run_path(str(ROOT / "experiments" / "draw_walkthrough.py"))
 
 

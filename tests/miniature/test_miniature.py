@@ -451,7 +451,7 @@ def test_importing_the_miniature_loads_no_torch():
 
 def test_every_word_of_an_answer_is_one_piece():
     if not (world.HERE / "weights" / "llama" / "tokenizer.model").exists():
-        pytest.skip("tiny/llama is not there yet")
+        pytest.skip("miniature/weights/llama is not there yet")
     from llama import Tokenizer
     tokenizer = Tokenizer.from_pretrained(world.HERE / "weights" / "llama")
     words = set()

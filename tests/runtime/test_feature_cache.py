@@ -54,7 +54,7 @@ def copied(records, folder):
 
 @pytest.fixture
 def records(small_miniature, tmp_path):
-    """Two records a task, copied into a folder of their own, and a text."""
+    """Two records per task, copied into a folder of their own, and a text."""
     picked = {}
     for r in data.read_manifest(small_miniature / "train.jsonl"):
         picked.setdefault(r.task, []).append(r)
@@ -106,7 +106,7 @@ def opened_as(monkeypatch, kind, suffix=""):
 # ---- what is kept -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("on_disk", [True, False])
-def test_kept_features_are_fresh_ones(small_model, records, tmp_path, on_disk, encoded):
+def test_cached_features_are_fresh_ones(small_model, records, tmp_path, on_disk, encoded):
     cache = cache_features(small_model, records, tmp_path / "kept" if on_disk else None, log=quiet)
     assert len(encoded) == len(clips_of(records)) < len(records)          # once a clip
     kinds = set()

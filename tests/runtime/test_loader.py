@@ -28,9 +28,9 @@ def model(small_parts):
 def few(small_miniature, tmp_path):
     """Manifest with three records of each of a few tasks."""
     records = data.read_manifest(small_miniature / "train.jsonl")
-    kept = [dataclasses.replace(r, meta={}) for task in ("asr", "ic", "videoqa", "avsr")
-            for r in [r for r in records if r.task == task][:3]]      # without weights
-    data.write_manifest(tmp_path / "few.jsonl", kept)
+    chosen = [dataclasses.replace(r, meta={}) for task in ("asr", "ic", "videoqa", "avsr")
+              for r in [r for r in records if r.task == task][:3]]    # without weights
+    data.write_manifest(tmp_path / "few.jsonl", chosen)
     return tmp_path / "few.jsonl"
 
 
@@ -67,28 +67,28 @@ def test_workers_change_nothing(few, model):
             assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
 
 
-def test_kept_features_are_taken(few, model):
+def test_cached_features_are_taken(few, model):
     cache = cache_features(model, data.read_manifest(few), log=quiet)
     for d in steps_of(few, model, cache=cache, batch=12)[0]:
         assert d.sample.clip is None and d.sample.features is not None
 
 
 def test_a_broken_clip_leaves_its_place_empty(few, model, tmp_path):
-    """No other sample moves; the reason stands in its place, with and without kept features."""
+    """No other sample moves; the reason stands in its place, with and without cached features."""
     records = data.read_manifest(few)
     good = [told([d])[0] for d in steps_of(few, model, batch=12)[0]]
     bad = [dataclasses.replace(r, video=str(tmp_path / "none.mp4")) if k == 6 else r
            for k, r in enumerate(records)]
     data.write_manifest(few, bad)
     cache = cache_features(model, bad, log=quiet)
-    for kept in (None, cache):
-        drawn = steps_of(few, model, batch=12, cache=kept)[0]
+    for given in (None, cache):
+        drawn = steps_of(few, model, batch=12, cache=given)[0]
         lost = [d for d in drawn if d.sample is None]
         assert [d.id for d in lost] == [bad[6].id] and "no such file" in lost[0].reason
         assert [t for t in good if t[1] != bad[6].id] == told(d for d in drawn if d.sample)
 
 
-def test_what_was_cut_is_told(few, model, tmp_path):
+def test_what_was_cut_is_reported(few, model, tmp_path):
     steps = steps_of(few, model, batch=12)
     whole = steps[0]
     assert not any(d.cut for d in whole)
@@ -98,17 +98,22 @@ def test_what_was_cut_is_told(few, model, tmp_path):
     longer = {d.id for d in whole if d.sample.clip.seconds > 2.5}
     assert longer and {d.id for d in short if d.cut} == longer
     assert all(d.sample.clip.seconds <= 2.5 for d in short)
-    with pytest.warns(UserWarning, match="the first 2 of"):           # kept features know it, too
-        steps.cache = cache_features(model, data.read_manifest(few), tmp_path / "kept", log=quiet,
+    with pytest.warns(UserWarning, match="the first 2 of"):           # cached features know it, too
+        steps.cache = cache_features(model, data.read_manifest(few), tmp_path / "cached", log=quiet,
                                     clip_options={"max_seconds": 2.0})
-    again = FeatureCache(tmp_path / "kept", model, {"max_seconds": 2.0})
+    again = FeatureCache(tmp_path / "cached", model, {"max_seconds": 2.0})
     for cache in (steps.cache, again):
         steps.cache = cache
         assert {d.id: d.cut for d in steps[0]} == {d.id: d.cut for d in short}
 
 
 def test_micro_batches():
-    length, frames = lambda n: n, lambda n: n * 10                               # noqa: E731
+    def length(n):
+        return n
+
+    def frames(n):
+        return 10 * n
+
     sizes = [3, 9, 1, 7, 7, 2, 30]
     assert loader.micro_batches(sizes, length, frames) == [[30, 9, 7, 7, 3, 2, 1]]
     assert loader.micro_batches(sizes, length, frames, most=3) == [[30, 9, 7], [7, 3, 2], [1]]
@@ -120,26 +125,26 @@ def test_micro_batches():
 
 
 def test_pairs_of_real_clips(few, model):
-    """Without and with kept features: the same questions; a question that the kept vectors were not
-    made for is read with its clip."""
+    """Without and with cached features: the same questions; a question that the cached vectors were
+    not made for is read with its clip."""
     shares = {"pair_share": 0.8, "match_share": 0.8}
     fresh = steps_of(few, model, batch=36, **shares)[0]
     cache = cache_features(model, data.read_manifest(few), log=quiet)
-    kept = steps_of(few, model, batch=36, cache=cache, **shares)[0]
-    assert told(fresh) == told(kept)
+    cached = steps_of(few, model, batch=36, cache=cache, **shares)[0]
+    assert told(fresh) == told(cached)
     records = {r.id: r for r in data.read_manifest(few)}
-    changed = [d for d in kept if d.sample.prompt != records[d.id].prompt]
-    paired = [d for d in kept if d.task in ("ic", "videoqa") and d.sample.prompt ==
+    changed = [d for d in cached if d.sample.prompt != records[d.id].prompt]
+    paired = [d for d in cached if d.task in ("ic", "videoqa") and d.sample.prompt ==
               records[d.id].prompt and d.sample.features.audio is not None]
     assert len(changed) > 5 and paired
-    for ours, theirs in zip(kept, fresh, strict=True):
+    for ours, theirs in zip(cached, fresh, strict=True):
         assert (ours.sample.clip is None) == (ours.sample.prompt == records[ours.id].prompt)
         a, b = (model.encode_sample(d.sample).features for d in (ours, theirs))
         for name in ("visual", "audio"):
             x, y = getattr(a, name), getattr(b, name)
             assert (x is None) == (y is None)
             assert x is None or (x.float() - y.float()).abs().max() < 5e-3          # fp16
-    assert model([d.sample for d in kept[:8]])["loss"].isfinite()
+    assert model([d.sample for d in cached[:8]])["loss"].isfinite()
 
 
 def test_default_workers(monkeypatch):

@@ -267,18 +267,18 @@ def test_7b_costs_what_is_known(seven_b):
 
 def test_encoders_cost_what_is_known(seven_b):
     """EVA ViT-g/14 of 40 layers, with its head of 1408 x 1024: 534.06 GFLOP a picture (open_clip,
-    docs/model_profile.csv).  Whisper large, by hand; nothing where features were kept."""
+    docs/model_profile.csv).  Whisper large, by hand; nothing where features were cached."""
     with torch.device("meta"):
         vit = ViT(ViTConfig(layers=40))
     assert flops.vit_flops(vit) / 1e9 == pytest.approx(534.06, rel=2e-4)
     whisper = 32 * (2 * 1500 * (4 * 1280 ** 2 + 2 * 1280 * 5120) + 4 * 1500 ** 2 * 1280)
     whisper += 2 * 3 * (3000 * 80 * 1280 + 1500 * 1280 ** 2)
     ran = flops.flops_by_part(seven_b, [700], 7, 60, [30.0, 31.0], False)
-    kept = flops.flops_by_part(seven_b, [700], 7, 60, [30.0, 31.0], True)
+    cached = flops.flops_by_part(seven_b, [700], 7, 60, [30.0, 31.0], True)
     assert ran["Whisper"] == 3 * whisper                           # 1 + 2 chunks
     assert ran["ViT"] == 60 * flops.vit_flops(seven_b.visual.vit)
-    assert {*ran} - {*kept} == {"Whisper", "ViT", "visual Q-Former"}
-    assert all(ran[part] == n for part, n in kept.items())
+    assert {*ran} - {*cached} == {"Whisper", "ViT", "visual Q-Former"}
+    assert all(ran[part] == n for part, n in cached.items())
     assert flops.step_flops(seven_b, [700], 7, 60, [30.0, 31.0], False) == sum(ran.values())
 
 
@@ -376,18 +376,18 @@ def test_encoders_against_pytorchs_counter(small_favor):
 
 
 def test_the_baseline_has_its_own_parts(small_parts):
-    """Its visual Q-Former learns, features (the ViT's) kept or not, and it hears nothing."""
+    """Its visual Q-Former learns, features (the ViT's) cached or not, and it hears nothing."""
     config = preset("tiny", llm=str(small_parts / "llama"),
                     instructblip=str(small_parts / "instructblip"))
     model = InstructBlip.from_config(config).train()
     image = Features(torch.randn(1, 17, 16), None, True)
     work = flops.work_of(model, [Sample("What is it?", "red", features=image)])
     assert work["windows"] == work["frames"] == 1 and work["audio_seconds"] == []
-    kept = flops.flops_by_part(model, **work, encoded=True)
+    cached = flops.flops_by_part(model, **work, encoded=True)
     ran = flops.flops_by_part(model, **work, encoded=False)
-    assert {*ran} - {*kept} == {"ViT"} and "Whisper" not in ran
-    assert kept["visual Q-Former"] == 3 * flops.visual_qformer_flops(model.visual)
-    assert kept["language projection"] == 6 * 16 * 32 * 4
+    assert {*ran} - {*cached} == {"ViT"} and "Whisper" not in ran
+    assert cached["visual Q-Former"] == 3 * flops.visual_qformer_flops(model.visual)
+    assert cached["language projection"] == 6 * 16 * 32 * 4
 
 
 @pytest.mark.parametrize(("name", "peak"), [

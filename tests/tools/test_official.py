@@ -176,9 +176,9 @@ def test_forward(model, parts, frames):
     audio = torch.randn(600, AUDIO, generator=g)                     # always 30 s: 60 frames
     sample = Sample("What is heard?", features=Features(visual, audio))
     joint, windows, mask = their_joint(w, visual, audio)
-    ours, keep = favor.synchronise(visual, model.audio_proj(audio), A, mask_padding=False)
+    ours, our_mask = favor.synchronise(visual, model.audio_proj(audio), A, mask_padding=False)
     check("joint tensor", ours, joint)
-    assert keep.all()
+    assert our_mask.all()
     queries = their_queries(w, windows, mask)
     tokens, our_queries = model.audio_visual_tokens([sample])
     check("queries of every window", our_queries, queries, max_abs=1e-4, rel_rms=1e-5)
