@@ -50,53 +50,61 @@ from tools import memory
 @dataclass(frozen=True)
 class EvalConfig:
     # -- data
-    data: str = "media/miniature"  # <path> a manifest (.jsonl), or a folder with test.jsonl or one
+    data: str = "media/miniature"  # <path> manifest (.jsonl), or folder with test.jsonl or one
                                    # TASK.jsonl per task; the miniature's clips are made if needed
-    task: str = "all"  # <tasks> all, or some of asr, ac, ic, ocr, vqa, videoqa, avsr, avsd, isqa,
-                       # avssd, avm, favd and valor with commas between them
-    limit: int = 0  # <questions> answer at most this many questions of each task; 0 answers all
+    task: str = "all"  # <tasks> tasks to score: all, or some of asr, ac, ic, ocr, vqa, videoqa,
+                       # avsr, avsd, isqa, avssd, avm, favd and valor with commas between them
+    limit: int = 0  # <questions> questions to answer of each task, at most; 0 answers all
+    cache_features: bool = True  # encode each clip once and store its features on disk; only for
+                                 # tiny
+    features: str = ""  # <folder> folder of the feature cache (default: features/ beside the
+                        # manifest)
     # -- model
-    model: str = "tiny"  # <preset> of sizes: tiny, 7b or 13b; a given --checkpoint knows its own
-    system: Literal["favor", "instructblip", "whisper"] = "favor"  # FAVOR or one of the paper's
-                                                                   # single-modality baselines
-    checkpoint: str = ""  # <folder> written by train.py (default: runs/<model>/best; for tiny, if
-                          # there is none, the committed checkpoint)
-    whisper: str | None = None  # <source> folder or Hub repo of Whisper (default: as in the
-                                # checkpoint or preset), such as openai/whisper-large-v2
-    instructblip: str | None = None  # <source> the same for InstructBLIP's ViT and Q-Former, such
-                                     # as Salesforce/instructblip-vicuna-7b
-    llm: str | None = None  # <source> the same for the LLM: a LLaMA, or an InstructBLIP with one
-    random_init: bool = False  # use random weights of the full size, without any download, to see
-                               # whether they fit into memory and how fast they answer
-    offline: bool = False  # read only what is on this machine; never ask the Hub
-    # -- answering
-    views: tuple[Literal["both", "audio only", "visual only", "blind"], ...] = ()  # <view> ways in
-                               # which each question is answered (default: all four)
-    mask: Literal["", "audio", "visual"] = ""  # answer without this modality only
-    history: Literal["gold", "none", "model"] = "gold"  # earlier turns of a dialogue: the right
-                               # answers, no turns, or the model's own answers
-    beams: int = 0  # <beams> size of the beam search; 0 takes the checkpoint's, 1 is greedy
-    # -- judge
-    judge: str = ""  # <way> who judges avsd and avssd: url (a server), self (this model), none
-                     # (only writes the prompts) or file:VERDICTS (default: url with --judge-url)
-    judge_url: str = ""  # <address> of an OpenAI-compatible server; its key comes from the
-                         # environment variable FAVOR_JUDGE_KEY
-    judge_model: str = ""  # <name> of the judge on that server; it is reported beside the score
-    judge_budget: int = 10_000  # <requests> most requests that this run may send to the judge
-    # -- output
-    out: str = ""  # <file> for the predictions (default: predictions.jsonl in the checkpoint's
-                   # folder, in runs/tiny-committed for the committed one)
-    # -- speed
-    batch: int = 128  # <questions> answered at a time
-    cache_features: bool = True  # with the tiny model, encode each clip once and store its features
-    features: str = ""  # <folder> of the feature cache (default: features/ beside the manifest)
-    processes: int = 0  # <processes> on a CPU without torchrun; 0 means one per core for tiny, four
-                        # at most, and one otherwise
-    dtype: Literal["", "bfloat16", "float32"] = ""  # of the frozen weights (default: float32 for
-                                                    # tiny on a CPU, otherwise bfloat16)
+    model: Literal["tiny", "7b", "13b"] = "tiny"  # preset of all sizes; a given --checkpoint
+                                                  # records its own
+    system: Literal["favor", "instructblip", "whisper"] = "favor"  # system to score: FAVOR, or one
+                                               # of the paper's single-modality baselines
+    checkpoint: str = ""  # <folder> checkpoint of train.py (default: runs/<model>/best; for tiny,
+                          # if there is none, the committed one)
+    whisper: str | None = None  # <source> folder or Hub repository of Whisper, such as
+                                # openai/whisper-large-v2 (default: where the checkpoint says, or
+                                # else the preset)
+    instructblip: str | None = None  # <source> folder or Hub repository of InstructBLIP, for its
+                                     # ViT and Q-Former (default: as for --whisper)
+    llm: str | None = None  # <source> folder or Hub repository of a LLaMA, or of an InstructBLIP
+                            # that holds one (default: as for --whisper)
+    random_init: bool = False  # use random weights of the full size, without a download, to see
+                               # whether a model fits into memory and how fast it answers
+    offline: bool = False  # take what the Hub's cache has and open no connection
+    dtype: Literal["", "bfloat16", "float32"] = ""  # number format of the frozen weights (default:
+                                                    # float32 for tiny on a CPU, else bfloat16)
     merge: bool = True  # add LoRA into the LLM's own weights, so that it costs no time
-    compile: bool = False  # compile the decoding of new tokens (on a GPU as a CUDA graph); it has
-                           # no effect on beam search
+    compile: bool = False  # torch.compile for each new token, on a GPU as a CUDA graph: slow to
+                           # start, for long answers; beam search does not use it
+    # -- method
+    views: tuple[Literal["both", "audio only", "visual only", "blind"], ...] = ()  # <view> views in
+                               # which each question is answered: both, "audio only", "visual only",
+                               # blind (default: all four; for a baseline only both)
+    mask: Literal["", "audio", "visual"] = ""  # answer each question once, without this modality
+    history: Literal["gold", "none", "model"] = "gold"  # earlier turns of a dialogue that the model
+                               # reads: the right answers, no turns, or its own answers
+    beams: int = 0  # <beams> size of the beam search: 1 is greedy, 0 takes the checkpoint's
+    # -- judge
+    judge: str = ""  # <way> way to judge avsd and avssd: url (ask a server), self (ask this model),
+                     # none (only write the prompts) or file:VERDICTS (default: url with
+                     # --judge-url, else nobody is asked)
+    judge_url: str = ""  # <address> address of an OpenAI-compatible server; its key comes from the
+                         # environment variable FAVOR_JUDGE_KEY
+    judge_model: str = ""  # <name> name of the judge, by which the server knows it; it is reported
+                           # beside the score
+    judge_budget: int = 10_000  # <requests> requests that this run may send to the judge, at most
+    # -- logging
+    out: str = ""  # <file> file of the predictions (default: predictions.jsonl in the checkpoint's
+                   # folder; for the committed checkpoint, in runs/tiny-committed)
+    # -- distributed
+    batch: int = 128  # <questions> questions that a process answers at a time
+    processes: int = 0  # <n> processes to start on a CPU without torchrun; 0 starts one per core
+                        # for tiny, four at most, and else one
 
     ALIASES = {"keep-features": "cache_features"}             # the name that the flag had before
 
@@ -106,7 +114,6 @@ class EvalConfig:
             raise ValueError(f"--judge {self.judge}; wanted url, self, none or file:VERDICTS")
         if self.random_init and (self.system == "whisper" or self.checkpoint):
             raise ValueError("--random-init goes with neither --system whisper nor --checkpoint")
-        preset(self.model)
         unknown = set(self.tasks) - set(TASKS)
         if unknown and self.task != "all":
             raise ValueError(f"unknown task {', '.join(sorted(unknown))}; "

@@ -36,46 +36,55 @@ def arguments():
     parser = argparse.ArgumentParser("python -m aveb", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("list", help="print each set's task, splits, metrics and source")
-    one = commands.add_parser("prepare", help="turn an official download into a manifest",
-                              allow_abbrev=False)
-    one.add_argument("set", choices=SETS, metavar="SET", help=", ".join(SETS))
-    one.add_argument("--root", required=True, metavar="DIR",
-                     help="folder of the annotation files, and mostly of the media")
-    one.add_argument("--media", action="append", default=[], metavar="DIR",
-                     help="another folder with media; may be given several times")
-    one.add_argument("--split", metavar="SPLIT",
-                     help="one of the splits that `list` prints (default: the one that the paper "
-                     "scores, or trains on)")
-    one.add_argument("--out", metavar="JSONL",
-                     help="the manifest to write (default: <set>-<split>.jsonl)")
-    one.add_argument("--sample", type=int, metavar="N",
-                     help="sample N questions, or N whole dialogues")
-    one.add_argument("--hours", type=float, metavar="HOURS",
-                     help="sample time windows of this length in all (the paper's ego4d: 600)")
-    one.add_argument("--seed", type=int, default=0, metavar="SEED",
-                     help="the same seed samples the same questions (default: 0)")
-    one.add_argument("--merge", action=argparse.BooleanOptionalAction,
-                     help="how2 only: join sentences to clips of about 20 s, as the authors did "
-                     "(default: on)")
-    one.add_argument("--window", type=float, metavar="SECONDS",
-                     help="ego4d only: the longest window (default: 30)")
-    one.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
-                     help="decode every clip afterwards (default: on)")
-    two = commands.add_parser("check", help="decode every clip of a manifest", allow_abbrev=False)
-    two.add_argument("manifest", help="a .jsonl file")
-    three = commands.add_parser("subset", help="sample a part of a manifest", allow_abbrev=False)
-    three.add_argument("manifest", help="a .jsonl file")
-    three.add_argument("--n", type=int, required=True, metavar="N",
-                       help="how many questions, or whole dialogues")
-    three.add_argument("--seed", type=int, default=0, metavar="SEED",
-                       help="the same seed samples the same questions (default: 0)")
-    three.add_argument("--out", metavar="JSONL",
-                       help="the manifest to write (default: <manifest>-<N>-<SEED>.jsonl)")
-    for command in (one, two):
-        command.add_argument("--workers", type=int, metavar="N",
-                             help="processes that decode (default: one per core)")
+
+    def command(name, text):
+        new = commands.add_parser(name, help=text, allow_abbrev=False,
+                                  description=text[0].upper() + text[1:] + ".")
+        return new, new.add_argument_group("data")
+    command("list", "print each set's task, splits, metrics and source")
+    prepare_command, add = command("prepare", "turn an official download into a manifest")
+    _add_prepare(add.add_argument)
+    check_command, add = command("check", "decode every clip of a manifest and list the broken ones")
+    add.add_argument("manifest", metavar="MANIFEST", help="manifest (.jsonl) to check")
+    _, add = command("subset", "sample a part of a manifest")
+    add.add_argument("manifest", metavar="MANIFEST", help="manifest (.jsonl) to sample from")
+    add.add_argument("--n", type=int, required=True, metavar="QUESTIONS",
+                     help="number of questions to sample, or of whole dialogues")
+    add.add_argument("--seed", type=int, default=0, metavar="N",
+                     help="seed of the sample; the same seed samples the same questions "
+                     "(default: 0)")
+    add.add_argument("--out", metavar="FILE",
+                     help="manifest to write (default: <manifest>-<QUESTIONS>-<N>.jsonl)")
+    for parent in (prepare_command, check_command):
+        parent.add_argument_group("distributed").add_argument(
+            "--workers", type=int, metavar="N",
+            help="processes that decode clips (default: one per core)")
     return parser
+
+
+def _add_prepare(add):
+    """The flags of `prepare`."""
+    add("set", choices=SETS, metavar="SET", help=f"data set to prepare: {', '.join(SETS)}")
+    add("--root", required=True, metavar="FOLDER",
+        help="folder of the annotation files, and mostly of the media")
+    add("--media", action="append", default=[], metavar="FOLDER",
+        help="another folder with media; may be given several times")
+    add("--split", metavar="SPLIT",
+        help="split to prepare, one of those that `list` prints (default: the one that the paper "
+        "scores, or trains on)")
+    add("--out", metavar="FILE", help="manifest to write (default: <set>-<split>.jsonl)")
+    add("--sample", type=int, metavar="QUESTIONS",
+        help="number of questions to sample, or of whole dialogues (default: all)")
+    add("--hours", type=float, metavar="HOURS",
+        help="hours of clips to sample; the paper takes 600 of ego4d (default: all)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="seed of the sample; the same seed samples the same questions (default: 0)")
+    add("--merge", action=argparse.BooleanOptionalAction,
+        help="join sentences to clips of about 20 s, as the authors did; how2 only (default: on)")
+    add("--window", type=float, metavar="SECONDS",
+        help="length of the longest clip in seconds; ego4d only (default: 30)")
+    add("--check", action=argparse.BooleanOptionalAction, default=True,
+        help="decode every clip afterwards and list the broken ones (default: on)")
 
 
 def options_of(args, parser):

@@ -74,18 +74,24 @@ QUICK = {"seeds": 1, "steps": 160, "stages": 1, "limit": 100, "out": "runs/ablat
 
 @dataclass(frozen=True)
 class AblateConfig:
-    seeds: int = 5  # number of seeds of each system: 0, 1, ...
-    steps: int = 1100  # optimiser steps of stage 1, which is also scored at half of them
-    stages: int = 2  # number of stages; each after the first doubles the steps: 1100, 2200, 4400
-    out: str = "runs/ablate"  # folder of runs, results, tables and figures
-    only: tuple = ()  # names of systems (default: all; --plan lists them)
-    jobs: int = 0  # trainings at a time (0: one per core, or one per GPU)
-    limit: int = 250  # test questions per task, sampled (0: all)
-    data: str = "media/miniature"  # folder with train.jsonl and test.jsonl
-    flags: str = ""  # more flags for each train.py, such as --flags="--batch 16"
+    # -- data
+    data: str = "media/miniature"  # <folder> folder with train.jsonl and test.jsonl
+    limit: int = 250  # <questions> test questions that are sampled of each task; 0 takes all
+    # -- method
+    only: tuple = ()  # <system> names of the systems to train; --plan lists them (default: all)
+    seeds: int = 5  # <n> seeds of each system: 0, 1 and so on
+    # -- optimisation
+    steps: int = 1100  # <n> optimiser steps of stage 1, which is also scored at half of them
+    stages: int = 2  # <n> stages; each after the first doubles the steps: 1100, 2200, 4400
+    flags: str = ""  # <flags> more flags for each train.py, such as --flags="--batch 16"
     quick: bool = False  # small values for all flags that are not given: minutes on two cores
+    # -- logging
+    out: str = "runs/ablate"  # <folder> folder of the runs, results, tables and figures
     plan: bool = False  # print the commands and run nothing
-    score: tuple = ()  # SYSTEM SEED STAGE: score a finished training (used by the program itself)
+    # -- distributed
+    jobs: int = 0  # <n> trainings at a time; 0 runs one per GPU, or without GPUs one per core
+    # -- for the program itself
+    score: tuple = ()  # <word> system, seed and stage of a finished training that is to be scored
 
     def __post_init__(self):
         unknown = sorted({*self.only, *self.score[:1]} - {*SYSTEMS})

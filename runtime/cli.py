@@ -13,7 +13,7 @@ the progress of long loops.
                                 # is the norm over all parameters together
          test: bool = True  # print the table at the end
 
-         ALIASES = {"clip-norm": "max_norm"}       # further names of a flag, where there are any
+         ALIASES = {"clip-norm": "max_norm"}       # old names of a flag, which --help does not show
 
          def __post_init__(self):
              cli.check_choices(self)               # the same check for TrainConfig(model="8b")
@@ -26,8 +26,7 @@ FLOAT, STR or the choices of a Literal, where "" means that the flag is not give
 --x and --no-x, tuples take several words, and the default is shown unless it is None, "" or ().
 Fields above the first group are in the group "options".
 
-Public: parse, check_choices, run_module, cores, parallel, Progress,
-progress."""
+Public: parse, description, check_choices, run_module, cores, parallel, Progress, progress."""
 
 import argparse
 import dataclasses
@@ -55,9 +54,10 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP
 def parse(cls, doc, argv=None):
     """Command line -> (instance of the dataclass `cls`, set of the names of the fields given).
 
-    doc: the description at the top of --help; argv: the words, by default those of the program.
-    A wrong word, and a ValueError of the dataclass itself, end the program as usage errors."""
-    parser = argparse.ArgumentParser(description=doc,
+    doc: the docstring of the program's module, which --help shows; argv: the words, by default
+    those of the program.  A wrong word, and a ValueError of the dataclass itself, end the program
+    as usage errors."""
+    parser = argparse.ArgumentParser(prog=_program(), description=description(doc),
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)         # --step must not mean --steps
     documentation, hints, groups = _documentation(cls), typing.get_type_hints(cls), {}
@@ -65,17 +65,31 @@ def parse(cls, doc, argv=None):
         group, text = documentation[field.name]
         if group and group not in groups:
             groups[group] = parser.add_argument_group(group)
-        aliases = [a for a, name in getattr(cls, "ALIASES", {}).items() if name == field.name]
-        flags = ["--" + name.replace("_", "-") for name in (field.name, *aliases)]
+        settings = _argument(hints[field.name], text, field.default) | {
+            "dest": field.name, "default": argparse.SUPPRESS}
         (groups[group] if group else parser).add_argument(
-            *flags, dest=field.name, default=argparse.SUPPRESS,
-            **_argument(hints[field.name], text, field.default))
+            "--" + field.name.replace("_", "-"), **settings)
+        for alias, name in getattr(cls, "ALIASES", {}).items():
+            if name == field.name:
+                parser.add_argument("--" + alias, **settings | {"help": argparse.SUPPRESS})
     given = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     try:
         return cls(**given), set(given)
     except ValueError as error:
         parser.error(str(error))
+
+
+def description(doc):
+    """The part of a module's docstring that is for users: all before the line "Public: ..."."""
+    return re.split(r"^Public:", doc, maxsplit=1, flags=re.MULTILINE)[0].rstrip()
+
+
+def _program():
+    """The command that runs this program, such as "python -m experiments.ablate"; None for a script
+    such as train.py, whose file name argparse takes."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
 
 
 def _argument(hint, text, default):

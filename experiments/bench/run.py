@@ -22,7 +22,6 @@ import runtime  # noqa: F401  before torch: it sets how threads wait
 # isort: split
 
 
-
 import gc
 import json
 import shlex
@@ -31,6 +30,7 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -93,23 +93,25 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class BenchConfig:
-    only: tuple = ()  # targets to run: 1 to 10, questions (default: 1 to 10)
+    # -- method
+    only: tuple = ()  # <target> targets to run, from 1 to 10 and questions (default: 1 to 10)
     quick: bool = False  # smaller batches and fewer repeats: a minute on two cores
-    repeats: int = 0  # repeats of each timing, both sides in turn (0: 7, with --quick 3)
-    threads: int = 0  # processor threads (0: all cores); targets 7 to 9 take one
-    model: str = "7b"  # 7b or 13b: the size on a GPU
-    device: str = ""  # cpu or cuda (default: cuda where there is one)
-    out: str = "runs/bench"  # folder of bench.md and bench.json
-    seed: int = 0  # seed of random inputs and weights
+    repeats: int = 0  # <n> repeats of each timing, both sides in turn; 0 makes 7, with --quick 3
+    seed: int = 0  # <n> seed of random inputs and weights
+    # -- model
+    model: Literal["7b", "13b"] = "7b"  # size of the model on a GPU
+    device: Literal["", "cpu", "cuda"] = ""  # device of all measurements (default: cuda where there
+                                             # is one, else cpu)
+    # -- logging
+    out: str = "runs/bench"  # <folder> folder of bench.md and bench.json
+    # -- distributed
+    threads: int = 0  # <n> processor threads; 0 takes one per core; targets 7 to 9 take one
 
     def __post_init__(self):
+        cli.check_choices(self)
         unknown = sorted({*self.only} - {*TARGETS})
         if unknown:
             raise ValueError(f"--only {unknown[0]}; there are {', '.join(TARGETS)}")
-        for name, wanted in (("model", ("7b", "13b")), ("device", ("", "cpu", "cuda"))):
-            if getattr(self, name) not in wanted:
-                raise ValueError(f"--{name} {getattr(self, name)}; "
-                                 f"wanted {' or '.join(filter(None, wanted))}")
         if min(self.repeats, self.threads) < 0:
             raise ValueError("--repeats and --threads: wanted 0 or more")
         if self.device == "cuda" and not torch.cuda.is_available():

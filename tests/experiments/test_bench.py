@@ -279,7 +279,8 @@ def test_the_command_line(capsys):
     assert (config.run().size, config.run().repeats) == ("quick", 3)
     assert len(bench.BenchConfig().names) == 10 and bench.BenchConfig(device="cpu").run().size == (
         "full")
-    for words, message in ((["--only", "11"], "there are 1, 2"), (["--model", "70b"], "7b or 13b"),
+    for words, message in ((["--only", "11"], "there are 1, 2"),
+                           (["--model", "70b"], "argument --model: invalid choice: '70b'"),
                            (["--repeats", "-1"], "0 or more")):
         with pytest.raises(SystemExit):
             cli.parse(bench.BenchConfig, bench.__doc__, words)

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from typing import Literal
 
 import pytest
@@ -156,9 +157,42 @@ def test_help_has_groups_choices_and_units(capsys):
         "--data manifest [manifest ...] files to learn from; 50 % (default: 'media/my clips' b) "
         "--sets {asr,ac} [{asr,ac} ...] tasks to keep "
         "--sizes seconds [seconds ...] of the clips, the longest first (default: 0.5)",
-        "--sync, --no-sync, --join-all, --no-join-all join the modalities (default: off) "
+        "--sync, --no-sync join the modalities (default: off) "
         "--mask {audio,visual} what is left out --causal {past,none} what a frame sees "
         "--beams beams kept (default: 1)"]
+
+
+def test_an_old_name_of_a_flag_works_but_is_not_shown(capsys):
+    assert grouped("--join-all") == grouped("--sync") == (Grouped(sync=True), {"sync"})
+    assert grouped("--no-join-all") == (Grouped(), {"sync"})
+    with pytest.raises(SystemExit):
+        grouped("--help")
+    shown = capsys.readouterr().out
+    assert "--sync" in shown and "join-all" not in shown
+
+
+def test_help_ends_before_the_names_for_programmers(capsys):
+    doc = "Trains.\n\n   python it.py\n\nPublic: Public, parse.\nAnd more."
+    assert cli.description(doc) == "Trains.\n\n   python it.py"
+    assert cli.description("In Public: as it is.") == "In Public: as it is."
+    with pytest.raises(SystemExit):
+        cli.parse(Config, doc, ["--help"])
+    shown = capsys.readouterr().out
+    assert "python it.py\n\noptions:" in shown and "Public" not in shown
+
+
+@pytest.mark.parametrize("module, program", [
+    ("experiments.ablate", "python -m experiments.ablate"),
+    ("experiments.bench.__main__", "python -m experiments.bench"),
+    (None, "it.py")])
+def test_usage_names_the_command_that_was_run(module, program, monkeypatch, capsys):
+    spec = module and ModuleSpec(module, loader=None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/it.py", "--steps", "0"])
+    with pytest.raises(SystemExit):
+        cli.parse(Config, "")
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"usage: {program} [-h]") and f"\n{program}: error: --steps 0" in shown
 
 
 @pytest.mark.parametrize("program", ["train", "eval"])
