@@ -120,7 +120,7 @@ def main(argv=None):
                                args.hours, args.seed, **options_of(args, parser))
             return int(args.check and check(manifest, args.workers) > 0)
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0
 

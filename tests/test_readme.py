@@ -48,7 +48,7 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_page_has_a_placeholder_that_was_never_filled_in(page):
-    assert not re.findall(r"<!-- [A-Z][A-Z\d_ -]+(?:-->|:|$)", page.read_text(), re.MULTILINE)
+    assert not re.findall(r"<!--\s*[A-Z][A-Z_]+\b", page.read_text())
 
 
 def test_the_readme_is_a_front_page_that_leads_to_every_page():
