@@ -44,7 +44,7 @@ def arguments():
     command("list", "print each set's task, splits, metrics and source")
     prepare_command, add = command("prepare", "turn an official download into a manifest")
     _add_prepare(add.add_argument)
-    check_command, add = command("check", "decode every clip of a manifest and list the broken ones")
+    check_command, add = command("check", "decode all clips of a manifest and list the broken ones")
     add.add_argument("manifest", metavar="MANIFEST", help="manifest (.jsonl) to check")
     _, add = command("subset", "sample a part of a manifest")
     add.add_argument("manifest", metavar="MANIFEST", help="manifest (.jsonl) to sample from")
@@ -120,7 +120,7 @@ def main(argv=None):
                                args.hours, args.seed, **options_of(args, parser))
             return int(args.check and check(manifest, args.workers) > 0)
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0
 

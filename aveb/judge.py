@@ -29,6 +29,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from aveb.text import label_match
+from runtime import cli
 from runtime.cli import Progress
 from runtime.hub import read_jsonl
 
@@ -333,26 +334,39 @@ def ask(config, model, predictions, views, out, log=print):
             row["judge"] = name
 
 
+def arguments():
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser("python -m aveb.judge", allow_abbrev=False,
+                                     description=cli.description(__doc__),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("data").add_argument
+    add("predictions", metavar="PREDICTIONS", help="predictions (.jsonl) that eval.py wrote")
+    add("--task", required=True, choices=tuple(TEMPLATES), help="task whose answers are judged")
+    add("--view", default="both", metavar="VIEW",
+        help='view whose answers are judged: both, "audio only", "visual only" or blind (default: '
+             'both)')
+    add = parser.add_argument_group("judge").add_argument
+    add("--judge", default="url", metavar="WAY",
+        help="way to judge: url (ask a server), none (only write the prompts) or file:VERDICTS "
+             "(read verdicts) (default: url)")
+    add("--judge-url", default="", metavar="ADDRESS",
+        help="address of an OpenAI-compatible server, mostly ending in /v1; needed for url")
+    add("--judge-model", default="", metavar="NAME",
+        help="name of the judge, by which the server knows it; needed for url")
+    for name, unit, text in (
+            ("cache", "FILE", "file in which the replies are cached"),
+            ("budget", "REQUESTS", "requests that this run may send, at most"),
+            ("timeout", "SECONDS", "seconds that the server has for one request"),
+            ("workers", "N", "requests that are sent at the same time")):
+        default = getattr(Judge, name)
+        add(f"--judge-{name}", type=type(default), default=default, metavar=unit,
+            help=f"{text} (default: {default})")
+    return parser
+
+
 def main(argv=None):
     """-> exit status: 1 when some answers are not judged."""
-    parser = argparse.ArgumentParser("python -m aveb.judge", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("predictions", help="JSONL that eval.py wrote")
-    add("--task", required=True, choices=tuple(TEMPLATES), help="whose answers are judged")
-    add("--view", default="both", metavar="VIEW",
-        help='answers of which view: both, "audio only", "visual only" or blind (default: both)')
-    add("--judge", default="url", metavar="url|none|file:PATH",
-        help="ask a server (default), only write the prompts, or read verdicts")
-    add("--judge-url", default="", help="the server's address, mostly ending in /v1")
-    add("--judge-model", default="", help="the judge's name, as the server knows it")
-    for name, text in (("cache", "file that caches the replies"),
-                       ("budget", "most requests of this run"),
-                       ("timeout", "seconds that one request may take"),
-                       ("workers", "requests at the same time")):
-        default = getattr(Judge, name)
-        add("--judge-" + name, type=type(default), default=default,
-            help=f"{text} (default: {default})")
+    parser = arguments()
     args = parser.parse_args(argv)
     try:
         rows = [{"meta": {}, **r} for r in read_rows(args.predictions)
@@ -363,7 +377,7 @@ def main(argv=None):
             prompt_of(row, args.view)                             # says what a line lacks
         return _judged(args, rows)
     except (ValueError, OSError, JudgeError) as error:
-        sys.exit(f"aveb.judge: {error}")
+        sys.exit(f"python -m aveb.judge: {error}")
 
 
 def _judged(args, rows):
@@ -388,7 +402,7 @@ def _judged(args, rows):
                                   judge.stopped, *judge.failures[:3], *odd[:3])):
             print(f"  {line}")
     else:
-        raise ValueError(f"--judge {args.judge}: wanted url, none or file:PATH")
+        raise ValueError(f"--judge {args.judge}: wanted url, none or file:VERDICTS")
     print(report(args.task, name, verdicts))
     return int(None in verdicts)
 

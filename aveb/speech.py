@@ -254,19 +254,41 @@ def make_avm(sources, out, n=500, seed=0, log=print):
     return _written(Path(out) / "avm.jsonl", records, log)
 
 
+def arguments():
+    """The parser of the command line."""
+    formatter = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("python -m aveb.speech", **formatter,
+                                     description=cli.description(__doc__))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, sources, n, text in (
+            ("isqa", ("textvqa", "gqa"), 1000, "speak the questions about pictures"),
+            ("avm", tuple(AVM_PROMPTS), 500, "pair pictures with their own and with other sounds")):
+        new = commands.add_parser(command, help=text, **formatter,
+                                  description=f"{text[0].upper()}{text[1:]}.")
+        add = new.add_argument_group("data").add_argument
+        for name in sources:
+            add(f"--{name}", metavar="FILE", help=f"manifest (.jsonl) of {name}; at "
+                f"least one of --{sources[0]} and --{sources[1]} is needed")
+        add("--out", required=True, metavar="FOLDER", help="folder of the new manifest"
+            + " and the wav files" * (command == "isqa"))
+        add("--n", type=int, default=n, metavar="RECORDS",
+            help="number of records to sample from each of these manifests (default: %(default)s)")
+        add("--seed", type=int, default=0, metavar="N",
+            help="seed of the sample; the same seed gives the same records (default: 0)")
+        if command == "isqa":
+            add = new.add_argument_group("speech").add_argument
+            add("--engine", default="", choices=tuple(ENGINES),
+                help="program that speaks (default: piper for .onnx voices, else espeak-ng or "
+                "flite, whichever is installed)")
+            add("--voice", nargs="+", default=(), metavar="VOICE",
+                help="voices of that program, four or more; those of piper are .onnx files "
+                "(default: voices of espeak-ng or flite)")
+    return parser
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m aveb.speech", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("isqa", "avm"))
-    for name in ("textvqa", "gqa", "vggss", "spokencoco"):
-        task = "avm" if name in AVM_PROMPTS else "isqa"
-        parser.add_argument("--" + name, metavar="JSONL", help=f"{task}: a manifest of its records")
-    parser.add_argument("--out", required=True, help="folder of the manifest and the wavs")
-    parser.add_argument("--n", type=int, help="of each source (default: isqa 1000, avm 500)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engine", default="", help=f"isqa: {', '.join(ENGINES)} (default: the "
-                        "first of them that is there)")
-    parser.add_argument("--voice", nargs="+", default=(), help="isqa: four or more voices")
+    """Runs one of the two commands; ends the program if its data or engine is missing."""
+    parser = arguments()
     args = parser.parse_args(argv)
     names = ("textvqa", "gqa") if args.command == "isqa" else tuple(AVM_PROMPTS)
     try:
@@ -274,11 +296,11 @@ def main(argv=None):
         if not sources:
             parser.error(f"{args.command} wants --{names[0]}, --{names[1]}, or both")
         if args.command == "isqa":
-            make_isqa(sources, args.out, args.n or 1000, args.seed, args.engine, args.voice)
+            make_isqa(sources, args.out, args.n, args.seed, args.engine, args.voice)
         else:
-            make_avm(sources, args.out, args.n or 500, args.seed)
+            make_avm(sources, args.out, args.n, args.seed)
     except ValueError as error:
-        sys.exit(f"aveb.speech: {error}")
+        sys.exit(f"{parser.prog}: {error}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@
 It first prints whether OUT's means agree with those that were there. The conclusions on the page
 must be read again afterwards; its numbers are always those of the results."""
 
+import argparse
 import shutil
-import sys
 from pathlib import Path
 
 from experiments import figures, tables
@@ -46,15 +46,20 @@ def write_pages():
     write_text(PAGE, page(results))
 
 
-def main(argv):
-    """argv: the folder of runs to take over, or nothing."""
-    if len(argv) > 1 or argv and argv[0].startswith("-"):
-        sys.exit(__doc__)
-    if argv:
-        take_over(Path(argv[0]))
+def main(argv=None):
+    """Takes over the folder that the command line names, if it names one, and writes the pages."""
+    parser = argparse.ArgumentParser("python -m experiments.publish", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument_group("data").add_argument(
+        "out", metavar="OUT", nargs="?", type=Path,
+        help="folder of finished runs to take over, such as runs/ablate (default: none, only the "
+        "pages are written again)")
+    out = parser.parse_args(argv).out
+    if out:
+        take_over(out)
     write_pages()
     print(PAGE)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

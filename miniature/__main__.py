@@ -12,31 +12,48 @@ import argparse
 import sys
 from pathlib import Path
 
+from miniature.scenes import TASKS
+
 HERE = Path(__file__).parent
+
+
+def arguments():
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m miniature", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, text):
+        return commands.add_parser(name, help=text, allow_abbrev=False,
+                                   description=text[0].upper() + text[1:] + ".")
+    add = command("make", "write the clips and their manifests").add_argument_group(
+        "data").add_argument
+    add("--out", default="media/miniature", metavar="FOLDER",
+        help="folder of the clips and manifests (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="seed of the clips; the same seed gives the same clips (default: 0)")
+    add("--scale", type=float, default=1.0, metavar="FACTOR",
+        help="factor on the number of training clips (default: 1)")
+    add("--split", choices=("train", "test"), nargs="+", default=("train", "test"),
+        help="splits to make (default: both)")
+    add("--tasks", choices=TASKS, nargs="+", metavar="TASK",
+        help=f"tasks whose clips are made, some of {', '.join(TASKS)} (default: all)")
+    add("--limit", type=int, default=0, metavar="QUESTIONS",
+        help="questions of each task, from the first on, whose clips are made; 0 makes the clips "
+        "of all (default: 0)")
+    command("pretrain", "train the frozen parts again").add_argument_group("model").add_argument(
+        "parts", nargs="*", metavar="PART",
+        help="parts to train, some of llama, whisper, instructblip and projection; they are "
+        "trained in the order given (default: all four)")
+    command("sheet", "draw docs/miniature.png, one clip of each task with its questions")
+    command("voices", "render the spoken words in miniature/weights/voices")
+    command("demo", "write the clip that demo.py asks about, miniature/demo.mp4 and demo.json")
+    return parser
 
 
 def main(argv=None):
     """Runs one subcommand. What only one of them needs is imported only there."""
-    formatter = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="python -m miniature", description=__doc__, **formatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("make", help="write the clips and their manifests")
-    make.add_argument("--out", default="media/miniature", help="folder (default: %(default)s)")
-    make.add_argument("--seed", type=int, default=0, help="the same seed gives the same clips")
-    make.add_argument("--scale", type=float, default=1.0,
-                      help="factor on the number of training clips (default: 1)")
-    make.add_argument("--split", choices=("train", "test"), nargs="+", default=("train", "test"),
-                      help="which splits to make (default: both)")
-    make.add_argument("--tasks", nargs="+", help="only the clips of these tasks, such as avsd avm")
-    make.add_argument("--limit", type=int, default=0,
-                      help="only the clips of the first LIMIT questions of each task (0: all)")
-    pretrain = commands.add_parser("pretrain", help="train the frozen parts again")
-    pretrain.add_argument("parts", nargs="*",
-                          help="llama, whisper, instructblip, projection (default: all)")
-    commands.add_parser("sheet", help="draw docs/miniature.png")
-    commands.add_parser("voices", help="render weights/voices")
-    commands.add_parser("demo", help="write miniature/demo.mp4 and demo.json")
-    args = parser.parse_args(argv)
+    args = arguments().parse_args(argv)
     if args.command == "make":
         from miniature.generate import make
         made = make(args.out, args.seed, args.scale, splits=args.split, tasks=args.tasks,

@@ -272,7 +272,7 @@ class FeatureCache:
         if need > free:
             raise SystemExit(
                 f"{text}, but {self.folder} has {in_words(free)} free; name a --features folder on "
-                "a larger disk, or cache nothing: --no-keep-features")
+                "a larger disk, or cache nothing: --no-cache-features")
         log(f"{text} in {self.folder}, {in_words(free)} free")
 
     def _bytes(self, rows, with_sound):

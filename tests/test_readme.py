@@ -46,6 +46,11 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
             assert fragment in map(anchor, headings), f"{page} links to {link}: no such heading"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_has_a_placeholder_that_was_never_filled_in(page):
+    assert not re.findall(r"<!--\s*[A-Z][A-Z_]+\b", page.read_text())
+
+
 def test_the_readme_is_a_front_page_that_leads_to_every_page():
     text = README.read_text()
     assert len(text.splitlines()) <= 182 and len(text.split()) <= 2050
@@ -168,11 +173,16 @@ def test_every_command_of_a_page_names_a_program(page):
 
 @pytest.mark.parametrize("command", ["train.py", "eval.py", "demo.py", "-m miniature", "-m aveb",
                                      "-m aveb.speech", "-m aveb.judge", "-m tools.share",
-                                     "-m experiments.ablate", "-m experiments.bench"])
+                                     "-m experiments.ablate", "-m experiments.bench",
+                                     "-m experiments.publish", "-m tools.convert",
+                                     "-m tools.official"])
 def test_the_commands_explain_themselves(command):
     done = subprocess.run([sys.executable, *command.split(), "--help"], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "python " in done.stdout, done.stderr
+    program = command if command.endswith(".py") else f"python {command}"
+    assert done.stdout.startswith(f"usage: {program} [-h]"), done.stdout
+    assert "Public:" not in done.stdout
 
 
 HELP = """
@@ -192,7 +202,7 @@ def test_the_flags_on_the_pages_exist():
     """Every --flag that a page mentions belongs to one of our programs."""
     commands = [f"{s} --help" for s in (
         "train.py", "eval.py", "demo.py", "aveb.judge", "miniature make", "experiments.ablate",
-        "experiments.bench", "aveb prepare", "aveb subset", "aveb.speech isqa")]
+        "experiments.bench", "aveb prepare", "aveb subset", "aveb.speech isqa", "aveb.speech avm")]
     known = subprocess.run([sys.executable, "-c", HELP, *commands], cwd=ROOT, check=True,
                            capture_output=True, text=True, timeout=120).stdout
     assert known.count("usage: ") == len(commands)

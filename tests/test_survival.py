@@ -251,7 +251,7 @@ train.main(cli.parse(train.TrainConfig, "")[0], sys.argv[1:])
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for workers in /proc")
 def test_a_worker_that_dies_ends_the_run(command, tmp_path):  # noqa: F811
-    words = [str(word) for word in command(tmp_path / "stopped", "--no-test", "--no-keep-features",
+    words = [str(word) for word in command(tmp_path / "stopped", "--no-test", "--no-cache-features",
                                            workers=1, steps=20, batch=2, val_every=2, show=0)]
     child = subprocess.Popen([sys.executable, ROOT / "train.py", *words], stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True)
@@ -447,7 +447,7 @@ def test_five_percent_broken(command, small_miniature, tmp_path, capsys):  # noq
     data.write_manifest(tmp_path / "train.jsonl", rows)
     flags = {"data": tmp_path / "train.jsonl", "steps": 25, "batch": 8, "val_share": 0, "show": 0,
              "val_every": 5}                                     # two epochs of 100
-    for keep in ("--keep-features", "--no-keep-features"):
+    for keep in ("--cache-features", "--no-cache-features"):
         out = tmp_path / keep
         words = command(out, "--no-test", keep, **flags)
         child = start(words)

@@ -639,12 +639,12 @@ def broken_manifest(small_miniature, tmp_path_factory):
 # ---- without cached features --------------------------------------------------------------------
 
 def test_training_without_cached_features(command, unbroken, tmp_path):
-    run(command(tmp_path, "--no-test", "--no-keep-features", steps=6))
+    run(command(tmp_path, "--no-test", "--no-cache-features", steps=6))
     ours, kept = (np.array(losses(folder, "loss", "ce")) for folder in (tmp_path, unbroken))
     assert abs(ours - kept).max() < 5e-3                          # fp16 on disk
 
 
-@pytest.mark.parametrize("keep", ["--keep-features", "--no-keep-features"])
+@pytest.mark.parametrize("keep", ["--cache-features", "--no-cache-features"])
 def test_a_run_goes_on_past_broken_clips(command, broken_manifest, tmp_path, capsys, keep):
     run(command(tmp_path, keep, "--test", data=broken_manifest, steps=4))
     assert len(log_of(tmp_path)) == 4
@@ -668,7 +668,7 @@ def test_nothing_readable_is_an_error(command, broken_manifest, tmp_path, capsys
                if "broken" in (r.video or "")]
     data.write_manifest(tmp_path / "train.jsonl", records)
     with pytest.raises(SystemExit, match="steps in a row without a clip that can be read"):
-        run(command(tmp_path / "run", "--no-test", "--no-keep-features", data=tmp_path,
+        run(command(tmp_path / "run", "--no-test", "--no-cache-features", data=tmp_path,
                     val_share=0))
     with pytest.raises(SystemExit, match="nowhere.*no such manifest"):
         run(command(tmp_path / "other", data=tmp_path / "nowhere"))
@@ -730,7 +730,7 @@ def test_eval_without_cached_features_and_with_views(finished, small_miniature, 
     words = ["--task", "avm,isqa", "--checkpoint", finished[0] / "best", "--data", small_miniature,
              "--limit", 3,
              "--batch", 2, "--out", tmp_path / "a.jsonl"]
-    evaluate(*words, "--no-keep-features", "--views", "both", "blind")
+    evaluate(*words, "--no-cache-features", "--views", "both", "blind")
     fresh = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert sorted(row["task"] for row in fresh) == ["avm"] * 3 + ["isqa"] * 2
     assert "| task | n | missing | both | blind | chance |" in capsys.readouterr().out
@@ -740,7 +740,7 @@ def test_eval_without_cached_features_and_with_views(finished, small_miniature, 
 
 
 def test_eval_leaves_broken_clips_out(finished, broken_manifest, tmp_path, capsys):
-    for keep in ("--keep-features", "--no-keep-features"):
+    for keep in ("--cache-features", "--no-cache-features"):
         evaluate("--checkpoint", finished[0] / "best", "--data", broken_manifest, keep, "--out",
                  tmp_path / keep)
         printed = capsys.readouterr().out

@@ -4,9 +4,10 @@
      python -m tools.convert vicuna-bin vicuna                     as much again for the copy
      python train.py --model 7b --llm vicuna ...
 
-   Models are read from safetensors alone. The command runs once, needs no GPU, holds one shard
-   in memory at a time, and executes nothing that is in a pickle.
-   Public: convert, main."""
+Models are read from safetensors alone. The command runs once, needs no GPU, holds one shard in
+memory at a time, and executes nothing that is in a pickle.
+
+Public: convert, main."""
 
 import argparse
 import pickle
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import hub
+from runtime import cli, hub
 from runtime.hub import atomic, write_json
 
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -112,20 +113,21 @@ def copy_small_files(source, out):
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(prog=hub.CONVERT, description=__doc__.split("   Public")[0],
+    parser = argparse.ArgumentParser(prog=hub.CONVERT, description=cli.description(__doc__),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="BIN_FOLDER", type=Path,
-                        help=f"folder with {hub.BIN_SINGLE}, or with its parts and {BIN_INDEX}")
-    parser.add_argument("out", metavar="OUT_FOLDER", type=Path,
-                        help="folder for the safetensors, config.json and tokenizer files; it must "
-                             "not hold safetensors yet")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"),
-                        help="dtype of the written weights (default: as stored)")
+    add = parser.add_argument_group("model").add_argument
+    add("source", metavar="BIN_FOLDER", type=Path,
+        help=f"folder with {hub.BIN_SINGLE}, or with its parts and {BIN_INDEX}")
+    add("out", metavar="OUT_FOLDER", type=Path,
+        help="folder for the safetensors, config.json and tokenizer files; it must not hold "
+             "safetensors yet")
+    add("--dtype", choices=("float16", "bfloat16", "float32"),
+        help="number format of the written weights (default: that of the .bin files)")
     args = parser.parse_args(argv)
     try:
         convert(args.source, args.out, args.dtype and getattr(torch, args.dtype))
     except (OSError, ValueError) as error:
-        sys.exit(f"tools.convert: {error}")
+        sys.exit(f"{hub.CONVERT}: {error}")
     print(f"done; pass it as a local folder: --llm {args.out}")
 
 

@@ -19,6 +19,7 @@ import torch
 
 import lora
 from favor import PRESETS, Favor, preset
+from runtime import cli
 
 # theirs -> ours, in this order.  What is trained first registered its name: video_*; older saves
 # also hold the same parameter as joint_* or speech_*.
@@ -147,24 +148,26 @@ def from_official(path, model=None, dtype=None, device=None, **changes):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser("python -m tools.official", allow_abbrev=False,
+                                     description=cli.description(__doc__),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="FILE", help="the authors' checkpoint, a torch file")
-    parser.add_argument("out", metavar="OUT", help="new folder for the checkpoint in our layout")
-    parser.add_argument("--model", choices=tuple(PRESETS),
-                        help="preset (default: 7b or 13b, by the size of the file's tensors)")
+    add = parser.add_argument_group("model").add_argument
+    add("file", metavar="FILE", help="checkpoint of the authors, a torch file")
+    add("out", metavar="OUT", help="new folder for the checkpoint in our layout")
+    add("--model", choices=tuple(PRESETS),
+        help="preset of all sizes (default: 7b or 13b, by the size of the file's tensors)")
     for part in ("whisper", "instructblip", "llm"):
-        parser.add_argument(f"--{part}", metavar="FOLDER", help=f"local folder or Hub repository "
-                            f"of {part} (default: the preset's)")
+        add(f"--{part}", metavar="SOURCE",
+            help=f"folder or Hub repository of {part} (default: the preset's)")
     args = parser.parse_args(argv)
     if Path(args.out).exists():
-        sys.exit(f"{args.out}: exists already; name a new folder")
+        sys.exit(f"{parser.prog}: {args.out} exists already; name a new folder")
     sources = {name: value for name in ("whisper", "instructblip", "llm")
                if (value := getattr(args, name))}
     try:
         model = from_official(args.file, args.model, torch.bfloat16, **sources)
     except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))
+        sys.exit(f"{parser.prog}: {error}")
     name = args.model or {4096: "7b", 5120: "13b"}[model.llm.config.width]
     model.save_pretrained(args.out, train={"model": name, "variant": "official"},
                           command=f"tools.official {args.file}")

@@ -28,10 +28,11 @@ from safetensors.torch import load_file
 import lora
 from aveb import metrics
 from llama import LLM_TENSORS, JsonTokenizer, Llama, LlamaConfig, Tokenizer, as_tuple
-from runtime import hub
+from runtime import cli, hub
 from runtime.checkpoint import weights_hash
 from runtime.hub import markdown_table, write_text
 
+COMMAND = "python -m tools.share"
 MARK = ("<!-- tools/share.py writes this card again at every push. Remove this line to keep your "
         "own edits. -->")
 PARTS = {"whisper": "Whisper", "instructblip": "InstructBLIP", "llm": "LLM"}
@@ -253,7 +254,7 @@ def push(folder, repo_id, private=False, token=None, api=None):
             raise ValueError(f"{repo_id} exists and is public, so nothing was uploaded; name "
                              "another repo, or make it private in its settings")
         return api.upload_folder(repo_id=repo_id, folder_path=root,
-                                 commit_message="tools.share push",
+                                 commit_message=f"{COMMAND} push",
                                  allow_patterns=[*files, "README.md"])
     except Exception as error:
         known = _known_failure(error, repo_id, card)
@@ -431,43 +432,58 @@ def write_tokenizer_json(path, tokenizer):
 
 
 # ---------------------------------------------------------------- the command line
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+def arguments():
+    """The parser of the command line."""
+    formatter = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(COMMAND, description=cli.description(__doc__), **formatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, short, text):
-        new = commands.add_parser(name, help=short, description=text,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-        new.add_argument("run", metavar="RUN", help="a checkpoint with favor.json, such as "
-                         "runs/7b/best, or a run's folder, whose best/ is taken")
-        return new
-    command("card", "print the model card", """\
+        new = commands.add_parser(name, help=short, description=text, **formatter)
+        group = new.add_argument_group("model")
+        group.add_argument("run", metavar="RUN",
+                           help="folder of a checkpoint with favor.json, such as runs/7b/best, or "
+                           "folder of a run, whose best/ is taken")
+        return new, group
+    new, _ = command("card", "print the model card", """\
 Prints the card that push would upload. To edit it by hand, remove its comment line, too:
 
-  python -m tools.share card runs/7b/best > README.tmp && mv README.tmp runs/7b/best/README.md"""
-            ).add_argument("repo", metavar="user/name", nargs="?", default="user/name")
-    new = command("push", "upload to the Hub", """\
+  python -m tools.share card runs/7b/best > README.tmp && mv README.tmp runs/7b/best/README.md""")
+    new.add_argument_group("Hub").add_argument(
+        "repo", metavar="user/name", nargs="?", default="user/name",
+        help="name of the Hub repository in the card's example (default: %(default)s)")
+    new, _ = command("push", "upload to the Hub", """\
 Uploads favor.json, model.safetensors, lora/ and README.md (the card), but neither the optimiser's
 state nor predictions. favor.json holds the command line and paths of this machine: read it first.
 
   hf auth login
   python -m tools.share push runs/7b/best user/name --private
   python -c 'import favor; favor.Favor.from_pretrained("user/name")'""")
-    new.add_argument("repo", metavar="user/name", help="the repo; it is created if need be")
-    new.add_argument("--private", action="store_true", help="only its owner sees the repo")
-    new = command("merge", "the LLM with LoRA merged in, as a LLaMA folder", """\
+    hub_group = new.add_argument_group("Hub")
+    hub_group.add_argument("repo", metavar="user/name",
+                           help="name of the Hub repository, which is created if it is missing")
+    hub_group.add_argument("--private", action="store_true",
+                           help="create a private repository, which only its owner sees")
+    new, model = command("merge", "merge LoRA into the LLM and write it as a LLaMA folder", """\
 Writes the LLM with LoRA merged into it as a LLaMA in the Hub's layout, with tokenizer and our
 prompt as chat template: for text alone, without the audio-visual parts.  On the CPU, one shard at
 a time.
 
   python -m tools.share merge runs/7b/best vicuna-favor && vllm serve vicuna-favor""")
-    new.add_argument("out", metavar="OUT", help="a new or empty folder")
-    new.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="default: %(default)s")
-    new.add_argument("--shard-gb", type=float, default=5,
-                     help="size of the largest file in GB (default: 5)")
-    new.add_argument("--llm", help="folder or repo of the LLM (default: the one in favor.json)")
-    args = parser.parse_args(argv)
+    model.add_argument("--llm", metavar="SOURCE", help="folder or Hub repository of the LLM "
+                       "(default: the one in favor.json)")
+    output = new.add_argument_group("output")
+    output.add_argument("out", metavar="OUT", help="new or empty folder for the merged LLM")
+    output.add_argument("--dtype", choices=DTYPES, default=DTYPES[0],
+                        help="number format of the written weights (default: %(default)s)")
+    output.add_argument("--shard-gb", type=float, default=5, metavar="GB",
+                        help="size of the largest file in GB (default: 5)")
+    return parser
+
+
+def main(argv=None):
+    """Runs one of the three commands; a failure ends the program with a message of one line."""
+    args = arguments().parse_args(argv)
     try:
         if args.command == "card":
             print(model_card(args.run, args.repo), end="")
@@ -479,7 +495,7 @@ a time.
             size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
             print(f"{out}: {size / 1e9:.2f} GB, for LlamaForCausalLM.from_pretrained and engines")
     except (OSError, ValueError) as error:
-        sys.exit(f"tools.share: {error}")
+        sys.exit(f"{COMMAND}: {error}")
 
 
 if __name__ == "__main__":

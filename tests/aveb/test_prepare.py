@@ -655,7 +655,7 @@ def test_command_line(tmp_path, clips, monkeypatch, capsys):
     assert ": 1 broken (9 records)" in printed and "  broken: " in printed and "n1.jpg" in printed
     assert command.main(["prepare", "gqa", "--root", str(root), "--no-check"]) == 0
     assert command.main(["prepare", "vggss", "--root", str(root)]) == 2
-    assert "error: " in capsys.readouterr().err
+    assert "python -m aveb: error: " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main(["prepare", "gqa", "--root", str(root), "--no-merge"])
     assert "--merge means nothing to gqa" in capsys.readouterr().err

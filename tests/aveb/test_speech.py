@@ -245,8 +245,11 @@ def test_the_command(programs, tmp_path, capsys, monkeypatch):
     assert "8 pairs, 4 match" in capsys.readouterr().out
     assert sorted(os.listdir(out)) == ["avm.jsonl", "isqa", "isqa.jsonl"]
     with pytest.raises(SystemExit):
-        speech.main(["avm", "--gqa", str(tmp_path / "gqa.jsonl"), "--out", out])
+        speech.main(["avm", "--out", out])
     assert "avm wants --spokencoco" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        speech.main(["avm", "--gqa", str(tmp_path / "gqa.jsonl"), "--out", out])
+    assert "unrecognized arguments: --gqa" in capsys.readouterr().err
     with pytest.raises(SystemExit) as help_:
         speech.main(["--help"])
     assert help_.value.code == 0 and "python -m aveb.speech isqa" in capsys.readouterr().out

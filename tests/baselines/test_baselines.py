@@ -198,7 +198,7 @@ def test_two_processes_learn_what_one_does(folder, small_miniature, tmp_path):
         subprocess.run([sys.executable, str(ROOT / "train.py"), "--system", "instructblip",
                         "--data", str(small_miniature), "--out", str(out), "--steps", "2",
                         "--batch", "4", "--val-share", "0", "--no-test", "--processes", str(n),
-                        "--instructblip", root, "--llm", root, "--no-keep-features",
+                        "--instructblip", root, "--llm", root, "--no-cache-features",
                         "--workers", "0"],
                        check=True, capture_output=True)
         losses.append([json.loads(line)["loss"]

@@ -171,6 +171,14 @@ def test_an_old_name_of_a_flag_works_but_is_not_shown(capsys):
     assert "--sync" in shown and "join-all" not in shown
 
 
+def test_the_old_name_of_the_feature_cache_still_works():
+    import eval as evaluation
+    import train
+    for config in (train.TrainConfig, evaluation.EvalConfig):
+        assert cli.parse(config, "", ["--no-keep-features"])[0].cache_features is False
+        assert cli.parse(config, "", ["--keep-features"])[0].cache_features is True
+
+
 def test_help_ends_before_the_names_for_programmers(capsys):
     doc = "Trains.\n\n   python it.py\n\nPublic: Public, parse.\nAnd more."
     assert cli.description(doc) == "Trains.\n\n   python it.py"

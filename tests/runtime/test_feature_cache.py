@@ -528,7 +528,7 @@ def test_too_little_space(small_model, records, tmp_path, monkeypatch, encoded):
     with pytest.raises(SystemExit) as stop:
         cache_features(small_model, records[:2], tmp_path / "kept", log=quiet)
     for told in (f"about {features.in_words(need)}, ", f"{features.in_words(need - 1)} free",
-                 str(tmp_path / "kept"), "--features", "--no-keep-features"):
+                 str(tmp_path / "kept"), "--features", "--no-cache-features"):
         assert told in str(stop.value)
     assert not encoded
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need))

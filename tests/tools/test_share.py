@@ -234,6 +234,7 @@ class Recorder:
         return SimpleNamespace(private=not self.public)
 
     def upload_folder(self, *, repo_id, folder_path, commit_message, allow_patterns):
+        assert commit_message == "python -m tools.share push"
         self.calls.append(("upload_folder", repo_id))
         found = sorted(path.relative_to(folder_path).as_posix()
                        for path in Path(folder_path).rglob("*") if path.is_file())
@@ -325,7 +326,7 @@ def test_what_is_not_uploaded(run, monkeypatch, tmp_path):
 
 def test_the_real_library_without_token_and_network(run, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(SystemExit, match="^tools.share: no token for the Hub; `hf auth login`"):
+    with pytest.raises(SystemExit, match="^python -m tools.share: no token for the Hub; `hf auth"):
         share.main(["push", str(run), "me/ears"])
     assert not (run / "best" / "README.md").exists()
     with pytest.raises(ConnectionError, match=r"cannot be reached \(HF_HUB_OFFLINE is set\)"):
@@ -636,7 +637,7 @@ def test_commands(run, api, tmp_path, capsys):
             (["card", str(tmp_path)], "no favor.json"), (["push", str(run), "ears"], "user/name"),
             (["merge", str(run), str(tmp_path / "out"), "--llm", llm], "is not empty"),
             (["merge", str(run), str(tmp_path / "new")], "moved: no such folder")]:
-        with pytest.raises(SystemExit, match=f"^tools.share: .*{message}") as error:
+        with pytest.raises(SystemExit, match=f"^python -m tools.share: .*{message}") as error:
             share.main(command)
         assert "\n" not in str(error.value)
 
