@@ -247,7 +247,8 @@ def avm_records(source, records, n, seed):
 
 
 def make_avm(sources, out, n=500, seed=0, log=print):
-    """sources {"vggss" or "spokencoco": records} -> the records of <out>/avm.jsonl, n per source."""
+    """sources {"vggss" or "spokencoco": records} -> the records of <out>/avm.jsonl, n per
+    source."""
     records = [r for source, all_ in sources.items() for r in avm_records(source, all_, n, seed)]
     yes = sum(r.target == "Yes" for r in records)
     log(f"avm: {len(records)} pairs, {yes} match, {len(records) - yes} do not")

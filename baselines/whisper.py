@@ -5,7 +5,7 @@
        x + cross attention over the sound, x + mlp--> norm --embed_tokens transposed--> (B,T,vocab)
      transcribe: <|startoftranscript|><|en|><|transcribe|><|notimestamps|> --greedy, beams--> text
 
-   B chunks, P positions (1500 per chunk), T tokens, D width, N beams; in this file S counts samples.
+   B chunks, P positions (1500 per chunk), T tokens, D width, N beams; S samples.
    Parameter names are the Hub's after "model.decoder.", so state_dict() is the published layout.
    Public: WhisperBaseline, Whisper, WhisperDecoder, WhisperDecoderConfig, WhisperTokenizer."""
 

@@ -50,32 +50,33 @@ class TrainSet(Dataset):
 
     def __getitem__(self, step):
         first, end = step * self.batch + self.rank, (step + 1) * self.batch
-        items = [self.item(g) for g in range(first, end, self.world)]
-        in_worker = get_worker_info() is not None
-        return [_convert(item, torch.Tensor.numpy) for item in items] if in_worker else items
+        train_items = [self.load(g) for g in range(first, end, self.world)]
+        if get_worker_info() is None:
+            return train_items
+        return [_convert(train_item, torch.Tensor.numpy) for train_item in train_items]
 
-    def item(self, g):
+    def load(self, g):
         """TrainItem number g."""
         record = self.corpus.record(int(self.rows[self.order(g)]))
-        item, features, clip = TrainItem(g, record.id, record.task), None, None
+        train_item, features, clip = TrainItem(g, record.id, record.task), None, None
         if self.cache is not None:
             if reason := self.cache.reason(record):
-                item.reason = reason
-                return item
+                train_item.reason = reason
+                return train_item
             features = self.cache.get(record)
         if features is not None:
-            item.cut = self.cache.cut(record)
+            train_item.cut = self.cache.cut(record)
             prompt, target, features = data.mix(self.mixing, g, record, features, self.cached_sound)
             if prompt != record.prompt and features.visual is not None:
                 features = None      # the visual Q-Former has to read the new question: decode
         if features is None:
-            clip, item.reason, item.cut = self.decode(record)
+            clip, train_item.reason, train_item.cut = self.decode(record)
             if clip is None:
-                return item
+                return train_item
             prompt, target, clip = data.mix(self.mixing, g, record, clip, self.decoded_sound)
-        item.sample = Sample(prompt, target, clip, features, record.history,
-                             data.drawn_mask(self.mixing, g))
-        return item
+        train_item.sample = Sample(prompt, target, clip, features, record.history,
+                                   data.drawn_mask(self.mixing, g))
+        return train_item
 
     def decode(self, record):
         """-> Clip or None, the reason why there is none, what max_seconds left out."""
@@ -99,17 +100,17 @@ class TrainSet(Dataset):
         return record, getattr(self.decode(record)[0], "audio", None)
 
 
-def _convert(item, convert):
-    """Converts the tensors of an item's clip to numpy arrays, or back.  Arrays travel from a worker
-    by value.  Tensors would need shared memory, which is small in containers and leaves files
-    behind when a run is killed."""
-    clip = item.sample and item.sample.clip
+def _convert(train_item, convert):
+    """Converts the tensors of a TrainItem's clip to numpy arrays, or back.  Arrays travel from a
+    worker by value.  Tensors would need shared memory, which is small in containers and leaves
+    files behind when a run is killed."""
+    clip = train_item.sample and train_item.sample.clip
     if not clip:
-        return item
+        return train_item
     parts = {name: convert(value) for name in ("frames", "audio")
              if (value := getattr(clip, name)) is not None}
-    sample = dataclasses.replace(item.sample, clip=dataclasses.replace(clip, **parts))
-    return dataclasses.replace(item, sample=sample)
+    sample = dataclasses.replace(train_item.sample, clip=dataclasses.replace(clip, **parts))
+    return dataclasses.replace(train_item, sample=sample)
 
 
 def _start_worker(_):
@@ -131,8 +132,8 @@ def load_ahead(train_set, first, last, workers=0):
     loader = DataLoader(train_set, batch_size=None, sampler=range(first, last), num_workers=workers,
                         prefetch_factor=2, collate_fn=_unchanged, worker_init_fn=_start_worker,
                         multiprocessing_context="spawn")
-    for items in loader:
-        yield [_convert(item, torch.from_numpy) for item in items]
+    for train_items in loader:
+        yield [_convert(train_item, torch.from_numpy) for train_item in train_items]
 
 
 @contextmanager
@@ -174,13 +175,13 @@ def micro_batches(samples, length, frames, most=0, most_tokens=0, most_frames=0)
 
 
 # ---------------------------------------------------------------- skipped.jsonl
-def skip_rows(items, step):
+def skip_rows(train_items, step):
     """TrainItems of a step -> rows of skipped.jsonl, for the clips that could not be read and for
     those that were cut."""
-    return [{"step": step, "id": item.id, "reason": item.reason}
-            for item in items if item.sample is None] + [
-        {"step": step, "id": item.id, "cut": item.cut}
-        for item in items if item.sample is not None and item.cut]
+    return [{"step": step, "id": train_item.id, "reason": train_item.reason}
+            for train_item in train_items if train_item.sample is None] + [
+        {"step": step, "id": train_item.id, "cut": train_item.cut}
+        for train_item in train_items if train_item.sample is not None and train_item.cut]
 
 
 class SkippedLog:

@@ -52,7 +52,7 @@ A, V, K, Q = 10, 12, 2, 3
 N = max(A, V)
 RATE = 16000
 WHISPER = WhisperConfig(n_mels=80, width=20, layers=1, heads=2, ffn=32, max_source_positions=50,
-                        n_fft=512, hop=400)      # 16000 / (2 * 400) = 20 per second; chunks of 2.5 s
+                        n_fft=512, hop=400)    # 16000 / (2 * 400) = 20 per second; chunks of 2.5 s
 VIT = ViTConfig(width=16, layers=1, heads=2, ffn=24, image_size=28, patch_size=14)
 CONFIG = FavorConfig(
     window_frames=K, queries=Q, width=20, layers=2, heads=2, causal_heads=4, ffn=28,

@@ -1,6 +1,7 @@
 """The visual and audio encoders at the full width of the published models, a few layers deep,
-against transformers in fp32 and bf16.  (LLaMA: test_llama.py; Whisper's decoder:
-baselines/test_whisper.py.)  What a narrow model hides shows here: head sizes, scales, rounding."""
+against transformers in fp32 and bf16.  (LLaMA: tests/test_llama.py; Whisper's
+decoder: tests/baselines/test_whisper.py.)  What a narrow model hides shows here: head sizes,
+scales, rounding."""
 
 import pytest
 import torch

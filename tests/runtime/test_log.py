@@ -266,7 +266,7 @@ def test_7b_costs_what_is_known(seven_b):
 
 
 def test_encoders_cost_what_is_known(seven_b):
-    """EVA ViT-g/14 of 40 layers, with its head of 1408 x 1024: 534.06 GFLOP a picture (open_clip,
+    """EVA ViT-g/14 of 40 layers, with its head of 1408 x 1024: 534.06 GFLOP per picture (open_clip,
     docs/model_profile.csv).  Whisper large, by hand; nothing where features were cached."""
     with torch.device("meta"):
         vit = ViT(ViTConfig(layers=40))
