@@ -186,8 +186,8 @@ def found_after(folder, text):
 def test_an_older_miniature_is_made_anew(tmp_path, monkeypatch):
     """Its questions would be another benchmark's; a manifest that someone put there stays."""
     monkeypatch.chdir(tmp_path)
-    make = evaluation.miniature.make
-    monkeypatch.setattr(evaluation.miniature, "make", lambda folder, **settings: make(
+    make = evaluation.generate.make
+    monkeypatch.setattr(evaluation.generate, "make", lambda folder, **settings: make(
         folder, counts={"test": {"still": 1}}, workers=1, **settings))
     folder = Path(evaluation.EvalConfig.data)
     (manifest,), stamp = evaluation.make_miniature(evaluation.EvalConfig(), True), (
@@ -223,7 +223,7 @@ def test_under_torchrun_the_first_process_makes_the_clips(tmp_path, monkeypatch)
             manifest.write_text('{"id": "a", "task": "vqa", "prompt": "?", "target": "b", '
                                 '"image": "a.png"}\n')
         return {"test": manifest}
-    monkeypatch.setattr(evaluation.miniature, "make", make)
+    monkeypatch.setattr(evaluation.generate, "make", make)
 
     def run(rank):
         with pytest.raises(SystemExit, match="no questions of task ocr"):
