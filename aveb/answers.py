@@ -1,4 +1,4 @@
-"""Every question is answered once: in batches of like length, over processes, and through kills.
+"""Answers every question once: in batches of similar length, on all processes, despite kills.
 
      records --sorted, cut into batches that never change--> batch k belongs to process k mod world
        --model.generate, once per view--> a line of the journal --all processes--> predictions

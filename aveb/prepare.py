@@ -3,7 +3,7 @@
      annotation files --prepare--> <set>-<split>.jsonl --check--> which clips cannot be decoded
      manifest --subset--> n questions, the same ones for the same seed
 
-   A check that was cut off goes on where it stopped.  A subset depends on the seed and the ids
+   An interrupted check continues where it stopped.  A subset depends on the seed and the ids
    alone: the same hash of ids means the same questions.
    Public: prepare, check, subset, ids_hash."""
 

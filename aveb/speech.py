@@ -1,4 +1,4 @@
-"""AVEB's two tasks that never were a data set of their own: isqa and avm.  Paper Sec. 4.1.
+"""The two AVEB tasks that have no data set of their own: isqa and avm.  Paper Sec. 4.1.
 
      python -m aveb.speech isqa --textvqa textvqa-val.jsonl --gqa gqa-testdev_balanced.jsonl \\
          --out aveb                                              spoken by espeak-ng, or flite

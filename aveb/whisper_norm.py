@@ -1,4 +1,4 @@
-"""Whisper's English text normaliser: what word error rates are taken after.
+"""Whisper's English text normaliser, applied before word error rates are computed.
 
      "Mr. O'Neil's twenty-two colours, um" --whisper_english--> mister 0 neil is 22 colors
 

@@ -1,5 +1,5 @@
 """The text of docs/ablations.md. Its tables and the numbers in its sentences come from
-results.jsonl, so that prose and numbers cannot part.
+results.jsonl, so that prose and numbers cannot diverge.
 
      Results --page--> Markdown: what was run, verdicts, reasons, figures, scores
 What the sentences conclude was written for the committed results. Read them again when new results

@@ -1,4 +1,4 @@
-"""Takes finished runs of experiments/ablate.py over into docs/.
+"""Merges finished runs of experiments/ablate.py into docs/.
 
      python -m experiments.publish runs/ablate     merges these runs into docs/, writes the page
      python -m experiments.publish                 writes the page and results.md again

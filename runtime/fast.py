@@ -1,4 +1,4 @@
-"""What the components may use in place of their plain formulas; each of these is one import there.
+"""Faster replacements for plain formulas of the components, which import each where they use it.
 
      swiglu               silu(gate) * up, with one wide tensor less to store for the backward pass
      apply_all            [linear(x) for linear in linears], where LoRA reads x only once

@@ -3,7 +3,7 @@
 A matrix of N weights costs 2N operations per position, a multiplication and an addition per weight:
     forward                    y = W x         2N
     gradient of the input      dx = W' dy      2N      if something before it learns
-    gradient of the weights    dW = dy x'      2N      if the matrix itself learns
+    gradient of the weights    dW = dy x'      2N      if the matrix itself is trained
 So what learns costs 6N, the frozen LLM behind the aligner 4N and the frozen encoders 2N.  Attention
 of n queries over m keys costs 2 products of 2 n m width forward, and twice that backward.  Masked
 pairs count, as in PaLM's MFU (Chowdhery et al. 2022, Appendix B).  Padding, recomputation, norms,

@@ -4,8 +4,8 @@
      an event (validation, checkpoint) --RunLog.log_event--> events.jsonl and the same back ends
      operations of a step (flops.py) / seconds / peak of the GPUs --> MFU
      machine, code and command --write_run_facts--> config.json, environment.json, commands.log
-Logging never ends a run: a back end that fails is switched off, and a full disk costs rows.  Either
-prints one line.
+Logging never ends a run: a back end that fails is switched off, and a full disk only loses rows.
+Either prints one line.
 
 Public: RunLog, Clock, JsonLines, rows_until, write_run_facts, environment, git_facts, check_wandb,
 draw_curve, log_answers, progress, duration, peak_memory, in_words, GIB."""

@@ -1,4 +1,4 @@
-"""Full-size models without their weights: for benchmarks, and to see whether a machine fits a job.
+"""Full-size models without their weights: for benchmarks, and to see whether a job fits a machine.
 
      random_part    the published sizes (or those of a local config.json), random weights
      table          parameters, trained parameters, bytes and dtype of each part

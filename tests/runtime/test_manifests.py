@@ -72,7 +72,8 @@ def test_index_is_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize("line, wrong", [
     (b'{"id": "x", "task": "a"', "not JSON"), (b'{"id": "x\xff", "task": "a"}', "not UTF-8"),
     (b'{"id": "x", "task": "a", "prompt": "?", "clip": "y"}', "unknown clip; the fields are"),
-    (b'["x"]', "a list, wanted one object"), (b'{"id": "x", "task": "a"}', "missing prompt; the fields are"),
+    (b'["x"]', "a list, wanted one object"),
+    (b'{"id": "x", "task": "a"}', "missing prompt; the fields are"),
     (b'{"id": "x", "task": "a", "prompt": "?", "meta": {"weight": "many"}}', "weight 'many'"),
     (b'{"id": "vqa-3", "task": "a", "prompt": "?"}', "id 'vqa-3' is taken by line 4")])
 def test_what_is_wrong_is_named_with_its_line(tmp_path, chunk, line, wrong):
