@@ -638,7 +638,9 @@ def main(config, argv):
     log(f"{run.out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {run.out}/best   "
         f"({runlog.duration(time.time() - started)} of training)")
     if rank == 0 and config.test:
-        test(config, run.out, world)
+        out, run = run.out, None                       # eval.py needs the memory that it holds
+        torch.cuda.empty_cache()
+        test(config, out, world)
 
 
 def test(config, out, world):
