@@ -631,12 +631,13 @@ def main(config, argv):
         log(str(run.skipped))
     if rank == 0:
         save_curve(run)
-    distributed.shutdown(run.ddp)
+    if not run.unsaved:
+        log(f"{run.out}/best: answers with  python demo.py CLIP QUESTION --checkpoint "
+            f"{run.out}/best   ({runlog.duration(time.time() - started)} of training)")
+    distributed.shutdown(run.ddp)                      # after this each process is its own main one
     if run.unsaved:
         raise SystemExit(f"{run.out}/{run.unsaved} could not be saved, the disk was full; make "
                          "room and run the same command again")
-    log(f"{run.out}/best: answers with  python demo.py CLIP QUESTION --checkpoint {run.out}/best   "
-        f"({runlog.duration(time.time() - started)} of training)")
     if rank == 0 and config.test:
         out, run = run.out, None                       # eval.py needs the memory that it holds
         torch.cuda.empty_cache()
