@@ -237,7 +237,8 @@ def read_data(config, kind):
     """The manifests as a Corpus."""
     with distributed.main_process_first():
         if config.on_miniature and distributed.rank() == 0:
-            cli.run_module("miniature", "make", "--out", MINIATURE)
+            if code := cli.run_module("miniature", "make", "--out", MINIATURE):
+                raise SystemExit(code)
         manifests = [(find_manifest(path, "train"), weight) for path, weight in config.manifests]
         usable = (lambda media: (media & (IMAGE | VIDEO)) > 0) if kind.needs_picture else None
         corpus = Corpus(manifests, config.val_share, config.proportional, usable, log)
@@ -657,6 +658,8 @@ def test(config, out, world):
     words += ["--dtype", config.dtype] * bool(config.dtype)
     words += ["--features", config.features] * bool(config.features)
     words += ["--no-cache-features"] * (config.cache_features is False)
+    if config.random_init:
+        return print("no table: a checkpoint of random weights cannot be opened again")
     if config.shard:
         return print("for the table: python eval.py", shlex.join(map(str, words)))
     if code := cli.run_module("eval", *words):

@@ -146,7 +146,10 @@ def default_metrics(task):
 
 def unknown_metrics(record):
     """What is wrong with the names in a record's meta["metrics"], in words; "" if nothing is."""
-    unknown = [name for name in record.meta.get("metrics", ()) if name not in METRICS]
+    names = record.meta.get("metrics") or ()
+    if not isinstance(names, (list, tuple)):
+        return f"meta.metrics is {names!r}, wanted a list of names"
+    unknown = [name for name in names if name not in METRICS]
     return f"no metric {unknown[0]!r}; there are {', '.join(METRICS)}" if unknown else ""
 
 

@@ -840,6 +840,17 @@ def test_demo_answers_about_any_file(finished, media, capsys):
                                                            num_beams=3)
 
 
+def test_demo_without_a_clip(capsys):
+    """The committed clip and checkpoint: right with both modalities, wrong without either."""
+    demo.main(["--checkpoint", str(checkpoints.COMMITTED)])
+    printed = capsys.readouterr().out
+    said = dict(line.split(None, 1) if line.startswith(("clip", "question")) else
+                (line[:20].strip(), line[20:].strip()) for line in printed.splitlines() if line)
+    assert said["picture and sound"] == said["right answer"]
+    assert said["right answer"] not in (said["without the sound"], said["without the picture"])
+    assert "python train.py" in printed
+
+
 def test_demo_errors(finished, media, tmp_path):
     checkpoint = ["--checkpoint", finished[0] / "best"]
     broken = tmp_path / "broken.mp4"

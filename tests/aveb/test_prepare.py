@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import data
+import eval as evaluation
 import favor
 import train
 from aveb import __main__ as command
@@ -585,6 +586,22 @@ def test_check_resumes(manifest, monkeypatch):
     read.clear()
     shutil.copy(manifest.with_name("0.wav"), manifest.with_name("7.wav"))
     assert aveb.check(manifest, 1, lines.append) == 1 and read == ["r7"]
+
+
+@pytest.mark.parametrize("named, wrong", [
+    (["exact", "nonsense"], "no metric 'nonsense'; there are .*exact"),
+    ("exact", "meta.metrics is 'exact', wanted a list"), (None, "")])
+def test_names_of_metrics_are_checked_before_clips_are(tmp_path, named, wrong):
+    record = data.Record("r", "vqa", "?", "yes", image=str(tmp_path / "none.png"),
+                         meta={"metrics": named})
+    data.write_manifest(tmp_path / "m.jsonl", [record])
+    if not wrong:
+        assert aveb.check(tmp_path / "m.jsonl", 1, lambda *_: None) == 1   # no such picture
+        return
+    with pytest.raises(ValueError, match=f"m.jsonl: r: {wrong}"):
+        aveb.check(tmp_path / "m.jsonl", 1, lambda *_: None)
+    with pytest.raises(SystemExit, match=f"m.jsonl: r: {wrong}"):
+        evaluation.find_questions(evaluation.EvalConfig(data=str(tmp_path / "m.jsonl")))
 
 
 def test_check_on_two_cores(manifest, capsys):

@@ -252,6 +252,17 @@ def seven_b():
     return Favor.from_config(preset("7b"), torch.bfloat16, "meta", load=random_part)
 
 
+def test_another_aligner_is_counted_by_its_matrices(small_parts):
+    """README: any class with forward(windows, mask, per_frame) may take the Q-Former's place."""
+    model = Favor.from_config(preset("tiny", whisper=str(small_parts / "whisper"),
+                                     llm=str(small_parts / "llama"),
+                                     instructblip=str(small_parts / "instructblip")))
+    model.qformer = torch.nn.Linear(32, 128)
+    joint_vectors = model.config.window_frames * max(model.visual.n_queries, model.audio_steps)
+    parts = flops.flops_by_part(model, [50], 3, 15, [], True)
+    assert parts["causal Q-Former"] == 3 * 3 * 2 * 32 * 128 * joint_vectors
+
+
 def test_7b_costs_what_is_known(seven_b):
     """32 layers of 4 * 4096^2 + 3 * 4096 * 11008 weights, 4 operations each a token; LoRA r 32 on
     q, k, v (in 4096, out 4096), gate, up (4096, 11008) and down (11008, 4096), 6 each."""
