@@ -380,13 +380,13 @@ def checked_frames(frames):
     return rearrange(frames, "f h w c -> f c h w")
 
 
-def resize(frames, size=224):
-    """uint8 (F,H,W,3) -> uint8 (F,3,size,size), bicubic with antialiasing: PIL's values to 1-2 of
-    255. The aspect ratio changes and nothing is cropped, as in InstructBLIP."""
+def resize(frames, size=224, mode="bicubic"):
+    """uint8 (F,H,W,3) -> uint8 (F,3,size,size), with antialiasing: PIL's values to 1-2 of 255.
+    The aspect ratio changes and nothing is cropped, as in InstructBLIP. mode: or "bilinear"."""
     x = checked_frames(frames)
     if x.shape[2:] != (size, size):
         # torch has this uint8 kernel only on the CPU; floats would round differently.
-        x = F.interpolate(x.cpu(), (size, size), mode="bicubic", antialias=True).to(x.device)
+        x = F.interpolate(x.cpu(), (size, size), mode=mode, antialias=True).to(x.device)
     return x.contiguous()
 
 

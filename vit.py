@@ -1,0 +1,255 @@
+"""Visual encoders without a Q-Former: video frames -> a grid of vectors per frame, for any question.
+   SigLIP (Zhai et al. 2023), SigLIP 2 (Tschannen et al. 2025), DINOv2 (Oquab et al. 2024; with
+   registers, Darcet et al. 2024); FAVOR keeps them frozen.
+
+     frames uint8 (F,H,W,3) --resize, mean and deviation of the model--> (F,3,224,224)
+       --ViT--> (F,P,D)                     P = (224/16)^2 = 196 for SigLIP, (224/14)^2 for DINOv2
+       --mean over the cells of a g x g grid--> (F,V,D)                 V = g^2 = 49, 25, ...
+
+   Both are one pre-norm transformer: `ViTConfig` says what differs. Names in the file become ours
+   by the table RENAME. DIFF: nothing is cropped, the picture is resized to a square as it is for
+   InstructBLIP; DINOv2's own processor crops the middle.
+   Public: GridEncoder, ViTConfig, is_grid_encoder."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from runtime import hub
+from vit_qformer import FRAMES_AT_ONCE, Norm, resize
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESAMPLE = {2: "bilinear", 3: "bicubic"}                   # PIL's numbers in the Hub's files
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes and kind of a tower. Defaults: SigLIP 2 base, patch16-224."""
+    kind: str = "siglip"                      # or "dinov2"
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    ffn: int = 3072
+    image_size: int = 224                     # of the frames that it gets
+    patch_size: int = 16
+    trained_size: int = 224                   # side of the pictures that its positions are for
+    registers: int = 0                        # extra tokens of DINOv2 that hold no patch
+    qkv_bias: bool = True
+    eps: float = 1e-6
+    mean: tuple = (0.5, 0.5, 0.5)             # R, G, B of values in [0, 1]
+    std: tuple = (0.5, 0.5, 0.5)
+    resample: str = "bilinear"
+
+    @property
+    def side(self):
+        """Patches per side of a frame: 224 / 16 = 14."""
+        return self.image_size // self.patch_size
+
+    @property
+    def trained_side(self):
+        return self.trained_size // self.patch_size
+
+    @property
+    def first_patch(self):
+        """Tokens before the patches: DINOv2's CLS and registers."""
+        return 0 if self.kind == "siglip" else 1 + self.registers
+
+
+KINDS = {"siglip": "siglip", "siglip_vision_model": "siglip", "dinov2": "dinov2",
+         "dinov2_with_registers": "dinov2"}                # model_type of the Hub: ours
+SIZES = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+         "ffn": "intermediate_size", "trained_size": "image_size", "patch_size": "patch_size",
+         "eps": "layer_norm_eps"}
+DINO_SMALL = dict(width=384, heads=6, ffn=1536, trained_size=518, patch_size=14)
+
+# Substrings of a name in the file: of ours; applied in this order.
+RENAME = {
+    "siglip": (("embeddings.", ""), ("encoder.layers.", "layers."), ("self_attn.", ""),
+               ("layer_norm", "norm"), ("mlp.", ""), ("post_layernorm", "norm"),
+               ("position_embedding.weight", "position_embedding")),
+    "dinov2": (("embeddings.", ""), ("patch_projection", "patch_embedding"),
+               ("position_embeddings", "position_embedding"), ("encoder.layer.", "layers."),
+               ("attention.attention.query", "q_proj"), ("attention.attention.key", "k_proj"),
+               ("attention.attention.value", "v_proj"), ("attention.output.dense", "out_proj"),
+               ("layer_scale1.lambda1", "scale1"), ("layer_scale2.lambda1", "scale2"),
+               ("mlp.", ""), ("layernorm", "norm"))}
+READ = {"siglip": ("embeddings.", "encoder.", "post_layernorm."),     # without its pooling head
+        "dinov2": ("embeddings.cls", "embeddings.p", "embeddings.reg", "encoder.", "layernorm.")}
+
+
+def model_type(root):
+    """The model_type of a folder's config.json: "" where there is none."""
+    return hub.read_json(root / "config.json").get("model_type") or ""
+
+
+def is_grid_encoder(root):
+    """Whether the folder holds a SigLIP or a DINOv2 and not an InstructBLIP."""
+    return model_type(root) in KINDS
+
+
+def read_config(root, image_size=224):
+    """config.json and preprocessor_config.json of a folder -> ViTConfig for frames of image_size
+    pixels. ValueError names what is not built here."""
+    config = hub.read_json(root / "config.json")
+    name = config.get("model_type")
+    if name not in KINDS:
+        raise ValueError(f"{root}: model_type is {name!r}; wanted {', '.join(KINDS)}")
+    kind, given = KINDS[name], config
+    if name == "siglip":
+        given = config.get("vision_config") or {}
+    act = "gelu_pytorch_tanh" if kind == "siglip" else "gelu"
+    for key, wanted in (("hidden_act", act), ("use_swiglu_ffn", False), ("num_channels", 3),
+                        ("apply_layernorm", True)):
+        if given.get(key, wanted) != wanted:
+            raise ValueError(f"{root}: {key} is {given[key]!r}; only {wanted!r} is built here")
+    values = {} if kind == "siglip" else DINO_SMALL | {"mean": IMAGENET_MEAN, "std": IMAGENET_STD,
+                                                       "resample": "bicubic"}
+    values |= {ours: given[theirs] for ours, theirs in SIZES.items() if theirs in given}
+    if kind == "dinov2":
+        values["ffn"] = int(values["width"] * given.get("mlp_ratio", 4))
+        values["qkv_bias"] = given.get("qkv_bias", True)
+    if name == "dinov2_with_registers":
+        values["registers"] = given.get("num_register_tokens", 4)
+    file = root / "preprocessor_config.json"
+    if file.exists():
+        read = hub.read_json(file)
+        if read.get("resample", 3) not in RESAMPLE:
+            raise ValueError(f"{file}: resample is {read['resample']!r}; wanted 2 (bilinear) or 3 "
+                             "(bicubic)")
+        values |= {ours: tuple(read[theirs]) for ours, theirs in
+                   (("mean", "image_mean"), ("std", "image_std")) if theirs in read}
+        values |= {"resample": RESAMPLE[read["resample"]]} if "resample" in read else {}
+    image_size = values.get("trained_size", 224) if kind == "siglip" else image_size
+    return ViTConfig(kind=kind, image_size=image_size, **values)
+
+
+# ---- the transformer ----------------------------------------------------------------------------
+
+class Block(nn.Module):
+    """Pre-norm transformer block. DINOv2 scales both branches by learnt factors."""
+    def __init__(self, config):
+        super().__init__()
+        self.heads, width, bias = config.heads, config.width, config.qkv_bias
+        self.norm1, self.norm2 = Norm(width, config.eps), Norm(width, config.eps)
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(width, width, bias=bias) for _ in range(3))
+        self.out_proj = nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, config.ffn), nn.Linear(config.ffn, width)
+        self.gelu = partial(F.gelu, approximate="tanh" if config.kind == "siglip" else "none")
+        self.scale1 = self.scale2 = 1.0
+        if config.kind == "dinov2":
+            self.scale1, self.scale2 = (nn.Parameter(torch.ones(width)) for _ in range(2))
+
+    def forward(self, x):
+        """(F,P,D) -> (F,P,D): every token attends to every other one."""
+        y = self.norm1(x)
+        q, k, v = (rearrange(part(y), "f p (h d) -> f h p d", h=self.heads)
+                   for part in (self.q_proj, self.k_proj, self.v_proj))
+        y = rearrange(F.scaled_dot_product_attention(q, k, v), "f h p d -> f p (h d)")
+        x = x + self.scale1 * self.out_proj(y)
+        return x + self.scale2 * self.fc2(self.gelu(self.fc1(self.norm2(x))))
+
+
+class GridEncoder(nn.Module):
+    """A frozen ViT whose map of patches is averaged to `grid` x `grid` vectors per frame. It offers
+    what VisualEncoder offers, but does not read the question: query() returns what it is given."""
+    reads_question = False
+    qformer = None
+
+    def __init__(self, config=None, grid=7):
+        super().__init__()
+        config = config or ViTConfig()
+        if not 1 <= grid <= config.side:
+            raise ValueError(f"visual_grid is {grid}; wanted 1 to {config.side}, the patches per "
+                             "side of a frame")
+        self.config, self.grid = config, grid
+        self.image_size, self.n_queries, self.width = config.image_size, grid ** 2, config.width
+        size = config.patch_size
+        self.patch_embedding = nn.Conv2d(3, config.width, size, stride=size)
+        # Learnt for the pictures of its own training: (P,D), DINOv2's with CLS and a batch axis.
+        tokens = config.trained_side ** 2
+        self.position_embedding = nn.Parameter(torch.randn(
+            (tokens, config.width) if config.kind == "siglip" else
+            (1, tokens + 1, config.width)) * 0.02)
+        if config.kind == "dinov2":
+            self.cls_token = nn.Parameter(torch.randn(1, 1, config.width) * 0.02)
+        if config.registers:
+            self.register_tokens = nn.Parameter(
+                torch.randn(1, config.registers, config.width) * 0.02)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = Norm(config.width, config.eps)
+
+    @classmethod
+    def from_pretrained(cls, source, dtype=None, device=None, grid=7):
+        """A SigLIP or DINOv2 on the Hub or in a local folder -> frozen encoder in eval mode. Of a
+        SigLIP with a text model only the visual part is read."""
+        root = hub.folder(source)
+        config = read_config(root)
+        prefix = ("vision_model.", "") if config.kind == "siglip" else ("dinov2.", "")
+        only = [start + name for start in prefix for name in READ[config.kind]]
+        encoder = hub.load_module(lambda: cls(config, grid), root, dtype, device, prefix=prefix,
+                                  only=only, rename=RENAME[config.kind])
+        return encoder.requires_grad_(False)
+
+    def positions(self):
+        """The position embeddings, resampled in fp32 if the frames are of another size than the
+        pictures of its training -> (1,P,D), CLS among them; bicubic as in the published code, and
+        with antialiasing where there are registers."""
+        own, config = self.position_embedding, self.config
+        own = own.reshape(1, -1, config.width)                                  # (1,P,D)
+        if config.side == config.trained_side:
+            return own
+        first = own.shape[1] - config.trained_side ** 2                         # CLS or nothing
+        grid = rearrange(own[:, first:].float(), "f (h w) d -> f d h w", h=config.trained_side)
+        grid = F.interpolate(grid, (config.side, config.side), mode="bicubic",
+                             antialias=config.registers > 0)
+        grid = rearrange(grid, "f d h w -> f (h w) d").to(own.dtype)
+        return torch.cat((own[:, :first], grid), dim=1)
+
+    def patches(self, pixels):
+        """(F,3,H,W) from to_pixels() -> all patches after the last norm (F,P,D), row by row."""
+        x = self.patch_embedding(pixels.to(self.norm.weight))                   # dtype of weights
+        x = rearrange(x, "f d h w -> f (h w) d")
+        if self.config.kind == "dinov2":
+            x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = x + self.positions()
+        if self.config.registers:                                  # behind CLS, without position
+            x = torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)[:, self.config.first_patch:]
+
+    def encode_image(self, pixels):
+        """(F,3,H,W) from to_pixels() -> (F,V,D), the same for every question."""
+        size = self.image_size
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+            raise ValueError(f"pixels are {tuple(pixels.shape)}; wanted (F,3,{size},{size}) from "
+                             "to_pixels()")
+        parts = []
+        for part in pixels.split(FRAMES_AT_ONCE):
+            grid = rearrange(self.patches(part), "f (h w) d -> f d h w", h=self.config.side)
+            grid = F.adaptive_avg_pool2d(grid, self.grid)                       # (F,D,g,g)
+            parts.append(rearrange(grid, "f d h w -> f (h w) d"))               # (F,V,D)
+        return torch.cat(parts)
+
+    def query(self, image_features, text_ids=None, text_mask=None):
+        """(F,V,D) -> the same, whatever the question is."""
+        return image_features
+
+    # ---- frames -> pixels
+    def resize(self, frames, size=None):
+        """uint8 (F,H,W,3) -> uint8 (F,3,size,size) with antialiasing, as PIL to 1 of 255."""
+        return resize(frames, size or self.image_size, self.config.resample)
+
+    def to_pixels(self, frames):
+        """uint8 (F,3,H,W), or floats of that range, -> float32 (F,3,size,size) with the mean and
+        deviation of the model's own training."""
+        if not frames.is_floating_point():
+            frames = self.resize(frames.permute(0, 2, 3, 1)).float()
+        mean, std = (frames.new_tensor(v)[:, None, None]
+                     for v in (self.config.mean, self.config.std))              # (3,1,1)
+        return (frames / 255 - mean) / std
