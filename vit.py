@@ -1,4 +1,4 @@
-"""Visual encoders without a Q-Former: video frames -> a grid of vectors per frame, for any question.
+"""Visual encoders without a Q-Former: frames -> a grid of vectors per frame, for any question.
    SigLIP (Zhai et al. 2023), SigLIP 2 (Tschannen et al. 2025), DINOv2 (Oquab et al. 2024; with
    registers, Darcet et al. 2024); FAVOR keeps them frozen.
 
@@ -64,7 +64,7 @@ KINDS = {"siglip": "siglip", "siglip_vision_model": "siglip", "dinov2": "dinov2"
 SIZES = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
          "ffn": "intermediate_size", "trained_size": "image_size", "patch_size": "patch_size",
          "eps": "layer_norm_eps"}
-DINO_SMALL = dict(width=384, heads=6, ffn=1536, trained_size=518, patch_size=14)
+DINO_SMALL = {"width": 384, "heads": 6, "ffn": 1536, "trained_size": 518, "patch_size": 14}
 
 # Substrings of a name in the file: of ours; applied in this order.
 RENAME = {
