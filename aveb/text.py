@@ -78,10 +78,9 @@ CONTRACTED |= {"maam": "ma'am", "oclock": "o'clock", "yall": "y'all", "twas": "'
                "somebody'd": "somebodyd", "yall'll": "y'all'll", "y'allll": "y'all'll"}
 CONTRACTED |= {form: f"{word}{end}'ve"                          # "couldn'tve", "couldnt've"
                for end, words in (("n't", "could had might should would"), ("'d", "he it she "
-                                  "somebody someone something there they we who you y'all"))
+                                  "somebody someone something there they we who you"))
                for word in words.split()
-               for form in (f"{word}{end}ve", f"{word}{end.replace(chr(39), '')}'ve",
-                            f"{(word + end).replace(chr(39), '')}'ve")}
+               for form in (f"{word}{end}ve", f"{word}{end}'ve".replace("'", "", 1))}
 
 
 def vqa_words(text):
@@ -119,19 +118,19 @@ def unquoted_vqa_words(text):
 def edit_distance(ours, theirs):
     """Fewest substitutions, deletions and insertions that turn one list into the other.
 
-    Myers' bit-parallel form (JACM 1999) of the usual table with a row for each of our words: two
-    integers hold a whole column, bit i says that the entry of row i is one more (`up`) or one less
-    (`down`) than that of the row above, so 20,000 words against 20,000 take a second."""
+    The usual table has a row for each of our words and a column for each of theirs.  Myers (JACM
+    1999) holds a column in two integers: bit i says whether the entry of row i is one more (`up`)
+    or one less (`down`) than the entry above it.  20,000 words against 20,000 take a second."""
     if not ours:
         return len(theirs)
     places, rows = {}, (1 << len(ours)) - 1
     for i, word in enumerate(ours):
         places[word] = places.get(word, 0) | 1 << i
-    up, down, distance = rows, 0, len(ours)                  # the column of no words of theirs
+    up, down, distance = rows, 0, len(ours)                  # the column before their first word
     for word in theirs:
         equal = places.get(word, 0)
-        level = (((equal & up) + up) ^ up) | equal           # bits of a way along the diagonal
-        more, less = down | ~(level | up) & rows, up & level         # than one column to the left
+        same = (((equal & up) + up) ^ up) | equal            # as the entry up and to the left
+        more, less = down | (~(same | up) & rows), up & same         # than the entry to the left
         distance += (more >> len(ours) - 1) - (less >> len(ours) - 1)
         more, less = more << 1 | 1, less << 1
         equal |= down
