@@ -169,16 +169,17 @@ EMPHASIS = re.compile(r"""(?:[*_`"'$]|\\\w{1,20}\{|<\w{1,20}>){1,9}\s?\(?([A-Za-
                       r"""(?:[*_`"'$}]|</\w{1,20}>){1,9}""")
 # What must follow a letter that marks an option: "a. red" and "A because", not "e.g.", "a red ball"
 END = r"(?=$|[)\]:]|\.(?!\w))"
-PAUSE = (rf"(?:{END}|(?=[\n,;!?/=&]| (?:or|and|because|since|as)\b| [-—=&/]"
-         r"| is (?:correct|right|the (?:\w+ )?(?:answer|option|choice))\b))")
+RIGHT = r" is (?:correct|right|the (?:\w+ )?(?:answer|option|choice))\b"
+PAUSE = rf"(?:{END}|(?=[\n,;!?/=&]| (?:or|and|because|since|as)\b| [-—=&/]|{RIGHT}))"
 LETTER = rf"[(\[]?\b(?:([A-Z])\b{PAUSE}|([a-z])\b{END})[)\].:]*"
-MARKED = re.compile(rf"(?:^|\b(?i:option|choice|answer|letter|is|be|it's|choose|chose|pick|select|"
-                    rf"with|therefore|so|thus|hence)\b[\s:,=-]{{0,3}}){LETTER}"
-                    rf"|[(\[]([A-Z])[)\]]")
+MARKED = re.compile(rf"^\W*([A-Za-z])\W*$|[(\[]([A-Z])[)\]]"
+                    rf"|(?:^|\w: ?|\b(?i:option|choice|answer|ans|letter|is|be|it's|choose|chose|pick"
+                    rf"|select|with|therefore|so|thus|hence)\b[\s.:,=-]{{0,3}}){LETTER}")
 ANOTHER = re.compile(rf"(?:,|/| ?&| or| and){{1,2}} ?{LETTER}")
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
 NUMBER = re.compile(rf"^(?:(?:the |my )?(?:correct |best )?(?:option|choice|answer)(?: is)?:? )?"
-                    rf"[(\[]?(?:(\d{{1,3}})|({'|'.join([*VQA_NUMBERS][2:])}))(?:[).:\]](?!\d)|$)"
+                    rf"(?:#|no\.? )?[(\[]?(?:(\d{{1,3}})|({'|'.join([*VQA_NUMBERS][2:])}))"
+                    rf"(?:[).:\]](?!\d)|$|{RIGHT})"
                     rf"|\b(?:({'|'.join(ORDINALS)})|(\d{{1,3}})(?:st|nd|rd|th)) "
                     rf"(?:option|choice|answer)\b", re.I)
 

@@ -362,12 +362,13 @@ NAMED = {2: r"""The answer is C|**C**|[C]|(c)|C)|c.|Option C|C. text|C: text|Ans
 **Answer: C**|\boxed{C}|$\boxed{\text{C}}$|<answer>C</answer>|"C"|'C'|`C`|Ｃ|（Ｃ）|I would choose C
 I'd go with option C.|The correct answer is (C).|The best option is: **C**|choice (c)|C is correct
 answer is option c.|The answer is C because the dog is red|C, because of the dog|C - dark red
-C dark red|A: dark red|the third option|The 3rd choice|3.|(3)|Option 3|option three|dark red
-It is dark red.|**dark red**""", 3: """red|'red'|“red”|`red`|A red ball|I think it is red
-the answer is a red ball|vitamin C is red""", 0: "A dog|The answer is a dog|e.g. the dog",
-         1: "i.e. two men|B two men", None: """C or D|C and D|C, D|C/D|(C) or (D)
-The answer is C or D|Both A and C|dark red or red|F|(z)|Option 9|I am sure|U.S. soldiers
-it is a thing||A cat|?|0.|None of the above"""}
+{C}|> C|Correct: C|Ans. C|C .|\(C\)|C dark red|A: dark red|dark red|It is dark red.|**dark red**
+the third option|The 3rd choice|3.|(3)|#3|Option 3|option three|Option 3 is correct""",
+         3: """red|'red'|“red”|`red`|A red ball|I think it is red|the answer is a red ball
+vitamin C is red""", 0: "A dog|The answer is a dog|e.g. the dog", 1: "i.e. two men|B two men",
+         None: """C or D|C and D|C, D|C/D|(C) or (D)|The answer is C or D|Both A and C
+dark red or red|F|(z)|Option 9|I am sure|U.S. soldiers|it is a thing||A cat|?|0.
+None of the above"""}
 NAMED = [(answer, place) for place, answers in NAMED.items()
          for answer in answers.replace("\n", "|").split("|")]
 NAMED += [("Answer:\nC", 2), ("C\nThe dog.", 2), ("C\u200b.", 2), ("D.\nThe dog is red.", 3)]
