@@ -173,8 +173,8 @@ RIGHT = r" is (?:correct|right|the (?:\w+ )?(?:answer|option|choice))\b"
 PAUSE = rf"(?:{END}|(?=[\n,;!?/=&]| (?:or|and|because|since|as)\b| [-—=&/]|{RIGHT}))"
 LETTER = rf"[(\[]?\b(?:([A-Z])\b{PAUSE}|([a-z])\b{END})[)\].:]*"
 MARKED = re.compile(rf"^\W*([A-Za-z])\W*$|[(\[]([A-Z])[)\]]"
-                    rf"|(?:^|\w: ?|\b(?i:option|choice|answer|ans|letter|is|be|it's|choose|chose|pick"
-                    rf"|select|with|therefore|so|thus|hence)\b[\s.:,=-]{{0,3}}){LETTER}")
+                    rf"|(?:^|\w: ?|\b(?i:option|choice|answer|ans|letter|is|be|it's|choose|chose"
+                    rf"|pick|select|go with|therefore|so|thus|hence)\b[\s.:,=-]{{0,3}}){LETTER}")
 ANOTHER = re.compile(rf"(?:,|/| ?&| or| and){{1,2}} ?{LETTER}")
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
 NUMBER = re.compile(rf"^(?:(?:the |my )?(?:correct |best )?(?:option|choice|answer)(?: is)?:? )?"
