@@ -1,7 +1,8 @@
 """Answers as text: how they are normalised, and when one matches another.
 
-   Public: canonical, normalise, plain_words, vqa_words, textvqa_words, without_chat;
-   edit_distance, contains, word_match, label_match, lenient_choice, leave_one_out."""
+   Public: canonical, normalise, plain_words, vqa_words, textvqa_words, unquoted_vqa_words;
+   edit_distance, contains, word_match, leave_one_out, named_options, lenient_choice;
+   without_chat, label_match."""
 
 import re
 import unicodedata
@@ -22,9 +23,9 @@ class Alike(dict):
             char = ""                           # zero-width, soft hyphen; variant of an emoji
         elif kind == "Cs":
             char = "\ufffd"                     # a lone surrogate cannot be written as UTF-8
-        elif (not unicodedata.decomposition(char).startswith(OTHER_LOOK)
+        elif (alike != char and not unicodedata.decomposition(char).startswith(OTHER_LOOK)
               and (" " not in alike or alike == " ")):
-            char = alike                        # full-width letters, ligatures, spaces, ...
+            char = alike.translate(self)        # full-width letters, ligatures, spaces, ...
         self[code] = char
         return char
 
@@ -37,7 +38,7 @@ def canonical(text):
     """One form for texts that look equal; ASCII stays as it is.  Composed accents (NFC); straight
     quotes and hyphens; plain spaces; full-width and mathematical letters, ligatures and "…" as
     their ASCII; no zero-width characters and soft hyphens.  Raised, lowered and circled digits and
-    fractions stay.  All of this module and whisper_norm.py look at texts in this form only."""
+    fractions stay.  Every comparison in this module and in metrics.py begins with it."""
     if text.isascii():
         return text
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).translate(ALIKE))

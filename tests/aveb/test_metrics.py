@@ -262,6 +262,8 @@ def test_texts_that_look_different():
     assert value("wer_basic", row("'red' it's", "red it's")) == 0
     assert value("wer_basic", row("the dogs", "the dogs'")) == 50
     assert text.canonical("a\ud800b").encode() == "a\ufffdb".encode()
+    for form in map(text.canonical, [*TRICKY, "ŉ’’ ＇ ﷺ ㎏ Ⅳ ﬃ"]):
+        assert text.canonical(form) == form
 
 
 @pytest.mark.parametrize("part", [
