@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from aveb.sets.common import SETS, Set, under
+from aveb.sets.common import SETS, Set, id_of, under
 
 
 def llava(files):
@@ -78,7 +78,7 @@ def flickr30k(files):
             texts = entry["caption"]
             captions[Path(entry["image"]).name] = [texts] if isinstance(texts, str) else texts
     for name, texts in captions.items():
-        yield from files.record(Path(name).stem, "Describe this image in one short sentence.",
+        yield from files.record(id_of(name), "Describe this image in one short sentence.",
                                 texts, image=under(name, "flickr30k-images", "Images"))
 
 

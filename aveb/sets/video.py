@@ -1,9 +1,8 @@
 """Videos: questions, dialogues and descriptions."""
 
 import re
-from pathlib import Path
 
-from aveb.sets.common import SETS, Set, under, with_choices
+from aveb.sets.common import SETS, Set, id_of, under, with_choices
 
 
 def msvdqa(files):
@@ -49,7 +48,7 @@ def videochat(files):
     for entry in files.json(list, "videochat_instruct_11k.json"):
         turns = [(" ".join(filter(None, (turn.get("i"), turn["q"]))), turn["a"])
                  for turn in entry["QA"]]
-        yield from files.dialogue(files.unique(Path(entry["video"]).stem), turns,
+        yield from files.dialogue(files.unique(id_of(entry["video"])), turns,
                                   original_id=entry["video"],
                                   video=under(entry["video"], "WebVid", "videos"))
 
@@ -88,7 +87,7 @@ def _narrations(video):
         for line in part.get("narrations") or []:
             text, time = line.get("narration_text", line.get("text")), line.get(
                 "timestamp_sec", line.get("time"))
-            if text and time is not None:
+            if text and isinstance(time, (int, float)):
                 narrated.setdefault((text, int(time)), (float(time), text))
     return sorted(narrated.values())
 

@@ -589,18 +589,19 @@ def test_check_resumes(manifest, monkeypatch):
 
 
 @pytest.mark.parametrize("named, wrong", [
-    (["exact", "nonsense"], "no metric 'nonsense'; there are .*exact"),
-    ("exact", "meta.metrics is 'exact', wanted a list"), (None, "")])
+    (["exact", "nonsense"], "r: no metric 'nonsense'; there are .*exact"),
+    ("exact", "metrics 'exact' in meta, wanted a list"), (["choice", 3], "metrics .*wanted a list"),
+    ([], ""), (None, "")])
 def test_names_of_metrics_are_checked_before_clips_are(tmp_path, named, wrong):
-    record = data.Record("r", "vqa", "?", "yes", image=str(tmp_path / "none.png"),
-                         meta={"metrics": named})
-    data.write_manifest(tmp_path / "m.jsonl", [record])
+    record = {"id": "r", "task": "vqa", "prompt": "?", "target": "yes", "image": "none.png",
+              "meta": {"metrics": named}}
+    (tmp_path / "m.jsonl").write_text(f"\n{json.dumps(record)}\n")
     if not wrong:
         assert aveb.check(tmp_path / "m.jsonl", 1, lambda *_: None) == 1   # no such picture
         return
-    with pytest.raises(ValueError, match=f"m.jsonl: r: {wrong}"):
+    with pytest.raises(ValueError, match=f"m.jsonl, line 2: {wrong}"):
         aveb.check(tmp_path / "m.jsonl", 1, lambda *_: None)
-    with pytest.raises(SystemExit, match=f"m.jsonl: r: {wrong}"):
+    with pytest.raises(SystemExit, match=f"m.jsonl, line 2: {wrong}"):
         evaluation.find_questions(evaluation.EvalConfig(data=str(tmp_path / "m.jsonl")))
 
 

@@ -75,7 +75,11 @@ def test_index_is_kept(tmp_path, monkeypatch):
     (b'["x"]', "a list, wanted one object"),
     (b'{"id": "x", "task": "a"}', "missing prompt; the fields are"),
     (b'{"id": "x", "task": "a", "prompt": "?", "meta": {"weight": "many"}}', "weight 'many'"),
-    (b'{"id": "vqa-3", "task": "a", "prompt": "?"}', "id 'vqa-3' is taken by line 4")])
+    (b'{"id": "x", "task": "a", "prompt": "?", "meta": {"weight": 1}}', "no target"),
+    (b'{"id": "x", "task": "a", "prompt": "?", "target": null}', "no target"),
+    (b'{"id": "x", "task": "a", "prompt": "?", "target": "\\ud800"}', "a text holds half a char"),
+    (b'{"id": "vqa-3", "task": "a", "prompt": "?", "target": "x"}',
+     "id 'vqa-3' is taken by line 4")])
 def test_what_is_wrong_is_named_with_its_line(tmp_path, chunk, line, wrong):
     path = write(tmp_path / "a.jsonl", [record(k) for k in range(20)])
     path.write_bytes(path.read_bytes() + line + b"\n")
