@@ -137,9 +137,10 @@ class EvalConfig:
 
 def resolve_config(config):
     """The same with the preset that its checkpoint was trained with.  SystemExit if a checkpoint is
-    needed and there is none."""
+    needed and there is none, or the judge cannot be asked."""
     if config.checkpoint or config.system == "favor" and not config.random_init:
         find_checkpoint(config.checkpoint, config.model)
+    judge.check(config)
     return dataclasses.replace(config, model=trained_preset(config.checkpoint, config.model))
 
 
