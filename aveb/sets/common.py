@@ -331,5 +331,5 @@ class Files:
 
 def with_choices(question, options):
     """Multiple choice in the prompt, as in Table 6."""
-    choices = "; ".join(option.strip() for option in options)
-    return f"{question.rstrip(' ?')}? Choose one from: {choices}"
+    choices = "; ".join(text_of(option).strip() for option in options)
+    return f"{text_of(question).rstrip(' ?')}? Choose one from: {choices}"
