@@ -238,6 +238,9 @@ class Corpus:
             factors = factors * rows["answer"].mean() / means
         self.media = rows["media"]
         self.weights = rows["weight"] * np.repeat(factors, [len(i) for i in self.indices])
+        if self.weights.max() > HEAVIEST:
+            raise ValueError(f"weights of records times that of their manifest reach "
+                             f"{self.weights.max():g}, which is above 1e6; lower them")
         good = self.weights > 0
         if usable is not None:
             good &= usable(self.media)
