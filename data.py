@@ -213,7 +213,7 @@ def check_record(record, where):
 def parse_line(line, where):
     """Bytes of one line -> checked dict.  Raises a ValueError that starts with `where`."""
     try:
-        text = line.decode("utf-8").strip(" \t\r\n")
+        text = line.strip().decode("utf-8")
         values, end = JSON.raw_decode(text)
         if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)

@@ -23,6 +23,7 @@ from runtime import cli
 from runtime.hub import atomic
 
 VERSION = 2                            # of the saved index and of the checks that a line passed
+NO_META = {}
 CHUNK = 1 << 24                        # bytes of a manifest that a worker checks at a time
 IMAGE, VIDEO, AUDIO = 1, 2, 4          # bits of ROW's field `media`
 ROW = np.dtype([("offset", "<u8"), ("clip", "<u4"), ("weight", "<f4"), ("answer", "<u4"),
@@ -106,16 +107,13 @@ def _load(file, stamp, log):
         log(f"{file} is damaged ({type(error).__name__}: {error}); it is made again")
 
 
-def clip_hash(values):
-    """Hash of the last two parts of the clip's path, so that it survives a move of the data."""
-    name = values.get("video") or values.get("image") or values.get("audio") or values["id"]
-    return zlib.crc32(name[name.rfind("/", 0, max(0, name.rfind("/"))) + 1:].encode())
-
-
 def _facts(values):
-    """-> hash of the clip's name, characters of the target, bits of the media that it names."""
+    """-> hash of the last two parts of the clip's path, which survives a move of the data;
+    characters of the target; bits of the media that it names."""
+    clip = values.get("video") or values.get("image") or values.get("audio") or values["id"]
+    clip = clip[clip.rfind("/", 0, max(0, clip.rfind("/"))) + 1:]
     media = IMAGE * ("image" in values) + VIDEO * ("video" in values) + AUDIO * ("audio" in values)
-    return clip_hash(values), len(values.get("target", "")), media
+    return zlib.crc32(clip.encode()), len(values.get("target", "")), media
 
 
 def _scan_chunk(span, path):
@@ -140,12 +138,12 @@ def _scan_chunk(span, path):
             values = parse_line(line, "LINE")
         except ValueError as error:
             return None, None, (offset, str(error)), None
-        meta, name = values.get("meta", {}), values["id"].encode()
+        meta, name = values.get("meta", NO_META), values["id"].encode()
         weight = meta.get("weight", 1.0)
         if weight and "target" not in values:
             return None, None, (offset, "LINE: no target, which is the answer to learn; add it, or "
                                         "leave the record out with the weight 0 in meta"), None
-        group = groups.setdefault((str(meta.get("dataset", "own")), values["task"]), len(groups))
+        group = groups.setdefault((meta.get("dataset", "own"), values["task"]), len(groups))
         clip, answer, media = _facts(values)
         rows.append((offset, clip, weight, answer, group, media))
         ids.append(zlib.crc32(name) << 32 | zlib.adler32(name))

@@ -176,7 +176,8 @@ def test_nothing_is_written_that_would_not_read_back(tmp_path, fields, said):
 def test_the_keys_that_our_readers_write_are_no_typing_errors(small_miniature):
     ours = ("weight dataset metrics type one_window chance label source dialogue split original_id "
             "qtype question turn text image_id video_id full_answer audiocap_ids segments "
-            "video_uid question_id question_text spoken_text voice engine seen heard heard_label").split()
+            "video_uid question_id question_text spoken_text voice engine seen heard "
+            "heard_label").split()
     ours += [key for r in data.read_manifest(small_miniature / "train.jsonl") for key in r.meta]
     assert not [key for key in ours if data.misspelt(key)]
 
