@@ -110,7 +110,7 @@ META_TEXTS = {name for name, (_, wanted) in META.items() if wanted == "a string"
 def misspelt(key):
     """The key of META for which `key` is probably a typing error: 'metric' -> 'metrics'; or "".
     Compounds of such a key (sample_weight, dialogue_id) are names of their own."""
-    words = re.findall("[A-Z]?[a-z0-9]+|[A-Z]+", str(key))
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+|[0-9]+", str(key))
     letters = "".join(words).lower()
     if key in META or len(words) > 1 and META.keys() & {word.lower() for word in words}:
         return ""

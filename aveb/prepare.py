@@ -128,7 +128,7 @@ def check(manifest, workers=None, log=print):
     keys = {record.id: clip_key(record) for record in records}
     clips = {keys[record.id]: record for record in reversed(records)}          # the first of each
     results = {key: row for row in read_jsonl(results_file)
-               if (key := row.pop("clip", "")) in clips}
+               if isinstance(key := row.pop("clip", ""), str) and key in clips and _whole(row)}
     todo = [key for key in dict.fromkeys(keys.values()) if key not in results]
     workers = min(workers or cli.cores(), 1 + len(todo) // 16)   # a worker takes seconds to start
     if results:
@@ -145,6 +145,13 @@ def check(manifest, workers=None, log=print):
             progress.add()
     report(records, keys, results, log)
     return sum("error" in row for row in results.values())
+
+
+def _whole(row):
+    """Whether a line of the results is as check_clip made it; else its clip is read again."""
+    return isinstance(row.get("error"), str) or (
+        {"picture", "sound"} <= row.keys() and isinstance(row.get("warnings"), list)
+        and isinstance(row.get("seconds"), (int, float)))
 
 
 def _line(key, row):

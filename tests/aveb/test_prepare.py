@@ -680,7 +680,8 @@ def test_check_resumes(manifest, monkeypatch):
 
     progress = manifest.with_name("m.jsonl.check.jsonl")
     kept = progress.read_text()
-    progress.write_text(kept[:len(kept) // 2])              # killed while it wrote a line
+    odd = ['{"clip": ["x"]}', '{"clip": "x", "seconds": null}', kept.split('"seconds"')[0] + "}"]
+    progress.write_text("\n".join([*odd, kept[:len(kept) // 2]]))    # killed while it wrote a line
     read.clear()
     assert aveb.check(manifest, 1, lines.append) == 2
     assert 8 <= len(read) <= 12

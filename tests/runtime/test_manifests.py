@@ -145,7 +145,7 @@ def test_odd_values_are_named_with_file_and_line(tmp_path, rest, said):
 def test_what_is_not_odd(tmp_path):
     """The values at the limits, names that only resemble ours, escapes that are fine."""
     rest = [meta('"weight": 1e6, "chance": 1'), meta('"weight": null, "type": null, "x": null'),
-            meta('"height": 2, "sample_weight": 9, "dialogue_id": 3, "typeId": 4, "database": "x"'),
+            meta('"height": 2, "sample_weight": 9, "dialogue_id": 3, "typeId": 4, "label2": "x"'),
             meta(f'"a": {"[" * 18}{"]" * 18}'), '"prompt": "\\ud83d\\ude00 \\\\u0000 2021e8: {[("',
             '"start": -0.0, "end": 1e9', meta('"big": 1e308, "long": 123456789012345678901')]
     lines = [f'{{"task": "t", "target": "", "id": "{k}", {one}}}' if '"prompt"' in one else
