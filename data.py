@@ -197,7 +197,7 @@ def unique_keys(pairs):
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object; which value is right?")
+        raise ValueError(f"the key {twice!r} stands twice in one object")
     return values
 
 

@@ -709,6 +709,27 @@ def test_names_of_metrics_are_checked_before_clips_are(tmp_path, named, wrong):
         evaluation.find_questions(evaluation.EvalConfig(data=str(tmp_path / "m.jsonl")))
 
 
+CHOICE = {"options": ["to eat", "To sing!"], "meta": {"metrics": ["choice", "choice_lenient"]}}
+
+
+@pytest.mark.parametrize("fields, wrong", [
+    ({}, "neither target nor refs to score against"), ({"refs": []}, "neither target nor refs"),
+    ({"target": "B", **CHOICE}, "the right answer 'B' is none of the options"),
+    ({"target": "to eat", "refs": ["to sleep"], **CHOICE}, "'to sleep' is none of the options"),
+    ({"target": "to sing", **CHOICE}, ""), ({"target": "B", "options": ["to eat"]}, "")])
+def test_what_cannot_be_scored_is_named_with_its_line(tmp_path, fields, wrong):
+    """Also where the record is of a task that is not asked for."""
+    good = {"id": "a", "task": "vqa", "prompt": "?", "target": "yes"}
+    rows = [good, {"id": "b", "task": "videoqa", "prompt": "?", **fields}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    config = evaluation.EvalConfig(data=str(tmp_path / "m.jsonl"), task="vqa")
+    if not wrong:
+        assert [r.id for r in evaluation.find_questions(config)[1]] == ["a"]
+        return
+    with pytest.raises(SystemExit, match=f"m.jsonl, line 3: b: .*{wrong}"):
+        evaluation.find_questions(config)
+
+
 def test_check_on_two_cores(manifest, capsys):
     lines = []
     assert aveb.check(manifest, 2, lines.append) == 2
