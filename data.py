@@ -186,8 +186,10 @@ def _unfit(value, depth=0):
     if isinstance(value, (dict, list, tuple)):
         if depth == DEEPEST:
             return f"lists and objects are nested more than {DEEPEST} deep"
-        parts = (*value, *value.values()) if isinstance(value, dict) else value
-        return next(filter(None, (_unfit(part, depth + 1) for part in parts)), "")
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            if wrong := _unfit(part, depth + 1):
+                return wrong
+        return ""
     return "" if value is None else f"a {type(value).__name__} is no value of JSON"
 
 
