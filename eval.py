@@ -137,9 +137,10 @@ class EvalConfig:
 
 def resolve_config(config):
     """The same with the preset that its checkpoint was trained with.  SystemExit if a checkpoint is
-    needed and there is none."""
+    needed and there is none, or the judge cannot be asked."""
     if config.checkpoint or config.system == "favor" and not config.random_init:
         find_checkpoint(config.checkpoint, config.model)
+    judge.check(config)
     return dataclasses.replace(config, model=trained_preset(config.checkpoint, config.model))
 
 
@@ -151,18 +152,13 @@ def find_questions(config):
     with distributed.main_process_first():
         manifests = make_miniature(config, every) or find_manifests(config.data, config.tasks)
     name, count, records = ", ".join(map(str, manifests)), {}, []
-    for record in read_manifests(manifests):
+    for record in read_manifests(manifests, metrics.unscorable):
         if every or record.task in config.tasks:
             count[record.task] = count.get(record.task, 0) + 1
             if not config.limit or count[record.task] <= config.limit:
                 records.append(record)
     if not records:
         raise SystemExit(f"{name}: no questions of task {config.task}")
-    for record in records:
-        if record.target is None and not record.refs:
-            raise SystemExit(f"{name}: {record.id} has neither target nor refs to score against")
-        if wrong := metrics.unknown_metrics(record):
-            raise SystemExit(f"{name}: {record.id}: {wrong}")
     return manifests, records
 
 
@@ -267,7 +263,7 @@ def main(config):
 if __name__ == "__main__":
     settings = resolve_config(cli.parse(EvalConfig, __doc__)[0])
     if Path(settings.data) != Path(EvalConfig.data):     # one error, before the processes start
-        read_manifests(find_manifests(settings.data, settings.tasks))
+        read_manifests(find_manifests(settings.data, settings.tasks), metrics.unscorable)
     distributed.launch_local(settings.processes,              # each has its own copy of the weights
                              most=4 if settings.model == "tiny" else 1)
     main(settings)

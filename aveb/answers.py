@@ -49,9 +49,13 @@ def find_manifests(path, tasks):
         raise SystemExit(str(error)) from error
 
 
-def read_manifests(manifests):
-    """All records.  SystemExit if two of them have the same id."""
-    records = [r for file in manifests for r in data.read_manifest(file)]
+def read_manifests(manifests, check=lambda record: ""):
+    """All records.  SystemExit names file and line of one that is wrong, or of which check(record)
+    says so, and the id that two manifests hold."""
+    try:
+        records = [r for file in manifests for r in data.read_manifest(file, check)]
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     twice = [key for key, n in Counter(r.id for r in records).items() if n > 1]
     if twice:
         raise SystemExit(f"{', '.join(map(str, manifests))}: id {twice[0]!r} is in two of them; "

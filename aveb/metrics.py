@@ -155,6 +155,17 @@ def unknown_metrics(record):
     return f"no metric {unknown[0]!r}; there are {', '.join(METRICS)}" if unknown else ""
 
 
+def unscorable(record):
+    """Why no answer to a record could be scored, or none could be right; "" if all is well."""
+    if record.target is None and not record.refs:
+        return "neither target nor refs to score against"
+    right, chosen = (record.refs or (record.target,))[0], record.meta.get("metrics") or ()
+    if record.options and {"choice", "choice_lenient"} & set(chosen) and (
+            plain_words(right) not in map(plain_words, record.options)):
+        return f"the right answer {right!r} is none of the options {list(record.options)}"
+    return unknown_metrics(record)
+
+
 def score(rows, view="answer"):
     """{metric: Score or Unavailable} of the answers in row[view]: each metric over the rows that
     name it.  ValueError if a row names a metric that does not exist."""
