@@ -15,6 +15,7 @@ write_png, AUDIO_RATE."""
 import math
 import os
 import re
+import struct
 import warnings
 import wave
 from collections import deque
@@ -34,6 +35,10 @@ AUDIO_RATE = 16_000       # samples per second, the rate of Whisper
 TICK = 1e-6               # s; times closer than this are equal (MPEG's own clock ticks at 1.1e-5)
 JITTER = 0.015            # s; a smaller error of a sound's time is rounding, a lost packet is 20 ms
 ATTACHED = av.stream.Disposition.attached_pic     # cover art is a "video" stream, but no video
+PICTURE_PIXELS = 120_000_000                      # 12000 x 10000; reading one takes at most 2 GB
+VIDEO_PIXELS = 36_000_000                         # 8192 x 4352, of which H.264 keeps up to 17
+COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)        # numbers of ITU-T H.273 that FFmpeg converts
+HEIF = ("avif", "avis", "heic", "heix", "hevc", "hevx", "mif1", "msf1")        # brands of files
 
 
 class MediaError(ValueError):
@@ -49,7 +54,8 @@ def _open(path):
     try:
         if os.path.getsize(path) == 0:
             raise MediaError(f"{path}: empty (0 bytes); copy or download it again")
-        with open(path, "rb") as file, av.open(file) as container:
+        with open(path, "rb") as file, \
+                av.open(file, options={"max_pixels": str(PICTURE_PIXELS)}) as container:
             yield container
     except FileNotFoundError:
         raise MediaError(f"{path}: no such file; correct the path or drop the record") from None
@@ -59,7 +65,13 @@ def _open(path):
 
 
 def _streams(container, kind):
-    return [s for s in container.streams if s.type == kind and not s.disposition & ATTACHED]
+    found = [s for s in container.streams if s.type == kind and not s.disposition & ATTACHED]
+    if kind == "video" and container.metadata.get("major_brand") in HEIF:
+        # Alpha, depth and thumbnails are streams, too.  An animation has its first picture besides,
+        # but only tracks have a length.  Tiles of a larger picture remain: none is the default.
+        found = ([s for s in found if s.duration][:1] or
+                 [s for s in found if s.disposition & av.stream.Disposition.default] or found)
+    return found
 
 
 def _stream(container, kind, path):
@@ -72,6 +84,9 @@ def _stream(container, kind, path):
     if found[0].codec_context is None:
         raise MediaError(f"{path}: no decoder for its {kind}; convert it (ffmpeg -i in out.mp4)")
     found[0].codec_context.thread_type, found[0].codec_context.thread_count = "NONE", 1
+    if kind == "video":
+        found[0].codec_context.options = {"max_pixels": str(
+            PICTURE_PIXELS if _is_image(container) else VIDEO_PIXELS)}
     return found[0]
 
 
@@ -101,6 +116,12 @@ def _stream_end(container, stream):
 
 def _is_image(container):
     name, stream = container.format.name, _streams(container, "video")[0]
+    if name == "webp_pipe":
+        with open(container.name, "rb") as file:
+            head = file.read(21)
+        if head[12:16] == b"VP8X" and head[20] & 2:
+            raise MediaError(f"{container.name}: an animated WebP, which FFmpeg cannot decode; "
+                             "convert it to a gif or mp4 (Pillow can), or drop it")
     if name in ("gif", "apng"):
         return stream.frames == 1
     return ("image2" in name or name.endswith("_pipe") or
@@ -218,15 +239,79 @@ class _Shown:
 
 
 def _upright(frame, reformatter, full_chroma=False):
-    """Decoded frame -> uint8 (1,H,W,3), turned as its display matrix (phones) or EXIF demands:
-    `rotation` counts degrees anticlockwise, as rot90 does.  PyAV does not report mirrored EXIF
-    (2, 4, 5, 7).  Grey, 16-bit, palette and CMYK pictures become RGB; alpha is dropped.  All frames
-    of a file share one reformatter, because creating one costs 2 ms."""
-    turns = round(frame.rotation / 90)
-    if full_chroma:
-        frame = frame.reformat(format=re.sub("4(20|22|11|40|10)p", "444p", frame.format.name))
-    rgb = reformatter.reformat(frame, format="rgb24").to_ndarray()                    # (H,W,3)
-    return np.ascontiguousarray(np.rot90(rgb, turns))[None]
+    """Decoded frame -> uint8 (1,H,W,3), turned and mirrored as its display matrix (phones, AVIF) or
+    its EXIF orientation demands.  Grey, 16-bit, palette and CMYK pictures become RGB; alpha is
+    dropped; the shape of the pixels is not applied, so that an anamorphic picture stays squeezed.
+    A colour matrix that FFmpeg cannot convert is taken as unspecified.  All frames of a file share
+    one reformatter, because creating one costs 2 ms."""
+    if frame.colorspace not in COLOUR_MATRICES:
+        frame.colorspace = 2                                                    # unspecified
+    if frame.color_range not in (1, 2):
+        frame.color_range = 0
+    (a, b, _, c, d), (height, width) = _display_matrix(frame)[:5], (frame.height, frame.width)
+    frame = reformatter.reformat(_with_full_chroma(frame) if full_chroma else frame, format="rgb24")
+    rgb = frame.to_ndarray()[:height, :width]                                         # (H,W,3)
+    # The matrix moves (x, y) to (a x + c y, b x + d y), y downwards.  Angles between are rounded to
+    # the nearest right angle, where ffmpeg would rotate and add black corners.
+    if a * d == b * c:                                    # it would leave a line or a point
+        a, b, c, d = 1, 0, 0, 1
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        rgb, a, d = rgb.swapaxes(0, 1), c, b
+    rgb = rgb[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+    return np.ascontiguousarray(rgb)[None]
+
+
+def _display_matrix(frame):
+    """-> the nine integers of the frame's display matrix; the identity where it has none.
+    DIFF picture orientation: the authors read pixels as they are stored (test_orientation)."""
+    try:
+        sides = frame.side_data
+    except ValueError:        # PyAV 18 does not know the newest types: 31 is EXIF, 29 a 3-D view
+        graph = av.filter.Graph()
+        graph.threads = 1                                           # 0.1 ms; with threads 2 ms
+        chain = [graph.add_buffer(width=frame.width, height=frame.height,
+                                  format=frame.format.name, time_base=Fraction(1)),
+                 *(graph.add("sidedata", f"mode=delete:type={kind}") for kind in range(28, 34)),
+                 graph.add("buffersink")]
+        graph.link_nodes(*chain).configure()
+        graph.push(frame)
+        sides = graph.pull().side_data
+    matrix = sides.get("DISPLAYMATRIX")
+    return (1, 0, 0, 0, 1, 0, 0, 0, 1) if matrix is None else struct.unpack("=9i", bytes(matrix))
+
+
+def _with_full_chroma(frame):
+    """Frame with subsampled chroma -> 4:4:4, by the rules of libjpeg-turbo: bilinear; of 4:1:1
+    and of JPEGs at most 4 pixels wide repeated.  FFmpeg repeats at odd and tiny sizes, unless such
+    a picture is padded.  The result may be larger than the frame, right and below."""
+    found = re.search("4(20|22|11|40|10)p", frame.format.name)
+    if not found:
+        return frame
+    full = frame.format.name.replace(found[0], "444p")
+    across, down = {"20": (2, 2), "22": (2, 1), "11": (4, 1), "40": (1, 2), "10": (4, 4)}[found[1]]
+    jpeg = frame.format.name.startswith("yuvj")
+    repeat = jpeg and (across == 4 or (across == 2 and frame.width <= 4))
+    # Multiples of the subsampling, and at least 8.
+    width, height = (max(8, -(-n // step) * step) for n, step in ((frame.width, across),
+                                                                 (frame.height, down)))
+    if (width, height) != (frame.width, frame.height):
+        frame = _padded(frame, width, height)
+    return frame.reformat(format=full, interpolation="POINT" if repeat else "BILINEAR")
+
+
+def _padded(frame, width, height):
+    """Planar frame -> one of that larger size whose last column and row are repeated."""
+    padded = av.VideoFrame(width, height, frame.format.name)
+    padded.colorspace, padded.color_range = frame.colorspace, frame.color_range
+    kind = np.uint8 if frame.format.components[0].bits <= 8 else np.uint16
+    for source, target in zip(frame.planes, padded.planes, strict=True):
+        old, new = (np.frombuffer(plane, kind).reshape(-1, plane.line_size // kind().itemsize)
+                    for plane in (source, target))
+        h, w = source.height, source.width
+        new[:h, :w] = old[:h, :w]
+        new[:h, w:target.width] = new[:h, w - 1:w]
+        new[h:target.height] = new[h - 1]
+    return padded
 
 
 def _regular(start, end, fps):
@@ -297,16 +382,20 @@ def read_image(path, resize):
     """Image file -> (1,3,size,size) as `resize` made it from uint8 (1,H,W,3); of an animation the
     first picture.  Chroma is interpolated to full resolution before the conversion to RGB: photos
     then differ from PIL's by 0.1 of 255 on average, otherwise by 1.5.
-    Raises MediaError when the file is no still image that can be read."""
+    Raises MediaError when the file is no still image that can be read, or one of more than 120
+    million pixels."""
     with _open(path) as container:
         stream = _stream(container, "video", path)
-        if container.format.name not in ("gif", "apng") and not _is_image(container):
+        animation = (container.format.name in ("gif", "apng") or
+                     container.metadata.get("major_brand") in ("avis", "msf1"))
+        if not animation and not _is_image(container):
             raise MediaError(f"{path}: a video, wanted a still image; name it under 'video'")
         if len(_streams(container, "video")) > 1:                 # HEIC files of phones
             raise MediaError(f"{path}: a picture in several parts (tiles); convert it to jpg")
         for _, _, frame in _timed_frames(container, stream, path, 0.0):
             return resize(_upright(frame, VideoReformatter(), full_chroma=True))
-    raise MediaError(f"{path}: no picture can be decoded; make it again or drop it")
+    raise MediaError(f"{path}: no picture can be decoded; it is broken, or larger than "
+                     f"{PICTURE_PIXELS / 1e6:.0f} million pixels; make it again or drop it")
 
 
 # ---------------------------------------- sound
