@@ -124,7 +124,7 @@ def _is_image(container):
                              "convert it to a gif or mp4 (Pillow can), or drop it")
     if name in ("gif", "apng"):
         return stream.frames == 1
-    return ("image2" in name or name.endswith("_pipe") or
+    return (name == "ico" or "image2" in name or name.endswith("_pipe") or
             container.metadata.get("major_brand") in ("avif", "heic", "heix", "mif1"))
 
 
@@ -381,19 +381,38 @@ def read_frames(path, resize, fps=2.0, start=None, end=None, frame_times="regula
 def read_image(path, resize):
     """Image file -> (1,3,size,size) as `resize` made it from uint8 (1,H,W,3); of an animation the
     first picture.  Chroma is interpolated to full resolution before the conversion to RGB: photos
-    then differ from PIL's by 0.1 of 255 on average, otherwise by 1.5.
+    then differ from PIL's by 0.1 of 255 on average, otherwise by 1.5.  A damaged JPEG gives what
+    can be decoded, and a warning.
     Raises MediaError when the file is no still image that can be read, or one of more than 120
     million pixels."""
-    with _open(path) as container:
-        stream = _stream(container, "video", path)
-        animation = (container.format.name in ("gif", "apng") or
-                     container.metadata.get("major_brand") in ("avis", "msf1"))
-        if not animation and not _is_image(container):
-            raise MediaError(f"{path}: a video, wanted a still image; name it under 'video'")
-        if len(_streams(container, "video")) > 1:                 # HEIC files of phones
-            raise MediaError(f"{path}: a picture in several parts (tiles); convert it to jpg")
-        for _, _, frame in _timed_frames(container, stream, path, 0.0):
-            return resize(_upright(frame, VideoReformatter(), full_chroma=True))
+    for strict in (True, False):
+        with _open(path) as container:
+            stream = _stream(container, "video", path)
+            animation = (container.format.name in ("gif", "apng") or
+                         container.metadata.get("major_brand") in ("avis", "msf1"))
+            if not animation and not _is_image(container):
+                raise MediaError(f"{path}: a video, wanted a still image; name it under 'video'")
+            if len(_streams(container, "video")) > 1:             # HEIC files of phones, icons
+                raise MediaError(f"{path}: a picture in several parts (tiles, sizes); convert it "
+                                 "to jpg")
+            if strict and stream.codec_context.name == "mjpeg":   # else its damage is concealed
+                stream.codec_context.options |= {"err_detect": "explode"}
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:
+                    if strict:
+                        break
+                    continue
+                for frame in frames:
+                    compression = frame.metadata.get("Compression", "").strip()
+                    if stream.codec_context.name == "tiff" and compression in ("6", "7"):
+                        raise MediaError(f"{path}: a TIFF that holds a JPEG, which FFmpeg cannot "
+                                         "decode; convert it to jpg or png")
+                    if not strict:
+                        warnings.warn(f"{path}: damaged or cut off; using what can be decoded",
+                                      stacklevel=2)
+                    return resize(_upright(frame, VideoReformatter(), full_chroma=True))
     raise MediaError(f"{path}: no picture can be decoded; it is broken, or larger than "
                      f"{PICTURE_PIXELS / 1e6:.0f} million pixels; make it again or drop it")
 
