@@ -27,6 +27,7 @@ from functools import cached_property
 import av
 import numpy as np
 import torch
+from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import VideoReformatter
 
 from runtime.hub import atomic
@@ -250,7 +251,8 @@ def _upright(frame, reformatter, full_chroma=False):
         frame.color_range = 0
     (a, b, _, c, d), (height, width) = _display_matrix(frame)[:5], (frame.height, frame.width)
     frame = reformatter.reformat(_with_full_chroma(frame) if full_chroma else frame, format="rgb24")
-    rgb = frame.to_ndarray()[:height, :width]                                         # (H,W,3)
+    rows = np.frombuffer(frame.planes[0], np.uint8).reshape(-1, frame.planes[0].line_size)
+    rgb = rows[:height, :3 * width].reshape(height, width, 3)
     # The matrix moves (x, y) to (a x + c y, b x + d y), y downwards.  Angles between are rounded to
     # the nearest right angle, where ffmpeg would rotate and add black corners.
     if a * d == b * c:                                    # it would leave a line or a point
@@ -265,7 +267,7 @@ def _display_matrix(frame):
     """-> the nine integers of the frame's display matrix; the identity where it has none.
     DIFF picture orientation: the authors read pixels as they are stored (test_orientation)."""
     try:
-        sides = frame.side_data
+        sides = SideDataContainer(frame)      # frame.side_data keeps the frame alive in a circle
     except ValueError:        # PyAV 18 does not know the newest types: 31 is EXIF, 29 a 3-D view
         graph = av.filter.Graph()
         graph.threads = 1                                           # 0.1 ms; with threads 2 ms
@@ -275,7 +277,7 @@ def _display_matrix(frame):
                  graph.add("buffersink")]
         graph.link_nodes(*chain).configure()
         graph.push(frame)
-        sides = graph.pull().side_data
+        sides = SideDataContainer(graph.pull())
     matrix = sides.get("DISPLAYMATRIX")
     return (1, 0, 0, 0, 1, 0, 0, 0, 1) if matrix is None else struct.unpack("=9i", bytes(matrix))
 
@@ -385,6 +387,11 @@ def read_image(path, resize):
     can be decoded, and a warning.
     Raises MediaError when the file is no still image that can be read, or one of more than 120
     million pixels."""
+    return resize(_upright(_first_picture(path), VideoReformatter(), full_chroma=True))
+
+
+def _first_picture(path):
+    """Image file -> its first frame.  The decoder's memory is free again when this returns."""
     for strict in (True, False):
         with _open(path) as container:
             stream = _stream(container, "video", path)
@@ -404,15 +411,16 @@ def read_image(path, resize):
                     if strict:
                         break
                     continue
-                for frame in frames:
-                    compression = frame.metadata.get("Compression", "").strip()
-                    if stream.codec_context.name == "tiff" and compression in ("6", "7"):
-                        raise MediaError(f"{path}: a TIFF that holds a JPEG, which FFmpeg cannot "
-                                         "decode; convert it to jpg or png")
-                    if not strict:
-                        warnings.warn(f"{path}: damaged or cut off; using what can be decoded",
-                                      stacklevel=2)
-                    return resize(_upright(frame, VideoReformatter(), full_chroma=True))
+                if not frames:
+                    continue
+                compression = frames[0].metadata.get("Compression", "").strip()
+                if stream.codec_context.name == "tiff" and compression in ("6", "7"):
+                    raise MediaError(f"{path}: a TIFF that holds a JPEG, which FFmpeg cannot "
+                                     "decode; convert it to jpg or png")
+                if not strict:
+                    warnings.warn(f"{path}: damaged or cut off; using what can be decoded",
+                                  stacklevel=3)
+                return frames[0]
     raise MediaError(f"{path}: no picture can be decoded; it is broken, or larger than "
                      f"{PICTURE_PIXELS / 1e6:.0f} million pixels; make it again or drop it")
 
