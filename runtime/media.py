@@ -366,7 +366,8 @@ def read_frames(path, resize, fps=2.0, start=None, end=None, frame_times="regula
             break
         shown, shown_until = new, max(shown_until, time + seconds)
     if shown is None and not chosen:
-        raise MediaError(f"{path}: no frame can be decoded; make it again or drop it")
+        raise MediaError(f"{path}: no frame can be decoded; it is broken, or larger than "
+                         f"{VIDEO_PIXELS / 1e6:.0f} million pixels; make it again or drop it")
     if pending:                                                # the last frame stays on screen
         _warn_if_short(path, "the picture", shown_until, end)
         truncated = shown_until < end - 1
