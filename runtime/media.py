@@ -56,7 +56,8 @@ def _open(path):
         if os.path.getsize(path) == 0:
             raise MediaError(f"{path}: empty (0 bytes); copy or download it again")
         with open(path, "rb") as file, \
-                av.open(file, options={"max_pixels": str(PICTURE_PIXELS)}) as container:
+                av.open(file, options={"max_pixels": str(PICTURE_PIXELS)},
+                        metadata_errors="replace") as container:
             yield container
     except FileNotFoundError:
         raise MediaError(f"{path}: no such file; correct the path or drop the record") from None
@@ -414,8 +415,7 @@ def _first_picture(path):
                     continue
                 if not frames:
                     continue
-                compression = frames[0].metadata.get("Compression", "").strip()
-                if stream.codec_context.name == "tiff" and compression in ("6", "7"):
+                if stream.codec_context.name == "tiff" and _compression(bytes(packet)) in (6, 7):
                     raise MediaError(f"{path}: a TIFF that holds a JPEG, which FFmpeg cannot "
                                      "decode; convert it to jpg or png")
                 if not strict:
@@ -424,6 +424,15 @@ def _first_picture(path):
                 return frames[0]
     raise MediaError(f"{path}: no picture can be decoded; it is broken, or larger than "
                      f"{PICTURE_PIXELS / 1e6:.0f} million pixels; make it again or drop it")
+
+
+def _compression(tiff):
+    """Content of a TIFF file -> the number of its compression (tag 259), 1 where it has none."""
+    order = "little" if tiff[:2] == b"II" else "big"
+    at = int.from_bytes(tiff[4:8], order)
+    tags = tiff[at + 2:at + 2 + 12 * int.from_bytes(tiff[at:at + 2], order)]
+    return next((int.from_bytes(tags[n + 8:n + 10], order) for n in range(0, len(tags), 12)
+                 if int.from_bytes(tags[n:n + 2], order) == 259), 1)
 
 
 # ---------------------------------------- sound
