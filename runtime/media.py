@@ -385,8 +385,9 @@ def read_frames(path, resize, fps=2.0, start=None, end=None, frame_times="regula
 def read_image(path, resize):
     """Image file -> (1,3,size,size) as `resize` made it from uint8 (1,H,W,3); of an animation the
     first picture.  Chroma is interpolated to full resolution before the conversion to RGB: photos
-    then differ from PIL's by 0.1 of 255 on average, otherwise by 1.5.  A damaged JPEG gives what
-    can be decoded, and a warning.
+    then differ from PIL's by 0.1 of 255 on average, otherwise by 1.5; CMYK by 1, and by 5 if its
+    colours are subsampled.  Transparent pixels show the colour that the file stores for them, those
+    of a GIF white.  A damaged JPEG gives what can be decoded, and a warning.
     Raises MediaError when the file is no still image that can be read, or one of more than 120
     million pixels."""
     return resize(_upright(_first_picture(path), VideoReformatter(), full_chroma=True))
