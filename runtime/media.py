@@ -44,6 +44,7 @@ SAMPLE_RATES = (1000, 768_000)                    # samples per second that a so
 JUMP, BACK = 10.0, 0.1    # s; ffmpeg's rule for a clock that jumps forward or back
 LOST_STAMP = 30 * 3600.0  # s; in formats with one clock, ffmpeg ignores stamps so far away
 TS_DISCONT = 0x200        # FFmpeg's flag of formats whose clock may jump: MPEG-TS and -PS, Ogg
+GENERIC_INDEX = 0x100     # and of those that it indexes itself: mostly raw sound without a clock
 GENPTS = 0x1              # FFmpeg's flag to guess missing time stamps
 ATTACHED = av.stream.Disposition.attached_pic     # cover art is a "video" stream, but no video
 DEFAULT = av.stream.Disposition.default
@@ -255,7 +256,10 @@ def probe(path):
 def _timed_frames(container, stream, path, clock):
     """Yields every decoded frame as (start, seconds, frame) in presentation time.  A frame without
     a time stamp starts where the frame before it ended (raw H.264).  Times do not go backwards.
-    clock: the start of the first frame in seconds, None when it is unknown."""
+    clock: the start of the first frame in seconds, None when it is unknown.
+
+    Where the rate of the sound changes, FFmpeg still counts the stamps of AAC and FLAC at the old
+    one.  From there on the samples are counted here; the stamps of containers still tell gaps."""
     origin, broken, sound = float(_origin(container, stream)), 0, stream.type == "audio"
     # Two integers, because arithmetic on Fractions would be slow.
     tick, ticks = stream.time_base.numerator, stream.time_base.denominator
@@ -264,6 +268,7 @@ def _timed_frames(container, stream, path, clock):
                 if packet.stream.index == stream.index) if joined else container.demux(stream))
     first_dts = last = last_pts = last_dts = None
     bad_pts = bad_dts = delay = 0
+    rate, drift, changed = None, math.inf if container.format.flags & GENERIC_INDEX else 0.5, False
     while True:
         try:
             if (packet := next(packets, None)) is None:
@@ -288,8 +293,17 @@ def _timed_frames(container, stream, path, clock):
                                   last_dts if dts is None else dts)
             use_dts = pts is None or (bad_pts > bad_dts and dts is not None)
             stamp = dts if use_dts else pts
+            if sound:
+                if not SAMPLE_RATES[0] <= frame.sample_rate <= SAMPLE_RATES[1]:
+                    raise MediaError(f"{path}: {frame.sample_rate} samples of sound per second, "
+                                     f"wanted {SAMPLE_RATES[0]} to {SAMPLE_RATES[1]}; its header "
+                                     "is wrong; make it again or drop it")
+                changed = changed or (last is not None and frame.sample_rate != rate)
+                rate = frame.sample_rate
             if stamp is not None:
                 time = (stamp - delay if use_dts else stamp) * tick / ticks - origin
+                if changed and abs(time - clock) < drift:
+                    time = clock
                 if last is not None and (time < last - BACK or time > clock + LOST_STAMP):
                     if not joined:
                         joined = True
@@ -297,11 +311,7 @@ def _timed_frames(container, stream, path, clock):
                     origin, time = origin + time - clock, clock
                 clock = time if last is None or sound else max(time, last)
             if sound:
-                if not SAMPLE_RATES[0] <= frame.sample_rate <= SAMPLE_RATES[1]:
-                    raise MediaError(f"{path}: {frame.sample_rate} samples of sound per second, "
-                                     f"wanted {SAMPLE_RATES[0]} to {SAMPLE_RATES[1]}; its header "
-                                     "is wrong; make it again or drop it")
-                seconds = frame.samples / frame.sample_rate
+                seconds = frame.samples / rate
             else:
                 seconds = float((frame.duration or 0) * tick / ticks
                                 or 1 / (stream.average_rate or 25))
@@ -338,10 +348,12 @@ def _decode(path, kind, start):
                     container.seek(int(ticks), stream=stream)    # goes to the keyframe before it
                 except av.FFmpegError:
                     continue
+            rate = stream.codec_context.sample_rate if kind == "audio" else None
             frames = _timed_frames(container, stream, path, 0.0 if back is None else None)
             first = next(frames, None)
-            if back is not None and (first is None or first[0] is None or first[0] > start):
-                continue
+            if back is not None and (first is None or first[0] is None or first[0] > start or
+                                     (rate and first[2].sample_rate != rate)):
+                continue                          # where the rate has changed, stamps may be wrong
             if first is not None:
                 yield first
             yield from frames
@@ -685,7 +697,8 @@ def _read_audio(path, start, end):
     with _open(path) as container:
         stream = _stream(container, "audio", path)
         declared = _stream_end(container, stream, path)
-    start, _ = _window(path, "audio", start, end, declared)
+        estimated = container.format.flags & GENERIC_INDEX
+    start, _ = _window(path, "audio", start, end, 0 if estimated else declared)
     stop = start + MOST_SECONDS                         # not the header's end, which MP3 estimates
     stop = stop if end is None else min(stop, float(end))
     # A track for each part of the sound that has its own rate, or that follows a minute of silence.
