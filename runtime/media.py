@@ -47,6 +47,7 @@ TS_DISCONT = 0x200        # FFmpeg's flag of formats whose clock may jump: MPEG-
 GENERIC_INDEX = 0x100     # and of those that it indexes itself: mostly raw sound without a clock
 GENPTS = 0x1              # FFmpeg's flag to guess missing time stamps
 ATTACHED = av.stream.Disposition.attached_pic     # cover art is a "video" stream, but no video
+FORMATS = ",".join(sorted(av.formats_available - {"concat", "dash", "hls", "imf", "rtsp", "sdp"}))
 DEFAULT = av.stream.Disposition.default
 PICTURE_PIXELS = 120_000_000                      # 12000 x 10000; reading one takes at most 2 GB
 VIDEO_PIXELS = 36_000_000                         # 8192 x 4352, of which H.264 keeps up to 17
@@ -81,12 +82,14 @@ def _errors(path):
 @contextmanager
 def _open(path):
     """The file as a PyAV container.  FFmpeg gets an open Python file, as it would interpret names
-    like 'concat:x' or 'a%d.jpg', and no protocol: a playlist cannot open other files or URLs.
+    like 'concat:x' or 'a%d.jpg'.  It gets no protocol and no format of playlists, so that the file
+    cannot make it open other files or URLs.
     PyAV asks FFmpeg to guess missing time stamps, but for B-frames in AVI it guesses wrong."""
     with _errors(path):
         if os.path.getsize(path) == 0:
             raise MediaError(f"{path}: empty (0 bytes); copy or download it again")
-        options = {"max_pixels": str(PICTURE_PIXELS), "protocol_whitelist": "none"}
+        options = {"max_pixels": str(PICTURE_PIXELS), "protocol_whitelist": "none",
+                   "format_whitelist": FORMATS}
         with open(path, "rb") as file, \
                 av.open(file, options=options, metadata_errors="replace") as container:
             container.flags &= ~GENPTS
@@ -179,8 +182,10 @@ def _joined_packets(container):
             if wanted is not None and (abs(time - wanted) > JUMP or
                                        (key in started and time + BACK < started[key])):
                 shift, time = shift + wanted - time, wanted
-            started[key], latest = time, time
-            ended[key] = time + float((packet.duration or 0) * base)
+            seconds = float((packet.duration or 0) * base)
+            if seconds < 0.001 and key in started:               # unknown: as the packet before it
+                seconds = time - started[key]
+            started[key], latest, ended[key] = time, time, time + max(seconds, 0.0)
         if shift:
             ticks = round(shift / base)
             if packet.pts is not None:
