@@ -6,8 +6,10 @@
      write_video, write_wav, write_png                  the other way, atomically
 Time 0 of a file is its first picture or sound, whichever comes first, so that both stay in step.
 FFmpeg (through PyAV) decodes.  This file adds what datasets need: variable frame rates, late
-streams, rotation, cover art, seeks that land late, gaps in the sound, broken packets and files that
-are cut off, and errors that say what to do.
+streams, rotation, cover art, seeks that land late, gaps in the sound, clocks that jump, broken
+packets and files that are cut off, and errors that say what to do.  FFmpeg may open nothing but the
+file itself.  Whatever a header claims, a call returns at most 3 hours of sound and 7200 frames
+(1 hour at 2 per second), and reads pictures of at most 120 million pixels.
 
 Public: MediaError, Media, probe, read_frames, read_image, read_audio, write_video, write_wav,
 write_png, AUDIO_RATE."""
@@ -22,7 +24,7 @@ from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import av
 import numpy as np
@@ -35,7 +37,19 @@ from runtime.hub import atomic
 AUDIO_RATE = 16_000       # samples per second, the rate of Whisper
 TICK = 1e-6               # s; times closer than this are equal (MPEG's own clock ticks at 1.1e-5)
 JITTER = 0.015            # s; a smaller error of a sound's time is rounding, a lost packet is 20 ms
+LATE = 0.025              # s; a picture may be stamped so much late, as by an Opus track's delay
+SLIDE = 0.4               # s; what is shown for longer is a slide
+MOST_FRAMES = 7200        # per call; 1.1 GB of 224 x 224 pixels
+MOST_SECONDS = 3 * 3600   # of sound per call; 0.7 GB
+SAMPLE_RATES = (1000, 768_000)                    # samples per second that a source may have
+JUMP, BACK = 10.0, 0.1    # s; ffmpeg's rule for a clock that jumps forward or back
+LOST_STAMP = 30 * 3600.0  # s; in formats with one clock, ffmpeg ignores stamps so far away
+TS_DISCONT = 0x200        # FFmpeg's flag of formats whose clock may jump: MPEG-TS and -PS, Ogg
+GENERIC_INDEX = 0x100     # and of those that it indexes itself: mostly raw sound without a clock
+GENPTS = 0x1              # FFmpeg's flag to guess missing time stamps
 ATTACHED = av.stream.Disposition.attached_pic     # cover art is a "video" stream, but no video
+FORMATS = ",".join(sorted(av.formats_available - {"concat", "dash", "hls", "imf", "rtsp", "sdp"}))
+DEFAULT = av.stream.Disposition.default
 PICTURE_PIXELS = 120_000_000                      # 12000 x 10000; reading one takes at most 2 GB
 VIDEO_PIXELS = 36_000_000                         # 8192 x 4352, of which H.264 keeps up to 17
 COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)        # numbers of ITU-T H.273 that FFmpeg converts
@@ -49,21 +63,38 @@ class MediaError(ValueError):
 # ---------------------------------------- opening, decoding
 
 @contextmanager
-def _open(path):
-    """The file as a PyAV container.  Every error of FFmpeg while it is open becomes a MediaError.
-    FFmpeg gets an open Python file, as it would interpret names like 'concat:x' or 'a%d.jpg'."""
+def _errors(path):
+    """Inside, every error of FFmpeg, and of arithmetic on the numbers of a file, becomes a
+    MediaError."""
     try:
-        if os.path.getsize(path) == 0:
-            raise MediaError(f"{path}: empty (0 bytes); copy or download it again")
-        with open(path, "rb") as file, \
-                av.open(file, options={"max_pixels": str(PICTURE_PIXELS)},
-                        metadata_errors="replace") as container:
-            yield container
+        yield
+    except MediaError:
+        raise
     except FileNotFoundError:
         raise MediaError(f"{path}: no such file; correct the path or drop the record") from None
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{path}: not readable as media ({error.strerror}); it is cut off, "
                          "broken or of another type; make it again or drop it") from error
+    except (ValueError, ArithmeticError, MemoryError) as error:        # PyAV and NumPy raise these
+        raise MediaError(f"{path}: not readable as media ({type(error).__name__}: {error}); "
+                         "convert it (ffmpeg -i in out.mp4) or drop it") from error
+
+
+@contextmanager
+def _open(path):
+    """The file as a PyAV container.  FFmpeg gets an open Python file, as it would interpret names
+    like 'concat:x' or 'a%d.jpg'.  It gets no protocol and no format of playlists, so that the file
+    cannot make it open other files or URLs.
+    PyAV asks FFmpeg to guess missing time stamps, but for B-frames in AVI it guesses wrong."""
+    with _errors(path):
+        if os.path.getsize(path) == 0:
+            raise MediaError(f"{path}: empty (0 bytes); copy or download it again")
+        options = {"max_pixels": str(PICTURE_PIXELS), "protocol_whitelist": "none",
+                   "format_whitelist": FORMATS}
+        with open(path, "rb") as file, \
+                av.open(file, options=options, metadata_errors="replace") as container:
+            container.flags &= ~GENPTS
+            yield container
 
 
 def _streams(container, kind):
@@ -72,48 +103,124 @@ def _streams(container, kind):
         # Alpha, depth and thumbnails are streams, too.  An animation has its first picture besides,
         # but only tracks have a length.  Tiles of a larger picture remain: none is the default.
         found = ([s for s in found if s.duration][:1] or
-                 [s for s in found if s.disposition & av.stream.Disposition.default] or found)
+                 [s for s in found if s.disposition & DEFAULT] or found)
     return found
 
 
+def _best(container, kind):
+    """FFmpeg's choice among the streams of that kind, or None: the default one, then the one with
+    more frames and bits.  Should it choose cover art, the first default or the first is taken."""
+    found, best = _streams(container, kind), container.streams.best(kind)
+    if best in found or not found:
+        return best if found else None
+    return next((s for s in found if s.disposition & DEFAULT), found[0])
+
+
 def _stream(container, kind, path):
-    """The first stream of that kind.  It decodes on one thread, because the loader's worker
+    """The stream of that kind to read.  It decodes on one thread, because the loader's worker
     processes already use all cores."""
-    if not (found := _streams(container, kind)):
+    if (stream := _best(container, kind)) is None:
         has = ", ".join(f"{s.type} ({getattr(s.codec_context, 'name', 'unknown codec')})"
                         for s in container.streams) or "nothing"
         raise MediaError(f"{path}: no {kind} stream, it holds {has}; name another file or drop it")
-    if found[0].codec_context is None:
+    if stream.codec_context is None:
         raise MediaError(f"{path}: no decoder for its {kind}; convert it (ffmpeg -i in out.mp4)")
-    found[0].codec_context.thread_type, found[0].codec_context.thread_count = "NONE", 1
+    stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
     if kind == "video":
-        found[0].codec_context.options = {"max_pixels": str(
+        stream.codec_context.options = {"max_pixels": str(
             PICTURE_PIXELS if _is_image(container) else VIDEO_PIXELS)}
-    return found[0]
+    return stream
 
 
-def _origin(container):
-    """The first moment of the presentation on the file's own clock: an exact fraction, seconds."""
-    streams = _streams(container, "video") + _streams(container, "audio")
-    return min((s.start_time * s.time_base for s in streams if s.start_time is not None),
-               default=Fraction(0))
+def _origin(container, stream):
+    """Time 0 of a stream on the file's own clock: an exact fraction, seconds.  It is the first
+    moment of picture or sound.  A picture that starts up to 25 ms after the sound counts as
+    starting with it; otherwise each slide of a WebM would be late by the delay of its Opus track
+    (test_slides_stamped_late)."""
+    starts = {s.index: s.start_time * s.time_base
+              for s in (_best(container, "video"), _best(container, "audio"))
+              if s is not None and s.start_time is not None}
+    first = min(starts.values(), default=Fraction(0))
+    own = starts.get(stream.index, first)
+    return own if stream.type == "video" and own - first <= LATE else first
 
 
-def _stream_end(container, stream):
+def _stream_end(container, stream, path):
     """The time at which the stream ends, in seconds: from its own header, otherwise from the
-    container's, otherwise by reading every packet."""
+    container's, otherwise by reading every packet.  Headers do not know of a clock that jumps."""
+    origin = float(_origin(container, stream))
+    joints, ends = _joints(container, path)
+    if joints:
+        return ends.get(stream.index, origin) - origin
     if stream.duration and stream.start_time is not None:
-        return float((stream.start_time + stream.duration) * stream.time_base - _origin(container))
-    header = (container.duration or 0) / av.time_base - float(_origin(container))
+        return float((stream.start_time + stream.duration) * stream.time_base) - origin
+    header = (container.duration or 0) / av.time_base - origin
     if header > 0:               # in Matroska and FLV this is the time at the end, not a length
         return header
     last = total = 0.0
     for packet in container.demux(stream):
         seconds = float((packet.duration or 0) * stream.time_base)
         total += seconds
-        if packet.pts is not None:
-            last = max(last, float(packet.pts * stream.time_base - _origin(container)) + seconds)
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        if stamp is not None:
+            last = max(last, float(stamp * stream.time_base) - origin + seconds)
     return max(last, total)
+
+
+def _joined_packets(container):
+    """Yields (packet, shift) of picture and sound.  Where the clock jumps, as in `cat a.ts b.ts`,
+    shift (s) changes and the packets' stamps are moved by it, so that the parts follow each other.
+
+    The rule is ffmpeg's: a packet more than 10 s away from the end of the last one of its stream,
+    or more than 0.1 s before that one, moves the clock of all streams alike, which stay in step."""
+    shift, started, ended, latest = 0.0, {}, {}, None
+    streams = [s for s in (_best(container, "video"), _best(container, "audio")) if s is not None]
+    for packet in container.demux(streams):
+        key, base = packet.stream.index, packet.stream.time_base
+        if packet.dts is not None:
+            time = float(packet.dts * base) + shift
+            wanted = ended.get(key, latest)
+            if wanted is not None and (abs(time - wanted) > JUMP or
+                                       (key in started and time + BACK < started[key])):
+                shift, time = shift + wanted - time, wanted
+            seconds = float((packet.duration or 0) * base)
+            if seconds < 0.001 and key in started:               # unknown: as the packet before it
+                seconds = time - started[key]
+            started[key], latest, ended[key] = time, time, time + max(seconds, 0.0)
+        if shift:
+            ticks = round(shift / base)
+            if packet.pts is not None:
+                packet.pts += ticks
+            if packet.dts is not None:
+                packet.dts += ticks
+        yield packet, shift
+
+
+def _joints(container, path):
+    """-> how often the clock of the file jumps, and where each stream then ends: {index: seconds on
+    the file's own clock}.  In the formats where that may happen this reads every packet, once per
+    process and file."""
+    if not container.format.flags & TS_DISCONT:
+        return 0, {}
+    state = os.stat(path)
+    return _read_joints(str(path), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _read_joints(path, size, changed):
+    joints, shift, ends = 0, 0.0, {}
+    with _open(path) as container:
+        try:
+            for packet, moved in _joined_packets(container):
+                joints, shift = joints + (moved != shift), moved
+                stamp = packet.pts if packet.pts is not None else packet.dts
+                if stamp is not None:
+                    end = float((stamp + (packet.duration or 0)) * packet.stream.time_base)
+                    index = packet.stream.index
+                    ends[index] = max(ends.get(index, end), end)
+        except av.FFmpegError:                # the file breaks off; what came before is known
+            pass
+    return joints, ends
 
 
 def _is_image(container):
@@ -145,24 +252,35 @@ def probe(path):
     with _open(path) as container:
         has_audio = bool(_streams(container, "audio"))
         if not _streams(container, "video"):
-            return Media("audio", _stream_end(container, _stream(container, "audio", path)), True)
+            stream = _best(container, "audio") or _stream(container, "audio", path)
+            return Media("audio", _stream_end(container, stream, path), True)
         if not has_audio and _is_image(container):
             return Media("image", 0.0, False)
-        return Media("video", _stream_end(container, _stream(container, "video", path)), has_audio)
+        return Media("video", _stream_end(container, _best(container, "video"), path), has_audio)
 
 
 def _timed_frames(container, stream, path, clock):
     """Yields every decoded frame as (start, seconds, frame) in presentation time.  A frame without
-    a time stamp starts where the frame before it ended (raw H.264).  clock: the start of the first
-    frame in seconds, None when it is unknown."""
-    origin, broken, sound = float(_origin(container)), 0, stream.type == "audio"
+    a time stamp starts where the frame before it ended (raw H.264).  Times do not go backwards.
+    clock: the start of the first frame in seconds, None when it is unknown.
+
+    Where the rate of the sound changes, FFmpeg still counts the stamps of AAC and FLAC at the old
+    one.  From there on the samples are counted here; the stamps of containers still tell gaps."""
+    origin, broken, sound = float(_origin(container, stream)), 0, stream.type == "audio"
     # Two integers, because arithmetic on Fractions would be slow.
     tick, ticks = stream.time_base.numerator, stream.time_base.denominator
-    packets = container.demux(stream)
+    joined = _joints(container, path)[0] > 0
+    packets = ((packet for packet, _ in _joined_packets(container)
+                if packet.stream.index == stream.index) if joined else container.demux(stream))
+    first_dts = last = last_pts = last_dts = None
+    bad_pts = bad_dts = delay = 0
+    rate, drift, changed = None, math.inf if container.format.flags & GENERIC_INDEX else 0.5, False
     while True:
         try:
             if (packet := next(packets, None)) is None:
                 break
+            if first_dts is None and packet.is_keyframe:
+                first_dts = packet.dts
             decoded = packet.decode()
         except av.FFmpegError:                  # the rest of the file may still be good
             broken += 1
@@ -170,40 +288,78 @@ def _timed_frames(container, stream, path, clock):
                 break
             continue
         for frame in decoded:
-            stamp = frame.pts if frame.pts is not None else frame.dts
-            if stamp is not None:
-                clock = stamp * tick / ticks - origin
+            pts, dts = frame.pts, frame.dts
+            if last is None and pts is None and dts is not None:
+                # AVI numbers packets, not pictures: the decoder has held this one back.
+                delay = dts - (dts if first_dts is None else first_dts)
+            # As ffmpeg does: stamps of decoding, where those of presentation are worse or missing.
+            bad_pts += pts is not None and last_pts is not None and pts <= last_pts
+            bad_dts += dts is not None and last_dts is not None and dts <= last_dts
+            last_pts, last_dts = (last_pts if pts is None else pts,
+                                  last_dts if dts is None else dts)
+            use_dts = pts is None or (bad_pts > bad_dts and dts is not None)
+            stamp = dts if use_dts else pts
             if sound:
-                seconds = frame.samples / frame.sample_rate
+                if not SAMPLE_RATES[0] <= frame.sample_rate <= SAMPLE_RATES[1]:
+                    raise MediaError(f"{path}: {frame.sample_rate} samples of sound per second, "
+                                     f"wanted {SAMPLE_RATES[0]} to {SAMPLE_RATES[1]}; its header "
+                                     "is wrong; make it again or drop it")
+                changed = changed or (last is not None and frame.sample_rate != rate)
+                rate = frame.sample_rate
+            if stamp is not None:
+                time = (stamp - delay if use_dts else stamp) * tick / ticks - origin
+                if changed and abs(time - clock) < drift:
+                    time = clock
+                if last is not None and (time < last - BACK or time > clock + LOST_STAMP):
+                    if not joined:
+                        joined = True
+                        _warn_joined(path)
+                    origin, time = origin + time - clock, clock
+                clock = time if last is None or sound else max(time, last)
+            if sound:
+                seconds = frame.samples / rate
             else:
                 seconds = float((frame.duration or 0) * tick / ticks
                                 or 1 / (stream.average_rate or 25))
             yield clock, seconds, frame
+            last = clock
             clock = None if clock is None else clock + seconds
     if broken:
         warnings.warn(f"{path}: {broken} broken {stream.type} packets were left out", stacklevel=3)
+
+
+def _warn_joined(path):
+    warnings.warn(f"{path}: its clock jumps or starts again, as that of files that were appended "
+                  "to each other; the parts are joined", stacklevel=4)
 
 
 def _decode(path, kind, start):
     """Yields (start, seconds, frame) from a frame at or shortly before `start` seconds on.
 
     A seek may land too late (B-frames, sparse keyframes, bad indices).  The time of the first frame
-    shows this; then we seek further back, and in the end read from the beginning."""
+    shows this; then we seek further back, and in the end read from the beginning.  No seek is
+    possible by a clock that jumps."""
     for back in (2, 60, None):        # seconds; decoders of AAC, MP3 and Opus need some to warm up
         if back is not None and start - back < 1:
             continue                              # the beginning is as close
         with _open(path) as container:
             stream = _stream(container, kind, path)
+            if _joints(container, path)[0]:
+                if back is not None:
+                    continue
+                _warn_joined(path)
             if back is not None:
-                ticks = (Fraction(start) - back + _origin(container)) / stream.time_base
+                ticks = (Fraction(start) - back + _origin(container, stream)) / stream.time_base
                 try:
                     container.seek(int(ticks), stream=stream)    # goes to the keyframe before it
                 except av.FFmpegError:
                     continue
+            rate = stream.codec_context.sample_rate if kind == "audio" else None
             frames = _timed_frames(container, stream, path, 0.0 if back is None else None)
             first = next(frames, None)
-            if back is not None and (first is None or first[0] is None or first[0] > start):
-                continue
+            if back is not None and (first is None or first[0] is None or first[0] > start or
+                                     (rate and first[2].sample_rate != rate)):
+                continue                          # where the rate has changed, stamps may be wrong
             if first is not None:
                 yield first
             yield from frames
@@ -224,7 +380,12 @@ def _window(path, kind, start, end, declared):
 def _warn_if_short(path, kind, decoded, wanted):
     if decoded < wanted - 1 and wanted < math.inf:
         warnings.warn(f"{path}: {kind} decodes up to {decoded:.2f} s of {wanted:.2f} s: it is "
-                      "cut off or its header wrong; using what is there", stacklevel=3)
+                      "cut off or its header wrong; using what is there", stacklevel=4)
+
+
+def _warn_too_long(path, what, seconds, most):
+    warnings.warn(f"{path}: {what} of {seconds:.0f} s are asked for, only {most:.0f} s are read; "
+                  "give a window (start, end)", stacklevel=5)
 
 
 # ---------------------------------------- pictures
@@ -341,24 +502,38 @@ def read_frames(path, resize, fps=2.0, start=None, end=None, frame_times="regula
     resize: uint8 (1,H,W,3) -> (1,3,size,size).  start, end: seconds of the file, None for its own.
     frame_times: "regular", one frame every 1/fps s, or "ends" (_ends).
     The frame of a target time t is the one on screen: the last with time <= t, or the first of the
-    file.  One sequential pass up to the last target; a seek to each would be 7 times slower.
+    file.  A frame that follows a slide may start up to 25 ms after its target, because stamps are
+    that inexact; where frames follow each other faster, the one before is as good.
+    One sequential pass up to the last target; a seek to each would be 7 times slower.
     Raises MediaError when no frame of the window can be read."""
     if frame_times not in FRAME_TIMES:
         raise ValueError(f"frame_times is {frame_times!r}, wanted one of {', '.join(FRAME_TIMES)}")
     if not fps > 0:
         raise ValueError(f"fps is {fps}, wanted a number above 0; 2 is the paper's")
+    with _errors(path):
+        return _read_frames(path, resize, fps, start, end, frame_times)
+
+
+def _read_frames(path, resize, fps, start, end, frame_times):
     media = probe(path)
     if media.kind == "image":
         raise MediaError(f"{path}: no video stream, a still image; name it under 'image'")
     start, end = _window(path, "video", start, end, media.seconds if media.kind == "video" else 0)
     end = end if end < math.inf else start + 1 / fps            # only a file without any duration
+    most = MOST_FRAMES / (fps if frame_times == "regular" else 2)
+    if end - start > most:
+        _warn_too_long(path, "pictures", end - start, most)
+        end = start + most
     pending = deque(sorted(FRAME_TIMES[frame_times](start, end, fps)))
     chosen, shown, shown_until, reformatter = {}, None, 0.0, VideoReformatter()
+    late = min(LATE, LATE * 2 / fps) if frame_times == "regular" else TICK
     for time, seconds, frame in _decode(path, "video", start):
         new = _Shown(time, frame, resize, reformatter)
+        # The start of a frame that follows a slide may be stamped late.
+        early = time - (late if shown is not None and time - shown.time >= SLIDE else TICK)
         while pending:
             target, slot, at_or_after = pending[0]
-            if time < target - TICK if at_or_after else time <= target + TICK:
+            if time < target - TICK if at_or_after else early <= target:
                 break                              # a later frame may be the one for this target
             pick = new if at_or_after or shown is None else shown
             chosen[slot] = (pick.pixels, pick.time)
@@ -390,7 +565,9 @@ def read_image(path, resize):
     of a GIF white.  A damaged JPEG gives what can be decoded, and a warning.
     Raises MediaError when the file is no still image that can be read, or one of more than 120
     million pixels."""
-    return resize(_upright(_first_picture(path), VideoReformatter(), full_chroma=True))
+    with _errors(path):
+        pixels = _upright(_first_picture(path), VideoReformatter(), full_chroma=True)
+    return resize(pixels)
 
 
 def _first_picture(path):
@@ -443,7 +620,8 @@ class _Mono16k:
 
     Frames are first placed on the grid of source samples (gaps become silence, overlaps are cut),
     then resampled.  The grid starts at a multiple of 10 ms (441 samples of 44.1 kHz are 160 samples
-    of 16 kHz), so that a window has exactly the samples of the full track."""
+    of 16 kHz), so that a window has exactly the samples of the full track.  All frames have one
+    rate; their layout and format may change."""
 
     def __init__(self, rate, start, stop):
         common = math.gcd(rate, AUDIO_RATE)
@@ -452,7 +630,7 @@ class _Mono16k:
         self.rate, self.position, self.expected = rate, blocks * block_in, None
         self.skip = round(start * AUDIO_RATE) - blocks * block_out
         self.mixers, self.chunks, self.waiting, self.held = {}, [], [], 0
-        self.limit = math.inf if stop == math.inf else math.ceil((stop + 0.1) * rate)
+        self.limit = math.ceil((stop + 0.1) * rate)
         # The resampler gets one channel of floats, so that it applies no gain.  16 kHz need none.
         self.resampler = (None if rate == AUDIO_RATE else
                           av.AudioResampler(format="flt", layout="mono", rate=AUDIO_RATE))
@@ -467,11 +645,20 @@ class _Mono16k:
             # The buffer of a plane is longer than its samples; to_ndarray() is three times slower.
             return [[np.frombuffer(plane, np.float32, frame.samples) for plane in frame.planes]]
         # The format of a TV recording may change in the middle.
-        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if kind not in self.mixers:
-            self.mixers[kind] = av.AudioResampler(format="s32", layout="mono", rate=self.rate)
-        return [[np.frombuffer(mixed.planes[0], np.int32, mixed.samples).astype(np.float32)
-                 * 2.0 ** -31] for mixed in self.mixers[kind].resample(frame)]
+        kind = (frame.format.name, frame.layout.name)
+        if kind in self.mixers:
+            mixed = self.mixers[kind].resample(frame)
+        else:
+            try:
+                self.mixers[kind] = av.AudioResampler(format="s32", layout="mono", rate=self.rate)
+                mixed = self.mixers[kind].resample(frame)
+            except av.FFmpegError:        # it does not know where these channels stand: their mean
+                self.mixers[kind] = av.AudioResampler(format="s32", layout=frame.layout,
+                                                      rate=self.rate)
+                mixed = self.mixers[kind].resample(frame)
+        return [[np.frombuffer(part.planes[0], np.int32, part.samples * part.layout.nb_channels)
+                 .reshape(part.samples, -1).mean(1, np.float32) * np.float32(2.0 ** -31)]
+                for part in mixed]
 
     def add(self, time, frame):
         """Appends a decoded frame that starts at `time` seconds."""
@@ -480,8 +667,8 @@ class _Mono16k:
             if self.expected is not None and abs(place - self.expected) <= JITTER * self.rate:
                 place = self.expected
             self.expected = place + n
-            while (gap := min(place, self.limit) - self.position) > 0:         # a minute at a time
-                self._feed([np.zeros(min(gap, 60 * self.rate), np.float32)])
+            if (gap := min(place, self.limit) - self.position) > 0:
+                self._feed([np.zeros(gap, np.float32)])
             if place < self.position:
                 channels = [channel[self.position - place:] for channel in channels]
             self._feed(channels)
@@ -513,13 +700,13 @@ class _Mono16k:
             frame.sample_rate = self.rate
             self.chunks += [f.to_ndarray()[0] for f in self.resampler.resample(frame)]
 
-    def finish(self, samples):
-        """-> float32 (S,) with at most so many samples (None: all)."""
+    def finish(self):
+        """-> float32 (S,)"""
         self._flush()
         if self.resampler is not None:
             self.chunks += [f.to_ndarray()[0] for f in self.resampler.resample(None)]  # last 1 ms
-        track = np.concatenate([np.zeros(0, np.float32), *self.chunks])[self.skip:][:samples]
-        return torch.from_numpy(track.clip(-1, 1))               # as 16-bit samples would be
+        track = np.concatenate([np.zeros(0, np.float32), *self.chunks])[self.skip:]
+        return track.clip(-1, 1, out=track)                      # as 16-bit samples would be
 
 
 def read_audio(path, start=None, end=None):
@@ -527,27 +714,49 @@ def read_audio(path, start=None, end=None):
     file (None: from its beginning, to its end; AAC without an edit list ends up to 64 ms later,
     with padding).  A window costs only its own length.
     Raises MediaError when no sound of the window can be read."""
+    with _errors(path):
+        return _read_audio(path, start, end)
+
+
+def _read_audio(path, start, end):
     with _open(path) as container:
         stream = _stream(container, "audio", path)
-        declared = _stream_end(container, stream)
-    start, _ = _window(path, "audio", start, end, declared)
-    stop = math.inf if end is None else float(end)      # not the header's, which MP3 estimates
-    track, reached = None, 0.0
+        declared = _stream_end(container, stream, path)
+        estimated = container.format.flags & GENERIC_INDEX
+    start, _ = _window(path, "audio", start, end, 0 if estimated else declared)
+    stop = start + MOST_SECONDS                         # not the header's end, which MP3 estimates
+    stop = stop if end is None else min(stop, float(end))
+    # A track for each part of the sound that has its own rate, or that follows a minute of silence.
+    parts, track, first, reached = [], None, 0, start          # first: its place in the result
     for time, seconds, frame in _decode(path, "audio", start):
-        track = track or _Mono16k(frame.sample_rate, start, stop)
+        if track is None or frame.sample_rate != track.rate or time > reached + 60:
+            begin = start
+            if track is not None or time > reached + 60:
+                begin = max(start, time)
+                parts += [] if track is None else [(first, track.finish())]
+            first = round(begin * AUDIO_RATE) - round(start * AUDIO_RATE)
+            track = _Mono16k(frame.sample_rate, begin, stop)
         track.add(time, frame)
         reached = time + seconds
         if reached > stop + 0.05:                       # 50 ms more for the tail of the filter
             break
     if track is None:
         raise MediaError(f"{path}: no sound can be decoded; make it again or drop it")
+    if reached > stop and (end is None or end > stop):
+        _warn_too_long(path, "sound", (end or declared) - start, MOST_SECONDS)
     _warn_if_short(path, "the sound", reached, min(stop, declared))
-    wave16k = track.finish(None if stop == math.inf else
-                           round(stop * AUDIO_RATE) - round(start * AUDIO_RATE))
+    parts.append((first, track.finish()))
+    wanted = round(stop * AUDIO_RATE) - round(start * AUDIO_RATE)
+    wave16k = parts[0][1][:wanted]
+    if len(parts) > 1 or first:                         # what lies between them is silence
+        wave16k = np.zeros(min(wanted, first + len(parts[-1][1])), np.float32)
+        for (place, part), (until, _) in zip(parts, [*parts[1:], (wanted, None)], strict=True):
+            room = wave16k[place:until]
+            room[:len(part)] = part[:len(room)]
     if not len(wave16k):
         raise MediaError(f"{path}: start {start} s is beyond its end, the sound decodes up to "
                          f"{reached:.3f} s; correct the times or drop the record")
-    return wave16k
+    return torch.from_numpy(wave16k)
 
 
 # ---------------------------------------- writing

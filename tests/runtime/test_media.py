@@ -1,6 +1,7 @@
 """media.py against files encoded here: every frame carries its own number, every sound a click."""
 
 import resource
+import socket
 import struct
 import warnings
 import zlib
@@ -655,3 +656,289 @@ def test_writing_is_atomic(tmp_path):
     with pytest.raises(ValueError):
         write_manifest(tmp_path / "a.mp4", [Record("1", "vqa", "What?")] * 2)
     assert (tmp_path / "a.mp4").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+# ---------------------------------------- files of several parts
+
+def tone(hertz, seconds, rate, channels=1):
+    wave = 0.5 * np.sin(np.arange(round(seconds * rate)) * 2 * np.pi * hertz / rate)
+    return np.tile(wave.astype(np.float32), (channels, 1))
+
+
+def pitch(audio, at):
+    """Loudest frequency of the half second that starts at `at` s, in Hz."""
+    part = audio[round(at * 16000):][:8000].numpy()
+    return 2 * int(np.abs(np.fft.rfft(part * np.hanning(8000))).argmax())
+
+
+def append(path, *parts):
+    """What `cat` does."""
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
+def same_windows(path, windows):
+    """A window has the samples of the full track, also beyond a joint."""
+    full = read_audio(path)
+    for start, end in windows:
+        part = read_audio(path, start, end)
+        wanted = full[round(start * 16000):round(end * 16000)]
+        assert len(part) == len(wanted) and (part - wanted).abs().max() < 3e-3, (start, end)
+
+
+@pytest.mark.parametrize("suffix, codec, parts", [
+    ("mp3", "libmp3lame", [(44100, 1), (22050, 1)]),
+    ("mp3", "libmp3lame", [(22050, 2), (48000, 1)]),
+    ("aac", "aac", [(44100, 1), (22050, 2)]), ("flac", "flac", [(44100, 1), (16000, 1)]),
+    ("ts", "aac", [(44100, 1), (22050, 2), (48000, 1)]), ("ts", "mp2", [(48000, 2), (32000, 1)])])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_rate_and_layout_change_at_any_frame(tmp_path, suffix, codec, parts):
+    """ffmpeg -ac 1 -ar 16000 gives the same tones at the same times."""
+    files = [encode(tmp_path / f"{i}.{suffix}", [], audio=tone(500 + 200 * i, 2, rate, channels),
+                    rate=rate, layout=("mono", "stereo")[channels - 1], audio_codec=codec,
+                    format={"aac": "adts", "ts": "mpegts"}.get(suffix))
+             for i, (rate, channels) in enumerate(parts)]
+    path = append(tmp_path / f"all.{suffix}", *files)
+    audio = read_audio(path)
+    assert len(audio) / 16000 == pytest.approx(2 * len(parts), abs=0.1 * len(parts))
+    for i in range(len(parts)):
+        assert pitch(audio, 2 * i + 0.3) == pitch(audio, 2 * i + 1.3) == 500 + 200 * i
+    assert 0.3 < audio[33600:48000].square().mean() / 0.125 < 1.3       # no gain, no silence
+    same_windows(path, [(0.5, 1.5), (1.6, 2.7), (2.4, 3.3)])
+
+
+def test_layout_and_format_change_in_one_stream(tmp_path):
+    """16 kHz: 5.1 -> mono -> stereo, as AC-3 of a TV recording."""
+    parts = [encode(tmp_path / f"{i}.ac3", [], audio=tone(500 + 200 * i, 1, 32000, channels),
+                    rate=32000, layout=layout, audio_codec="ac3")
+             for i, (layout, channels) in enumerate([("5.1", 6), ("mono", 1), ("stereo", 2)])]
+    audio = read_audio(append(tmp_path / "all.ac3", *parts))
+    assert [pitch(audio, i + 0.3) for i in range(3)] == [500, 700, 900]
+
+
+def test_picture_size_changes_at_any_frame(tmp_path):
+    parts = []
+    for i, (h, w) in enumerate([(32, 80), (96, 160), (48, 48)]):
+        parts.append(tmp_path / f"{i}.ts")
+        with av.open(str(parts[-1]), "w", format="mpegts") as container:
+            stream = container.add_stream("mpeg2video", rate=25)
+            stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
+            for _ in range(25):
+                picture = np.full((h, w, 3), 60 * (i + 1), np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode(None))
+    path = append(tmp_path / "all.ts", *parts)
+    with pytest.warns(UserWarning, match="parts are joined"):
+        frames, times = read_frames(path, size=32)
+    assert times == pytest.approx(np.arange(6) / 2, abs=0.05)
+    assert [round(float(f.float().mean()) / 60) for f in frames] == [1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("later", [0, 100, 95440])
+def test_clock_that_jumps(tmp_path, later):
+    """`cat a.ts b.ts`: ffmpeg joins the parts and keeps picture and sound in step."""
+    parts = []
+    for i, start in enumerate((0, later, 0)):
+        parts.append(encode(tmp_path / f"{i}.ts", np.arange(50) * 3600 + start * 90000, gop=25,
+                            audio=click_track(2, 1.0, 48000), rate=48000, audio_start=start,
+                            audio_codec="mp2"))
+    path = append(tmp_path / "all.ts", *parts)
+    with pytest.warns(UserWarning, match="all.ts: its clock jumps"):
+        frames, times = read_frames(path, size=64)
+        audio = read_audio(path)
+        part, part_times = read_frames(path, size=64, start=4.5, end=5.5)
+    assert probe(path).seconds == pytest.approx(6, abs=0.05)
+    assert numbers(frames) == [0, 12, 25, 37] * 3
+    assert times == pytest.approx(
+        np.repeat([0, 2, 4], 4) + np.tile([0, 0.48, 1, 1.48], 3), abs=0.01)
+    assert torch.equal(part, frames[9:11]) and part_times == times[9:11]
+    for second in (1, 3, 5):                              # mp2 delays its sound by 10 ms
+        assert onset(audio[16000 * second - 8000:]) / 16000 == pytest.approx(0.5, abs=0.025)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same_windows(path, [(0.5, 1.5), (1.5, 2.5), (4.25, 5.75)])
+
+
+def test_chained_ogg(tmp_path):
+    parts = [encode(tmp_path / f"{i}.ogg", [], audio=click_track(2, 1.0, 48000), rate=48000,
+                    audio_codec="libopus") for i in range(2)]
+    path = append(tmp_path / "all.ogg", *parts)
+    with pytest.warns(UserWarning, match="parts are joined"):
+        audio = read_audio(path)
+    assert len(audio) == pytest.approx(64000, abs=500) and probe(path).seconds == pytest.approx(
+        4, abs=0.05)
+    assert onset(audio) == pytest.approx(16000, abs=100)
+    assert onset(audio[32000:]) == pytest.approx(16000, abs=500)
+
+
+def test_real_gap_is_no_jump(tmp_path):
+    """In MP4 and Matroska a hole of 20 s is one: the last picture stays, the sound is silent."""
+    for suffix in ("mp4", "mkv"):
+        path = encode(tmp_path / f"a.{suffix}", [*range(25), *range(525, 550)], Fraction(1, 25),
+                      bframes=0)
+        frames, _ = read_frames(path)
+        assert numbers(frames) == [0, 12] + [24] * 40 + [25, 37]
+
+
+@pytest.mark.parametrize("bframes", [0, 1, 2, 3])
+@pytest.mark.parametrize("gop", [12, 250])
+def test_avi_stores_no_presentation_times(tmp_path, bframes, gop):
+    path = encode(tmp_path / "a.avi", range(100), Fraction(1, 25), bframes=bframes, gop=gop,
+                  audio=click_track(4, 2.0), audio_codec="pcm_s16le")
+    frames, times = read_frames(path, fps=5)
+    assert numbers(frames) == list(range(0, 100, 5)) and times == sorted(times)
+    assert numbers(read_frames(path, fps=5, start=3.2, end=3.8)[0]) == [80, 85, 90]
+    assert onset(read_audio(path)) == 32000
+
+
+# ---------------------------------------- which stream, which frame
+
+def two_tracks(path, default, kind, suffix):
+    """Two tracks of one kind; the flag `default` (0 or 1) says which."""
+    with av.open(str(path), "w", format=suffix) as container:
+        streams = []
+        if kind == "audio":
+            for i in range(2):
+                stream = container.add_stream("flac" if suffix == "matroska" else "aac",
+                                              rate=16000, layout="mono")
+                frames = sound_frames(tone(500 + 200 * i, 1, 16000), 16000, "mono", 0.0)
+                streams.append((stream, [*frames, None]))
+        else:
+            for i in range(2):
+                stream = container.add_stream("libx264", rate=25)
+                stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
+                pictures = [av.VideoFrame.from_ndarray(numbered(100 * i + n), format="rgb24")
+                            for n in range(25)]
+                streams.append((stream, [*pictures, None]))
+        for i, (stream, _) in enumerate(streams):
+            stream.disposition = av.stream.Disposition.default if i == default else 0
+        for stream, frames in streams:
+            for frame in frames:
+                container.mux(stream.encode(frame))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["audio", "video"])
+@pytest.mark.parametrize("default", [0, 1])
+@pytest.mark.parametrize("suffix", ["matroska", "mp4"])
+def test_the_best_track_is_taken(tmp_path, kind, default, suffix):
+    path = two_tracks(tmp_path / "a", default, kind, suffix)
+    with av.open(str(path)) as container:
+        best = container.streams.best(kind).index
+    if suffix == "matroska":
+        assert best == default
+    if kind == "audio":
+        assert pitch(read_audio(path), 0.3) == 500 + 200 * best
+    else:
+        assert numbers(read_frames(path)[0]) == [100 * best, 100 * best + 12]
+
+
+@pytest.mark.parametrize("late", [0.007, 0.02])
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_slides_stamped_late(tmp_path, late, suffix):
+    """One slide per second.  Stamps are late alike (behind an Opus track), or each by itself."""
+    audio = {"audio": click_track(6, 3.0, 48000), "rate": 48000, "audio_codec": "libopus"}
+    path = encode(tmp_path / f"a.{suffix}", np.round((np.arange(6) + late) * 90000), **audio)
+    frames, times = read_frames(path)
+    assert numbers(frames)[:11] == np.arange(6).repeat(2).tolist()[:11]
+    assert numbers(read_frames(path, start=3, end=5)[0]) == [3, 3, 4, 4]
+    shifts = np.array([0, late, 0.003, -0.004, late, 0.001])
+    path = encode(tmp_path / f"b.{suffix}", np.round((np.arange(6) + shifts) * 90000), bframes=0)
+    assert numbers(read_frames(path)[0])[:11] == np.arange(6).repeat(2).tolist()[:11]
+
+
+@pytest.mark.parametrize("rate", [2, 3, 5, 7, 10, 15, 24, Fraction(30000, 1001), 30, 50, 60])
+def test_exact_stamps_are_not_late(tmp_path, rate):
+    path = encode(tmp_path / "a.mp4", range(int(3 * rate)), 1 / Fraction(rate), bframes=0)
+    clock = [float(n / Fraction(rate)) for n in range(int(3 * rate))]
+    for fps in (1, 2, 3):
+        frames, _ = read_frames(path, fps=fps, size=64)
+        assert numbers(frames) == on_screen(clock, np.arange(len(frames)) / fps)
+
+
+# ---------------------------------------- headers that lie
+
+def wav(path, rate=16000, channels=1, mask=0, samples=4000):
+    """A WAV whose header is given: the extensible format, 16 bits."""
+    sound = np.repeat((tone(500, samples / 16000, 16000)[0] * 32767).astype("<i2"), channels)
+    head = struct.pack("<HHIIHHHHI", 0xFFFE, channels, rate, rate * 2 * channels % 2 ** 32,
+                       2 * channels, 16, 22, 16, mask)
+    head += bytes.fromhex("0100000000001000800000AA00389B71")
+    path.write_bytes(b"RIFF" + struct.pack("<I", 60 + sound.nbytes) + b"WAVEfmt " +
+                     struct.pack("<I", len(head)) + head + b"data" +
+                     struct.pack("<I", sound.nbytes) + sound.tobytes())
+    return path
+
+
+@pytest.mark.parametrize("channels, mask", [(1, 0), (2, 0), (3, 0), (5, 31), (7, 127), (9, 0),
+                                            (10, 1023), (17, 0), (32, 0)])
+def test_unknown_layouts_are_averaged(tmp_path, channels, mask):
+    audio = read_audio(wav(tmp_path / "a.wav", channels=channels, mask=mask))
+    assert len(audio) == 4000
+    assert (audio - torch.from_numpy(tone(500, 0.25, 16000)[0])).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("rate", [1, 7, 999, 800_000, 2 ** 31 - 1, 4_000_000_000])
+def test_absurd_rates_are_refused(tmp_path, rate):
+    with pytest.raises(MediaError, match="a.wav: "), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read_audio(wav(tmp_path / "a.wav", rate))
+
+
+@pytest.mark.parametrize("rate", [1000, 11025, 44099, 100_000, 192_000])
+def test_rare_rates(tmp_path, rate):
+    audio = read_audio(wav(tmp_path / "a.wav", rate, samples=rate))
+    assert len(audio) == pytest.approx(16000, abs=30)
+
+
+def test_far_stamps_cost_no_memory(tmp_path, monkeypatch):
+    """Years between two packets are joined; hours are kept as far as the limits go."""
+    for seconds, wanted in ((10 ** 8, 3), (20 * 3600, 120)):
+        monkeypatch.setattr(media, "MOST_SECONDS", 120)
+        monkeypatch.setattr(media, "MOST_FRAMES", 240)
+        path = encode(tmp_path / "a.mkv", [0, 12, seconds * 25, seconds * 25 + 24],
+                      Fraction(1, 25), bframes=0)
+        with av.open(str(tmp_path / "b.mkv"), "w") as container:
+            stream = container.add_stream("pcm_s16le", rate=16000, layout="mono")
+            for frame in [*sound_frames(tone(500, 1, 16000), 16000, "mono", 0.0),
+                          *sound_frames(tone(700, 2, 16000), 16000, "mono", seconds), None]:
+                container.mux(stream.encode(frame))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert len(read_frames(path)[0]) <= 240
+            assert len(read_audio(tmp_path / "b.mkv")) == pytest.approx(wanted * 16000, abs=16000)
+
+
+def test_latin_1_tags(tmp_path):
+    path = tmp_path / "a.mp3"
+    encode(path, [], audio=tone(500, 1, 44100), rate=44100, audio_codec="libmp3lame")
+    tag = b"TIT2" + struct.pack(">I", 7) + b"\0\0\3caf\xe9\xff\xfe"[:9]
+    path.write_bytes(b"ID3\3\0\0\0\0\0" + bytes([len(tag)]) + tag + path.read_bytes())
+    riff = wav(tmp_path / "b.wav")
+    info = b"LIST" + struct.pack("<I", 16) + b"INFOINAM" + struct.pack("<I", 4) + b"caf\xe9"
+    riff.write_bytes(riff.read_bytes() + info)
+    assert pitch(read_audio(path), 0.2) == 500 and len(read_audio(riff)) == 4000
+
+
+@pytest.mark.parametrize("name, text", [
+    ("clip.mp4", "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+                 "m=video 53999 RTP/AVP 96\na=rtpmap:96 H264/90000\n"),
+    ("a.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{file}\n#EXT-X-ENDLIST\n"),
+    ("b.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nhttp://127.0.0.1:{port}/a.ts\n"),
+    ("c.mp4", "ffconcat version 1.0\nfile {name}\n"),
+    ("d.mp4", "ffconcat version 1.0\nfile {file}\n"),
+    ("e.mpd", '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+              'mediaPresentationDuration="PT2S"><Period><AdaptationSet mimeType="video/mp4">'
+              '<Representation id="1" bandwidth="1000"><BaseURL>http://127.0.0.1:{port}/a.mp4'
+              '</BaseURL></Representation></AdaptationSet></Period></MPD>')])
+def test_files_open_nothing_but_themselves(tmp_path, name, text):
+    encode(tmp_path / "other.ts", range(25), Fraction(1, 25))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        (tmp_path / name).write_text(text.format(file=tmp_path / "other.ts", name="other.ts",
+                                                 port=server.getsockname()[1]))
+        for read in (probe, read_frames, read_audio, partial(read_image, resize=resize)):
+            with pytest.raises(MediaError, match=name):
+                read(tmp_path / name)
+        with pytest.raises(BlockingIOError):                        # nobody has called
+            server.accept()
