@@ -350,7 +350,9 @@ def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None
     file.  The sound of a video is cut where its picture ends; a silent video gives audio None.
     fps: video frames per second; frame_times: "regular", or "ends" as in the authors' code; size:
     pixels; antialias=False resizes video frames as the authors' code does; sound_only: pictures
-    are not read, for models that cannot see.  Raises MediaError for a file that cannot be read."""
+    are not read, for models that cannot see.  If only the picture of a video or only the sound
+    cannot be read, the clip has the other one, and a warning says why.
+    Raises MediaError for a file that cannot be read, and when nothing of the clip can."""
     start, end = record.start or 0.0, record.end
     if max_seconds:
         end = min(math.inf if end is None else end, start + max_seconds)
@@ -359,16 +361,31 @@ def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None
         raise ValueError(f"record {record.id!r} has an image and a video; use only one of the two")
     if record.image is not None and not sound_only:
         clip.frames = read_image(record.image, partial(resize, size=size))
-    if record.video is not None:
-        media = probe(record.video)
-        if not sound_only:
-            shrink = partial(resize if antialias else resize_plain, size=size)
+    failed = []
+    media = None if record.video is None else probe(record.video)
+    if media and not sound_only:
+        shrink = partial(resize if antialias else resize_plain, size=size)
+        try:
             clip.frames, _ = read_frames(record.video, shrink, fps, start, end, frame_times)
-        if media.has_audio and record.audio is None:
-            ends = [seconds for seconds in (media.seconds, end) if seconds]
-            clip.audio = read_audio(record.video, start, min(ends, default=None))
-    if record.audio is not None:
-        clip.audio = read_audio(record.audio, start, end)
+        except MediaError as error:
+            if media.kind != "video":                                  # the record names it wrongly
+                raise
+            failed.append(error)
+    source = record.audio or (record.video if media and media.has_audio else None)
+    if source:
+        if record.audio is None and not failed:                        # until the picture ends
+            end = min((seconds for seconds in (media.seconds, end) if seconds), default=None)
+        try:
+            clip.audio = read_audio(source, start, end)
+        except MediaError as error:
+            if not probe(source).has_audio:                            # the record names it wrongly
+                raise
+            failed.append(error)
+    if failed and clip.frames is None and clip.audio is None:
+        raise failed[0]
+    for error in failed:
+        warnings.warn(f"{error}; used without {'sound' if clip.audio is None else 'pictures'}",
+                      stacklevel=2)
     clip.cut = _cut(record, clip, max_seconds)
     if clip.cut:
         warnings.warn(f"{record.video or record.audio}: {clip.cut}", stacklevel=2)
