@@ -37,6 +37,7 @@ from runtime.checkpoint import (
     COMMITTED,
     disk_full,
     find_checkpoint,
+    lock,
     short_hash,
     trained_preset,
     weights_hash,
@@ -224,10 +225,23 @@ def save_report(out, *report):
 
 
 def main(config):
+    """Writes the predictions, unless another program writes them already."""
     config = resolve_config(config)
-    rank, world, device = distributed.init_distributed()
+    _, world, device = distributed.init_distributed()
     if world > 1:
         torch.set_num_threads(max(1, cli.cores() // world))
+    needed = config.checkpoint or config.system == "favor" and not config.random_init
+    out = output_file(config, find_checkpoint(config.checkpoint, config.model) if needed else None)
+    if out.is_dir() or out.suffix in (".json", ".md", ".parts", ".lock"):
+        raise SystemExit(f"--out {out}: wanted a file such as predictions.jsonl; the report gets "
+                         "the same name with other endings")
+    # A lock of its own: while train.py holds its folder, best/ can be scored.
+    with lock(out.with_suffix(".lock"), log):
+        run(config, out, device)
+
+
+def run(config, out, device):
+    """Answers the questions, scores the answers and writes both to `out`."""
     manifests, records = find_questions(config)
     dtype, _, why = distributed.precision(config.dtype, config.model, device)
     hub.offline(config.offline)
@@ -246,12 +260,12 @@ def main(config):
         with distributed.main_process_first():
             cache = cache_features(
                 model, records, config.features or manifests[0].parent / "features", log=log)
-    views, out = views_of(config.system, config.mask, config.views), output_file(config, checkpoint)
+    views = views_of(config.system, config.mask, config.views)
     settings = describe(config, model, checkpoint, manifest, records, views, why.split()[0])
     journal = Journal(out.with_suffix(".parts"), settings)
     predictions, missing = evaluate(
         model, records, cache, views, config.batch, config.beams, config.history, journal, log)
-    if rank == 0:
+    if distributed.rank() == 0:
         save_report(out, predictions, views, missing, settings)          # in case the judge fails
         try:
             judge.ask(config, model, predictions, views, out, log)
