@@ -25,8 +25,10 @@ from typing import Literal
 
 import torch
 
+import lora
 from aveb import judge, metrics
-from aveb.answers import Journal, evaluate, find_manifests, read_manifests, views_of
+from aveb.answers import evaluate, find_manifests, read_manifests, views_of
+from aveb.journal import PARTS, Journal, answer_settings
 from aveb.tables import report_text, write_report
 from aveb.tasks import TASKS
 from baselines.systems import SYSTEMS, load_system
@@ -132,7 +134,7 @@ class EvalConfig:
     @property
     def sources(self):
         """{part: where it is}, as far as the command line names it."""
-        named = {n: getattr(self, n) for n in ("whisper", "instructblip", "llm")}
+        named = {n: getattr(self, n) for n in PARTS}
         return {name: source for name, source in named.items() if source}
 
 
@@ -188,18 +190,36 @@ def trained_on(model, checkpoint):
     return read_json(checkpoint / "favor.json").get("mixture")
 
 
+def caches(config):
+    """Whether the answers come from cached features, which are rounded to fp16."""
+    return config.cache_features and config.model == "tiny" and config.system != "whisper"
+
+
+def open_cache(config, model, manifests, records):
+    """The features of all records: encoded by the main process, read by all."""
+    try:
+        with distributed.main_process_first():
+            return cache_features(
+                model, records, config.features or manifests[0].parent / "features", log=log)
+    except ValueError as error:                              # no clip can be read
+        raise SystemExit(str(error)) from error
+
+
 def describe(config, model, checkpoint, manifest, records, views, dtype):
     """The settings of this run, as they stand in its journal and in its report."""
-    sources = [str(getattr(model.config, name)) for name in ("whisper", "instructblip", "llm")]
     return {
         "system": config.system, "model": config.model, "checkpoint": str(checkpoint),
-        "weights": weights_hash(checkpoint), "sources": sources, "dtype": dtype,
-        "merged": config.merge, "manifest": manifest, "questions": len(records),
+        "weights": weights_hash(checkpoint),
+        "sources": [str(getattr(model.config, name)) for name in PARTS], "dtype": dtype,
+        "device": next(model.parameters()).device.type, "compiled": config.compile,
+        "merged": config.merge, "cached features": caches(config),
+        "manifest": manifest, "questions": len(records),
         "ids": short_hash(*sorted(r.id for r in records)), "views": list(views),
         "batch": config.batch, "beams": config.beams or model.config.beams,
         "repetition penalty": model.config.repetition_penalty,
         "max new tokens": model.config.max_new_tokens, "history": config.history,
-        "task": config.task, "mixture": trained_on(model, checkpoint)}
+        "task": config.task, "mixture": trained_on(model, checkpoint),
+        **answer_settings(model, records)}
 
 
 def output_file(config, checkpoint):
@@ -248,21 +268,19 @@ def run(config, out, device):
     try:
         model, checkpoint = load_system(
             config.system, preset(config.model, **config.sources), config.model, config.checkpoint,
-            config.sources, dtype, device, config.merge, config.compile,
-            memory.random_part if config.random_init else None)
+            config.sources, dtype, device, merge=False, compile=config.compile,
+            load=memory.random_part if config.random_init else None)
     except (FileNotFoundError, ValueError) as error:      # a part is missing or does not fit
         raise SystemExit(str(error)) from error
     manifest = ", ".join(map(str, manifests))
     log(f"{checkpoint or config.system} on {manifest}, {len(records)} questions, {device.type}, "
         f"weights {why}")
-    cache = None
-    if config.cache_features and config.model == "tiny" and config.system != "whisper":
-        with distributed.main_process_first():
-            cache = cache_features(
-                model, records, config.features or manifests[0].parent / "features", log=log)
     views = views_of(config.system, config.mask, config.views)
     settings = describe(config, model, checkpoint, manifest, records, views, why.split()[0])
     journal = Journal(out.with_suffix(".parts"), settings)
+    if config.merge:
+        lora.merge(model, reversible=False)
+    cache = open_cache(config, model, manifests, records) if caches(config) else None
     predictions, missing = evaluate(
         model, records, cache, views, config.batch, config.beams, config.history, journal, log)
     if distributed.rank() == 0:

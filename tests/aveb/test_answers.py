@@ -66,7 +66,7 @@ def test_other_settings_are_not_mixed(tmp_path):
     journal = Journal(tmp_path / "x.parts", {"beams": 1, "views": ["both"]})
     journal.add([{"id": "a", "answers": {"both": "yes"}}])
     assert Journal(tmp_path / "x.parts", {"beams": 1, "views": ["both"]}).lines.keys() == {"a"}
-    with pytest.raises(SystemExit, match=r"other settings.*\{'beams': \(1, 5\)\}"):
+    with pytest.raises(SystemExit, match="other settings: beams: 1 -> 5"):
         Journal(tmp_path / "x.parts", {"beams": 5, "views": ["both"]})
     journal.remove()
     assert not (tmp_path / "x.parts").exists()
