@@ -63,9 +63,8 @@ def answer_settings(model, records):
 def differences(then, now):
     """Two dicts of settings -> 'beams: 1 -> 5; the code that makes the answers is another', or ""
     if the same answers come from them."""
-    then, now = ({name: value for key, of in settings.items() if key not in FREE
-                  for name, value in (of.items() if key == "method" else [(key, of)])}
-                 for settings in (then, now))
+    then, now = ({name: value for name, value in {**settings.get("method", {}), **settings}.items()
+                  if name not in (*FREE, "method")} for settings in (then, now))
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     return "; ".join(CHANGED.get(name, f"{name}: {then.get(name, 'not recorded')} -> "
                                        f"{now.get(name, 'not recorded')}")
@@ -113,7 +112,7 @@ class Journal:
         if not rows:
             return
         then = rows.pop(0)[1].get("settings")
-        if not isinstance(then, dict):
+        if not isinstance(then, dict) or not isinstance(then.get("method", {}), dict):
             raise ValueError(f"{path}: line 1 is damaged, it should hold the settings; {remove}")
         if changes := differences(then, self.settings):
             raise ValueError(
