@@ -113,6 +113,11 @@ class EvalConfig:
 
     def __post_init__(self):
         cli.check_choices(self)
+        for name, least in (("limit", 0), ("beams", 0), ("batch", 1), ("processes", 0),
+                            ("judge_budget", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; wanted "
+                                 f"{least} or more")
         if self.judge not in judge.WAYS and not self.judge.startswith("file:"):
             raise ValueError(f"--judge {self.judge}; wanted url, self, none or file:VERDICTS")
         if self.random_init and (self.system == "whisper" or self.checkpoint):
@@ -140,10 +145,13 @@ class EvalConfig:
 
 def resolve_config(config):
     """The same with the preset that its checkpoint was trained with.  SystemExit if a checkpoint is
-    needed and there is none."""
+    needed and there is none, or it is damaged."""
     if config.checkpoint or config.system == "favor" and not config.random_init:
         find_checkpoint(config.checkpoint, config.model)
-    return dataclasses.replace(config, model=trained_preset(config.checkpoint, config.model))
+    try:
+        return dataclasses.replace(config, model=trained_preset(config.checkpoint, config.model))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 # ---------------------------------------------------------------- questions

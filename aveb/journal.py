@@ -109,7 +109,7 @@ class Journal:
             rows = hub.grown_lines(path)           # without a last line that a kill cut off
         except ValueError as error:
             raise ValueError(f"{error}; {remove}") from None
-        if not rows:
+        if not rows or len(rows) == 1 and "settings" in rows[0][1]:        # nothing was answered
             return
         then = rows.pop(0)[1].get("settings")
         if not isinstance(then, dict) or not isinstance(then.get("method", {}), dict):

@@ -68,6 +68,7 @@ def test_killed_and_two_processes_give_the_same(checkpoint, small_miniature, tmp
 
 
 def test_other_settings_are_not_mixed(tmp_path):
+    Journal(tmp_path / "x.parts", {"beams": 3})                     # it has answered nothing
     journal = Journal(tmp_path / "x.parts", {"beams": 1, "views": ["both"]})
     journal.add([{"id": "a", "answers": {"both": "yes"}}])
     assert Journal(tmp_path / "x.parts", {"beams": 1, "views": ["both"]}).lines.keys() == {"a"}
@@ -343,6 +344,29 @@ def test_own_answers_with_a_real_model(checkpoint, records):
             turns = (*turns, (question, model.answer(clip, question, turns)))
         assert said[r.id]["both"] == model.answer(
             data.load_clip(r, **model.clip_options()), r.prompt, turns)
+
+
+@pytest.mark.parametrize("wrong", [{"limit": -1}, {"batch": 0}, {"beams": -2}, {"processes": -1}])
+def test_numbers_that_cannot_be_meant(wrong):
+    (name, value), = wrong.items()
+    with pytest.raises(ValueError, match=f"--{name} {value}; wanted . or more"):
+        evaluation.EvalConfig(**wrong)
+
+
+def test_a_damaged_checkpoint_or_no_clip_ends_with_a_sentence(checkpoint, tmp_path):
+    gone = data.Record("a", "vqa", "?", "x", video="no.mp4")
+    data.write_manifest(tmp_path / "test.jsonl", [gone])
+    settings = {"data": str(tmp_path / "test.jsonl"), "task": "vqa", "views": ("both",),
+                "out": str(tmp_path / "said.jsonl")}
+    for cached in (True, False):
+        with pytest.raises(SystemExit, match="no.mp4: no such file|none of the questions' clips"):
+            evaluation.main(evaluation.EvalConfig(
+                checkpoint=str(checkpoint), cache_features=cached, **settings))
+        shutil.rmtree(tmp_path / "said.parts")
+    shutil.copytree(checkpoint, tmp_path / "run")
+    (tmp_path / "run" / "favor.json").write_text("[")
+    with pytest.raises(SystemExit, match="favor.json: not valid JSON"):
+        evaluation.main(evaluation.EvalConfig(checkpoint=str(tmp_path / "run"), **settings))
 
 
 def test_unknown_history():
