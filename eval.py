@@ -219,8 +219,7 @@ def describe(config, model, checkpoint, manifest, records, views, dtype):
         "system": config.system, "model": config.model, "checkpoint": str(checkpoint),
         "weights": weights_hash(checkpoint),
         "sources": [str(getattr(model.config, name)) for name in PARTS], "dtype": dtype,
-        "device": next(model.parameters()).device.type, "compiled": config.compile,
-        "merged": config.merge, "cached features": caches(config),
+        "compiled": config.compile, "merged": config.merge, "cached features": caches(config),
         "manifest": manifest, "questions": len(records),
         "ids": short_hash(*sorted(r.id for r in records)), "views": list(views),
         "batch": config.batch, "beams": config.beams or model.config.beams,
@@ -285,6 +284,7 @@ def run(config, out, device):
         f"weights {why}")
     views = views_of(config.system, config.mask, config.views)
     settings = describe(config, model, checkpoint, manifest, records, views, why.split()[0])
+    settings["device"] = device.type
     journal = Journal(out.with_suffix(".parts"), settings)
     if config.merge:
         lora.merge(model, reversible=False)
