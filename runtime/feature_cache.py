@@ -68,8 +68,7 @@ def probe_features(model, clip_options):
     for name, shown in (("film", clip), ("still", still)):
         features = model.encode(shown, [PROBE.prompt])[0]
         found |= {f"{name} {part}": vectors.detach().float().cpu().contiguous()
-                  for part in ("visual", "audio")
-                  if (vectors := getattr(features, part)) is not None}
+                  for part, vectors in vars(features).items() if torch.is_tensor(vectors)}
     return found
 
 
