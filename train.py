@@ -292,10 +292,9 @@ def learning_rate(config, step):
     return config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def prepare(config, argv, device):
+def prepare(config, argv, out, device):
     """Data, model, feature cache, optimiser and log; restored if a stopped run continues."""
-    out, kind = Path(config.out or f"runs/{config.model}"), SYSTEMS[config.system]
-    out.mkdir(parents=True, exist_ok=True)
+    kind = SYSTEMS[config.system]
     found = checkpoint.resume(out, dataclasses.asdict(config), RESUMABLE)
     dtype, autocast, why = distributed.precision(config.dtype, config.model, device)
     try:
@@ -614,40 +613,45 @@ def main(config, argv):
         raise SystemExit(
             f"--batch {config.batch} for {world} processes; wanted at least a sample for each")
     rank, world, device = distributed.init_distributed()
-    started = time.time()
     torch.set_num_threads(
         config.threads or (1 if config.model == "tiny" else max(1, cli.cores() // world)))
     torch.manual_seed(config.seed)
     hub.offline(config.offline)
-    run = prepare(config, argv, device)
+    out = Path(config.out or f"runs/{config.model}")
+    with checkpoint.lock(out / "train.lock", log):
+        learn(config, argv, out, device)
+        if rank == 0 and config.test:
+            test(config, out, world)
+
+
+def learn(config, argv, out, device):
+    """Trains, and leaves best/ in `out`; all processes disconnect."""
+    started, run = time.time(), prepare(config, argv, out, device)
     with checkpoint.StopSignal() as stop, loader.worker_errors():
         stopped = train(run, config, stop)
     run.run_log.close()
     if stopped:
-        log(f"{stopped}: saved step {run.run_log.at} in {run.out}/last; the same command goes on "
+        log(f"{stopped}: saved step {run.run_log.at} in {out}/last; the same command goes on "
             "there")
         distributed.shutdown(run.ddp)
         sys.exit(128 + signal.Signals[stopped])
     if run.skipped.rows:
         log(str(run.skipped))
-    if rank == 0:
+    if distributed.rank() == 0:
         save_curve(run)
     if not run.unsaved:
-        log(f"{run.out}/best: answers with  python demo.py CLIP QUESTION --checkpoint "
-            f"{run.out}/best   ({runlog.duration(time.time() - started)} of training)")
+        log(f"{out}/best: answers with  python demo.py CLIP QUESTION --checkpoint "
+            f"{out}/best   ({runlog.duration(time.time() - started)} of training)")
     distributed.shutdown(run.ddp)                      # after this each process is its own main one
     if run.unsaved:
-        raise SystemExit(f"{run.out}/{run.unsaved} could not be saved, the disk was full; make "
+        raise SystemExit(f"{out}/{run.unsaved} could not be saved, the disk was full; make "
                          "room and run the same command again")
-    if rank == 0 and config.test:
-        out, run = run.out, None                       # eval.py needs the memory that it holds
-        torch.cuda.empty_cache()
-        test(config, out, world)
 
 
 def test(config, out, world):
     """The table of eval.py on <data>/test.jsonl with best/, by a program of its own: training needs
     nothing of the benchmark."""
+    torch.cuda.empty_cache()                           # eval.py needs the memory that training held
     manifest = find_manifest(config.manifests[0][0], "train").parent / "test.jsonl"
     if not manifest.exists():
         return

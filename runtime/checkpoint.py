@@ -8,18 +8,25 @@ kill at any moment leaves a whole one, and a full disk leaves the one before.  A
 little: random seeds follow from --seed, rank and step, and the position in the data from the step.
 
 Public: save, save_unless_full, disk_full, latest, load_state, resume, prune, find_checkpoint,
-trained_preset, weights_hash, short_hash, StopSignal."""
+trained_preset, weights_hash, short_hash, lock, StopSignal."""
 
 import errno
+import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import signal
+import socket
+import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
+from runtime import distributed
 from runtime.hub import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +167,74 @@ def short_hash(*things):
         whole.update(thing.read_bytes() if isinstance(thing, Path) else str(thing).encode())
         whole.update(b"\0")
     return whole.hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- one run in a folder
+@contextmanager
+def lock(file, log=print):
+    """While the block runs, no other program can hold the lock `file`, which says who does.  The
+    main process takes it; the lock ends with that process, however it ends.  SystemExit, on all
+    processes, when another program holds it or its folder cannot be written."""
+    file, handle, refusal = Path(file), None, ""
+    if distributed.rank() == 0:
+        handle, refusal = _take_lock(file, log)
+    if refusal := distributed.all_gather_object(refusal)[0]:
+        raise SystemExit(refusal if distributed.rank() == 0 else 1)     # it is printed once
+    try:
+        yield
+    finally:
+        if handle is not None:
+            if _is_open_as(handle, file):          # the folder may have been replaced meanwhile
+                file.unlink()
+            os.close(handle)
+
+
+def _take_lock(file, log):
+    """-> the open lock file and "", or None and why it cannot be had.
+
+    A POSIX lock belongs to the process alone: forked and started processes do not have it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            if refusal := _lock_handle(handle, file, log):
+                os.close(handle)
+                return None, refusal
+            if _is_open_as(handle, file):          # its last holder may have removed the file
+                break
+            os.close(handle)
+        os.truncate(handle, 0)
+        os.write(handle, (f"process {os.getpid()} on {socket.gethostname()} since "
+                          f"{time.strftime('%Y-%m-%d %H:%M:%S')}: "
+                          f"{shlex.join(sys.orig_argv)}").encode(errors="replace"))
+        return handle, ""
+    except OSError as error:
+        reason = error.strerror
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = "a file is in the place of a folder"
+        return None, f"{file.parent} cannot be written: {reason}; choose another --out"
+
+
+def _lock_handle(handle, file, log):
+    """Locks the open file -> "", or who holds it."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):     # which of the two depends on the system
+        holder = os.read(handle, 10_000).decode(errors="replace") or "another process"
+        return (f"{file.parent} is in use by {holder}; wait until it ends, or choose another "
+                f"--out ({file.name} holds the lock)")
+    except OSError as error:
+        log(f"{file.parent} lies on a file system without locks ({error.strerror}): a second run "
+            "in this folder would not be noticed")
+    return ""
+
+
+def _is_open_as(handle, file):
+    """Whether the open file is still the one with this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(file))
+    except FileNotFoundError:
+        return False
 
 
 # ---------------------------------------------------------------- stopping

@@ -8,7 +8,8 @@ modules.
 A source holds config.json beside model.safetensors, or shards with model.safetensors.index.json.
 Import is strict both ways: a tensor we miss and a tensor we do not know are errors that name them.
 Public: folder, local_source, offline, is_offline, open_tensors, load_into, load_module,
-save_tensors, save_folder; atomic, write_text, write_json, read_json, read_jsonl, markdown_table."""
+save_tensors, save_folder; atomic, write_text, write_json, read_json, read_jsonl, grown_lines,
+markdown_table."""
 
 import errno
 import json
@@ -411,6 +412,27 @@ def read_jsonl(path):
                 continue
             if isinstance(row, dict):
                 yield row
+
+
+def grown_lines(path):
+    """The JSON objects of a file that grows line by line -> list of (line number, dict).  Lines at
+    its end that a kill or a full disk cut off are left out.  ValueError says what else is wrong
+    with the file."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    rows, broken = [], 0
+    for number, text in enumerate(lines, start=1):
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):             # also bytes that are no text
+            broken = broken or number
+            continue
+        if broken or not isinstance(row, dict):
+            raise ValueError(f"{path}: line {broken or number} is damaged")
+        rows.append((number, row))
+    return rows
 
 
 def markdown_table(header, rows):

@@ -859,6 +859,15 @@ def test_demo_errors(finished, media, tmp_path):
     for words, message in [([str(broken)], "broken.mp4: not readable as media"),
                            (["no.mp4"], "no.mp4: no such file"),
                            ([media.mp4, "--start", "9"], "start 9.0 s is beyond its end"),
+                           ([str(tmp_path)], "wanted a video, sound or image file and not a fol"),
+                           ([media.png, "--audio", "no.wav"], "--audio no.wav: no such file"),
+                           ([media.mp4, "--start", "3", "--end", "2"], "--start 3 --end 2: want"),
+                           ([media.mp4, "--start", "nan"], "--start nan --end inf: wanted seconds"),
+                           ([media.mp4, "--end", "-1"], "--start 0 --end -1: wanted seconds"),
+                           ([media.mp4, "--beams", "-1"], "--beams -1 --max-new-tokens 0: wanted"),
+                           ([media.mp4, "--max-new-tokens", "-1"], "--max-new-tokens -1: wanted 1"),
+                           ([media.silent, "--mask", "visual"], "no sound, so --mask visual lea"),
+                           ([media.wav, "--mask", "audio"], "no picture, so --mask audio leaves"),
                            ([media.wav, "--audio", media.wav], "sound too")]:
         # a text: exit status 1, no traceback
         with pytest.raises(SystemExit, match=message) as error:
@@ -866,3 +875,11 @@ def test_demo_errors(finished, media, tmp_path):
         assert isinstance(error.value.code, str)
     with pytest.raises(SystemExit, match="no checkpoint in"):
         demo.main([media.mp4, "What?", "--checkpoint", str(tmp_path)])
+    (tmp_path / "favor.json").write_text("{")
+    with pytest.raises(SystemExit, match="favor.json: not valid JSON"):
+        demo.main([media.mp4, "What?", "--checkpoint", str(tmp_path)])
+    with pytest.raises(SystemExit, match="the question is not text in UTF-8"):
+        demo.main([media.mp4, "What \udcff?", *map(str, checkpoint)])
+    for question in ("", " \n"):
+        with pytest.raises(SystemExit):                               # a usage error
+            demo.main([media.mp4, question, *map(str, checkpoint)])
