@@ -171,9 +171,8 @@ def test_config_and_its_defaults(tiny, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert WhisperConfig.from_folder(tmp_path) == large
     (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"hop_length": 80, "n_fft": 200, "sampling_rate": 8000, "feature_size": 80}))
-    assert WhisperConfig.from_folder(tmp_path) == dataclasses.replace(
-        large, hop=80, n_fft=200, sample_rate=8000)
+        json.dumps({"hop_length": 80, "n_fft": 200, "sampling_rate": 16000, "feature_size": 80}))
+    assert WhisperConfig.from_folder(tmp_path) == dataclasses.replace(large, hop=80, n_fft=200)
     (tmp_path / "preprocessor_config.json").write_text('{"feature_size": 128}')
     with pytest.raises(ValueError, match="feature_size 128.*num_mel_bins 80"):
         WhisperConfig.from_folder(tmp_path)
