@@ -433,9 +433,12 @@ class Favor(nn.Module):
         """ValueError if the trained parts in folder `root` are of other sizes than the config says:
         before the frozen parts are loaded, and before memory is taken for a wrong size."""
         norm = hub.open_tensors(root).get("qformer.joint_norm.weight")
-        with torch.device("meta"):
-            hub.fitting(CausalQFormer(config, norm.shape[-1] if norm else 2 * config.width), root,
-                        prefix="qformer.")
+        try:
+            with torch.device("meta"):
+                qformer = CausalQFormer(config, norm.shape[-1] if norm else 2 * config.width)
+        except ValueError as error:                        # heads that do not divide the width
+            raise ValueError(f"{root / 'favor.json'}: {error}") from None
+        hub.fitting(qformer, root, prefix="qformer.")
         adapter = lora.read(root / "lora")[0]
         ours = (config.lora_r, config.lora_alpha, set(config.lora_targets))
         if (theirs := (adapter.r, adapter.alpha, set(adapter.target_modules))) != ours:

@@ -81,7 +81,8 @@ def read_config(root):
     is not built here, also in the settings of its image processor."""
     path = root / "config.json"
     config = hub.model_config(root, "instructblip")
-    vision, qformer = config.get("vision_config") or {}, config.get("qformer_config") or {}
+    vision, qformer = ({} if config.get(name) is None else config[name]
+                       for name in ("vision_config", "qformer_config"))
     for name, part in (("vision_config", vision), ("qformer_config", qformer)):
         if not isinstance(part, dict) or part.get("hidden_act", "gelu") != "gelu":
             raise ValueError(f"{path}: {name} is {part!r:.80}; wanted an object {{...}} whose "
@@ -95,6 +96,9 @@ def read_config(root):
         "vocab_size": "vocab_size", "max_positions": "max_position_embeddings",
         "cross_attention_frequency": "cross_attention_frequency",
         "encoder_width": "encoder_hidden_size"}, f"{path}: qformer_config")
+    if qformer.encoder_width != vit.width:
+        raise ValueError(f"{path}: qformer_config's encoder_hidden_size {qformer.encoder_width} is "
+                         f"not vision_config's hidden_size {vit.width}")
     queries = config.get("num_query_tokens", 32)
     if type(queries) is not int or not 0 < queries <= hub.LARGEST_SIZE:
         raise ValueError(f"{path}: num_query_tokens is {queries!r:.80}; wanted a whole number from "

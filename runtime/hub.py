@@ -41,7 +41,7 @@ FOREIGN = (("*.gguf", "GGUF, llama.cpp's"), ("model.bin", "CTranslate2's"), ("*.
            ("*.h5", "TensorFlow's"), ("consolidated.*", "Meta's original"))
 LARGEST_JSON = 32 * 2 ** 20       # bytes; read into Python it takes up to 20 times as much
 LARGEST_SIZE = 2 ** 24            # of any width or count in a config
-MOST_LAYERS = 1000                # as each costs time before its weights can be missed
+MOST_LAYERS = 256                 # as each costs time before its weights can be missed
 # Bytes of each shard, counted from names, shapes and dtype: errors report a download's size.
 PUBLISHED = {
     "openai/whisper-tiny": (151_061_672,),
@@ -226,9 +226,9 @@ def weight_map(path):
         raise ValueError(f"{path}: no weight_map in it; wanted {{tensor name: shard}}; download or "
                          "save the file again")
     for name, shard in places.items():
-        if not isinstance(shard, str) or shard != Path(shard).name or "\\" in shard:
-            raise ValueError(f"{path}: places {name} in {shard!r}; wanted the name of a file that "
-                             "lies beside it")
+        if not isinstance(shard, str) or not re.fullmatch(r"(?!\.+$)[\w.+ -]{1,200}", shard):
+            raise ValueError(f"{path}: places {name} in {shard!r:.80}; wanted the name of a file "
+                             "that lies beside it")
     return places
 
 
@@ -491,11 +491,11 @@ def processor(root, part, keys):
         for key in keys:
             if found.get(key) is None:
                 continue
-            if settings.setdefault(key, found[key]) != found[key]:
+            if key in settings and settings[key] != found[key]:
                 raise ValueError(f"{path}: {key} {found[key]!r:.80}, but {places[key]} has "
                                  f"{settings[key]!r:.80}; remove the one that the model was not "
                                  "trained with")
-            places.setdefault(key, path)
+            settings[key], places[key] = found[key], path
     return settings, places
 
 

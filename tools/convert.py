@@ -34,6 +34,7 @@ def unpickle(path):
     for whatever is no plain dict of tensors."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: listed in {BIN_INDEX} but missing; download it again")
+    hub.check_file(path)
     if what := hub.what_instead(path, pickles=False):
         raise ValueError(f"{path}: {what}")
     try:
