@@ -90,11 +90,11 @@ class LlamaConfig:
             raise ValueError(f"{where}: text_config or rope_scaling is {scaling or hf!r:.80}; "
                              "wanted an object {...}")
         scaling = dict(scaling or {})
-        theta = scaling.pop("rope_theta", None) or hf.get("rope_theta") or cls.rope_theta
+        theta = first(scaling.pop("rope_theta", None), hf.get("rope_theta"), cls.rope_theta)
         original = "original_max_position_embeddings"
         if hf.get(original):                  # the one beside rope_scaling wins over the one inside
             scaling[original] = hf[original]
-        rotated = scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
+        rotated = first(scaling.get("partial_rotary_factor"), hf.get("partial_rotary_factor"), 1)
         unsupported = [f"{key}={got!r} (wanted {wanted!r})" for key, got, wanted in [
             ("model_type", hf.get("model_type", "llama"), "llama"),
             ("partial_rotary_factor", rotated, 1),
@@ -108,8 +108,8 @@ class LlamaConfig:
             del names["bos_id"], names["eos_id"]
         ends = [] if hf.get("eos_token_id") is None else as_tuple(hf["eos_token_id"])
         given = hf | {"eos_token_id": list(ends) if len(ends) > 1 else (*ends, None)[0],
-                      "rope_theta": theta, "num_key_value_heads": hf.get(
-                          "num_key_value_heads") or hf.get("num_attention_heads", cls.heads)}
+                      "rope_theta": theta, "num_key_value_heads": first(
+                          hf.get("num_key_value_heads"), hf.get("num_attention_heads"), cls.heads)}
         return hub.make_config(cls, given, names | {"rope_theta": "rope_theta"}, where,
                                zero=("bos_id", "eos_id"), rope_scaling=scaling)
 
@@ -119,6 +119,11 @@ class LlamaConfig:
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
             "attention_bias": False, "mlp_bias": False,
             "rope_theta": self.rope_theta, "rope_scaling": dict(self.rope_scaling) or None}
+
+
+def first(*values):
+    """The first of `values` that is not None."""
+    return next(value for value in values if value is not None)
 
 
 def as_tuple(ids):

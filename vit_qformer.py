@@ -401,13 +401,21 @@ class QFormerTokenizer:
         """From <source>/qformer_tokenizer/vocab.txt, else from the tokenizer.json beside it."""
         root = hub.folder(source, ("qformer_tokenizer/*",), tensors=()) / "qformer_tokenizer"
         if (root / "vocab.txt").is_file():
-            pieces = (root / "vocab.txt").read_text(encoding="utf-8").splitlines()
+            try:
+                pieces = (root / "vocab.txt").read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{root / 'vocab.txt'}: not UTF-8 ({error}); download it again"
+                                 ) from None
             if missing := [piece for piece in SPECIAL if piece not in pieces]:
                 raise ValueError(f"{root / 'vocab.txt'}: no {', '.join(missing)}; wanted the "
                                  "vocabulary of bert-base-uncased")
             return cls(BertWordPieceTokenizer(str(root / "vocab.txt")))
         if (root / "tokenizer.json").is_file():
-            return cls(Tokenizer.from_file(str(root / "tokenizer.json")))
+            try:
+                return cls(Tokenizer.from_file(str(root / "tokenizer.json")))
+            except Exception as error:        # the library raises nothing more specific
+                raise ValueError(f"{root / 'tokenizer.json'}: not readable ({error}); download it "
+                                 "again") from None
         if (root.parent / "config.json").exists():
             hub.model_config(root.parent, "instructblip")            # refuses another model by name
         raise FileNotFoundError(f"{root}: neither vocab.txt nor tokenizer.json"

@@ -189,6 +189,7 @@ def test_unsupported_config(wrong):
     ("num_hidden_layers", 10 ** 6), ("num_hidden_layers", 0), ("hidden_size", -48),
     ("hidden_size", "48"), ("hidden_size", 48.0), ("hidden_size", True), ("vocab_size", [37]),
     ("num_attention_heads", 0), ("num_attention_heads", 7), ("num_key_value_heads", 4),
+    ("num_key_value_heads", 0), ("rope_theta", 0), ("partial_rotary_factor", 0),
     ("head_dim", 3), ("rms_norm_eps", float("nan")), ("rms_norm_eps", -1), ("rope_theta", "x"),
     ("rope_theta", float("inf")), ("rope_scaling", [1]), ("rope_scaling", 2.0),
     ("rope_scaling", {"rope_type": "linear", "factor": "2"}),

@@ -305,6 +305,16 @@ def test_tokenizer_is_bert(vocabulary):
     assert [PIECES[i] for i in ids[0]][:9] == "[CLS] what is the dog bark ##ing ? [SEP]".split()
 
 
+@pytest.mark.parametrize("name, text, message", [
+    ("vocab.txt", b"[PAD]\n\xe9", "not UTF-8"), ("vocab.txt", b"", "no .PAD"),
+    ("tokenizer.json", b"{", "not readable"), ("tokenizer.json", b"[1]", "not readable")])
+def test_damaged_vocabularies_are_named(tmp_path, name, text, message):
+    (tmp_path / "qformer_tokenizer").mkdir()
+    (tmp_path / "qformer_tokenizer" / name).write_bytes(text)
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        QFormerTokenizer.from_pretrained(tmp_path)
+
+
 def test_tokenizer_json_says_the_same(vocabulary):
     by_vocabulary = QFormerTokenizer.from_pretrained(vocabulary)
     root = vocabulary / "qformer_tokenizer"
