@@ -79,7 +79,8 @@ class FavorConfig:
     lora_r: int = 32
     lora_alpha: float = 32
     lora_dropout: float = 0.1
-    lora_targets: tuple = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
     # answering
     beams: int = 1                          # Eq. (3) is an argmax: greedy
     repetition_penalty: float = 1.0
@@ -87,6 +88,8 @@ class FavorConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        for part in SOURCES:              # a folder keeps its meaning in another working folder
+            object.__setattr__(self, part, hub.anywhere(getattr(self, part)))
         for name, allowed in (("variant", ("paper", "official")),
                               ("causal", ("past", "future", "none")),
                               ("diversity_reduction", ("mean", "sum")),
@@ -94,26 +97,37 @@ class FavorConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; "
                                  f"wanted one of {', '.join(allowed)}")
-        for name in ("queries", "width", "layers", "heads", "lora_r", "fps", "max_new_tokens",
+        for name in ("queries", "width", "layers", "heads", "causal_heads", "ffn", "max_positions",
+                     "lora_r", "fps", "beams", "repetition_penalty", "max_new_tokens",
                      "image_frames"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}; wanted more than 0")
-        if self.window_frames < 0:
-            raise ValueError(f"window_frames={self.window_frames}; "
-                             "wanted frames per window, or 0 for one window")
+            if not 0 < getattr(self, name) <= LARGEST.get(name, math.inf):
+                raise ValueError(f"{name}={getattr(self, name)}; wanted more than 0"
+                                 + (f", {LARGEST[name]} at most" if name in LARGEST else ""))
+        if not 0 <= self.window_frames <= self.max_positions:
+            raise ValueError(f"window_frames={self.window_frames}; wanted frames per window, at "
+                             f"most max_positions ({self.max_positions}), or 0 for one window")
 
     @classmethod
     def from_saved(cls, saved, where):
         """The config of a favor.json, which may have the field names of an older version.
         ValueError names the file `where` and the fields that are unknown."""
+        if not isinstance(saved.get("config"), dict):
+            raise ValueError(f"{where}: no config in it; save the checkpoint again")
         values = {RENAMED.get(name, name): value for name, value in saved["config"].items()}
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        known = {field.name: field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"{where}: settings that are not known here: {unknown}; another "
                              f"version wrote it ({saved.get('commit', 'unknown commit')})")
-        return cls(**values)
+        if empty := [name for name in values if values[name] is None and name != "audio_seconds"]:
+            raise ValueError(f"{where}: {', '.join(empty)} is null; save the checkpoint again")
+        sources = {part: hub.saved_source(values[part]) for part in SOURCES
+                   if isinstance(values.get(part), str)}
+        return hub.make_config(cls, values | sources, known, where, zero=known)
 
 
+SOURCES = ("whisper", "instructblip", "llm")
+LARGEST = {"beams": 1000, "max_new_tokens": 100_000, "image_frames": 10_000}    # for the memory
 RENAMED = {"windows": "window_frames"}        # the field's old name: its name now
 OFFICIAL = {"variant": "official", "causal": "future", "mask_padding": False,
             "frame_times": "ends", "audio_seconds": 30.0, "image_frames": 60,
@@ -221,6 +235,9 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads, context_width=None, dropout=0.1):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"{heads} heads (heads or causal_heads) do not divide a width of "
+                             f"{width}; wanted a divisor of it")
         self.heads, self.dropout = heads, dropout
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(context_width or width, width)
@@ -402,14 +419,31 @@ class Favor(nn.Module):
         if not (root / "favor.json").exists():
             raise FileNotFoundError(f"{root}: no favor.json; wanted a checkpoint of train.py such "
                                     "as runs/tiny/best (make one: python train.py)")
-        saved = hub.read_json(root / "favor.json")
+        saved = hub.read_object(root / "favor.json")
         if saved.get("system", "favor") != cls.system:
             raise ValueError(f"{root}: a checkpoint of --system {saved['system']}; pass that")
-        saved["config"] |= sources
-        config = FavorConfig.from_saved(saved, root / "favor.json")
+        config = dataclasses.replace(FavorConfig.from_saved(saved, root / "favor.json"), **sources)
+        cls.check_saved(config, root)
         model = cls.from_config(config, dtype, device)
         model.load_trained(root)
         return model.eval()
+
+    @staticmethod
+    def check_saved(config, root):
+        """ValueError if the trained parts in folder `root` are of other sizes than the config says:
+        before the frozen parts are loaded, and before memory is taken for a wrong size."""
+        norm = hub.open_tensors(root).get("qformer.joint_norm.weight")
+        try:
+            with torch.device("meta"):
+                qformer = CausalQFormer(config, norm.shape[-1] if norm else 2 * config.width)
+        except ValueError as error:                        # heads that do not divide the width
+            raise ValueError(f"{root / 'favor.json'}: {error}") from None
+        hub.fitting(qformer, root, prefix="qformer.")
+        adapter = lora.read(root / "lora")[0]
+        ours = (config.lora_r, config.lora_alpha, set(config.lora_targets))
+        if (theirs := (adapter.r, adapter.alpha, set(adapter.target_modules))) != ours:
+            raise ValueError(f"{root}: r, alpha and targets of LoRA are {ours} in favor.json, but "
+                             f"{theirs} in lora/adapter_config.json; both must be of one training")
 
     def aligner(self):
         """The trained parts outside the LLM as one module."""

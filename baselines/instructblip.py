@@ -66,6 +66,10 @@ class InstructBlip(Favor):
             model = cls(config, visual, projection, llm, tokenizer, qformer_tokenizer)
         return (model.to(device) if device else model).eval()
 
+    @staticmethod
+    def check_saved(config, root):
+        """Nothing to check: the trained parts are of InstructBLIP's sizes, not of the config's."""
+
     def aligner(self):
         """What is fine-tuned, under the Hub's names."""
         parts = nn.Module()

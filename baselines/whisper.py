@@ -40,14 +40,14 @@ class WhisperDecoderConfig:
 
     @classmethod
     def from_folder(cls, root):
-        model = hub.read_json(root / "config.json")
+        model = hub.model_config(root, "whisper")
         if not model.get("tie_word_embeddings", True):
             raise ValueError(f"{root}: tie_word_embeddings is false; only an output head that is "
                              "embed_tokens (all published Whispers) is built here")
         theirs = {"vocab_size": "vocab_size", "width": "d_model", "layers": "decoder_layers",
                   "heads": "decoder_attention_heads", "ffn": "decoder_ffn_dim",
                   "max_target_positions": "max_target_positions"}
-        return cls(**{ours: model[key] for ours, key in theirs.items() if key in model})
+        return hub.make_config(cls, model, theirs, root / "config.json")
 
 
 # ---- decoder ------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 
 from runtime import distributed
-from runtime.hub import read_json
+from runtime.hub import read_object
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = ROOT / "miniature" / "weights" / "favor"       # the tiny checkpoint in this repository
@@ -148,10 +148,13 @@ def find_checkpoint(path, model="tiny"):
 
 def trained_preset(path, otherwise):
     """The preset that the checkpoint in folder `path` was trained with; `otherwise` when there is
-    no path or the checkpoint does not say."""
+    no path or the checkpoint does not say.  SystemExit when its favor.json cannot be read."""
     file = Path(path) / "favor.json"
-    trained = read_json(file).get("train", {}) if path and file.exists() else {}
-    return trained.get("model", otherwise)
+    try:
+        trained = read_object(file).get("train") if path and file.exists() else None
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    return trained.get("model", otherwise) if isinstance(trained, dict) else otherwise
 
 
 def weights_hash(checkpoint):

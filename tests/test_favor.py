@@ -10,8 +10,10 @@ import io
 import itertools
 import json
 import math
+import shutil
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -992,6 +994,82 @@ def test_a_checkpoint_of_another_version_says_so(tmp_path):
     (tmp_path / "favor.json").write_text('{"config": {"wings": 2}, "commit": "abc"}')
     with pytest.raises(ValueError, match=r"not known here: \['wings'\].*abc"):
         Favor.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path):
+    """A copy of a checkpoint, which a test may damage; its frozen parts stay where they are."""
+    shutil.copytree(checkpoint, tmp_path / "best")
+    return tmp_path / "best"
+
+
+@pytest.mark.parametrize("file, change, message", [
+    ("favor.json", {"layers": 10 ** 6}, "layers is 1000000; wanted a whole number from 0 to 256"),
+    ("favor.json", {"layers": 3}, "weights do not fit CausalQFormer"),
+    ("favor.json", {"width": 10 ** 6}, r"\[128\], wanted \[1000000\]"),
+    ("favor.json", {"width": 4096}, "weights do not fit CausalQFormer"),
+    ("favor.json", {"max_positions": 2 ** 24}, "weights do not fit CausalQFormer"),
+    ("favor.json", {"heads": 3}, "do not divide"), ("favor.json", {"heads": 0}, "heads=0"),
+    ("favor.json", {"fps": float("nan")}, "fps is nan"), ("favor.json", {"fps": None}, "is null"),
+    ("favor.json", {"beams": 10 ** 6}, "beams=1"), ("favor.json", {"causal": 5}, "causal is 5"),
+    ("favor.json", {"window_frames": 10 ** 6}, "window_frames=1"),
+    ("favor.json", {"lora_targets": "q_proj"}, "lora_targets is 'q_proj'; wanted a list"),
+    ("favor.json", {"lora_alpha": 64}, "64.*in favor.json, but .*16.* in lora/adapter_config"),
+    ("favor.json", {"lora_r": 10 ** 6}, "1000000.*in favor.json, but"),
+    ("favor.json", {"lora_targets": ["q_proj"]}, "in favor.json, but .*adapter_config"),
+    ("favor.json", {"sync": "yes"}, "sync is 'yes'"), ("favor.json", {"llm": 5}, "llm is 5"),
+    ("lora/adapter_config.json", {"r": 10 ** 6}, "r is 1000000 in adapter_config.json"),
+    ("lora/adapter_config.json", {"use_dora": True}, "unsupported use_dora")])
+def test_damaged_settings_of_a_checkpoint_are_named(copied, file, change, message):
+    """Before a frozen part is loaded, in one line that names the checkpoint."""
+    config = json.loads((copied / file).read_text())
+    (config["config"] if "config" in config else config).update(change)
+    (copied / file).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{copied}.*{message}") as error:
+        Favor.from_pretrained(copied)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("file", ["favor.json", "model.safetensors", "lora/adapter_config.json",
+                                  "lora/adapter_model.safetensors"])
+@pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\x00" * 99, None])
+def test_damaged_files_of_a_checkpoint_are_named(copied, file, text):
+    (copied / file).unlink()
+    (copied / file).write_bytes(text) if text is not None else (copied / file).mkdir()
+    with pytest.raises(ValueError, match=f"{copied / file}: ") as error:
+        Favor.from_pretrained(copied)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_checkpoint_finds_its_parts_from_any_folder(small_parts, tmp_path, monkeypatch):
+    """Trained with --llm real/x: favor.json holds what resolves from anywhere.  A Hub repo in it is
+    not looked for in the working folder, and a folder named as a flag is not taken for a repo."""
+    (tmp_path / "here/real").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    for part in ("whisper", "instructblip", "llama"):
+        shutil.copytree(small_parts / part, tmp_path / "here/real" / part)
+    monkeypatch.chdir(tmp_path / "here")
+    model = Favor.from_config(preset("tiny", whisper="real/whisper", llm="./real/llama",
+                                     instructblip="real/instructblip", max_new_tokens=5))
+    model.save_pretrained("run")
+    saved = json.loads(Path("run/favor.json").read_text())["config"]
+    assert saved["whisper"] == str(tmp_path / "here/real/whisper")
+    assert saved["llm"] == str(tmp_path / "here/real/llama")
+    run = Path("run").resolve()
+    monkeypatch.chdir(tmp_path / "there")
+    again = Favor.from_pretrained(run)
+    assert torch.equal(again.llm_proj.weight, model.llm_proj.weight)
+    again.save_pretrained("again")
+    assert json.loads(Path("again/favor.json").read_text())["config"] == saved
+
+    hub.write_json(run / "favor.json", {"config": saved | {"llm": "real/llama"}})
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileNotFoundError, match="real/llama: not in .*does not mean the folder"):
+        Favor.from_pretrained(run)                     # the name of a repo, whatever lies here
+    Favor.from_pretrained(run, llm="real/llama")       # --llm real/llama: the folder that is here
+    assert preset("tiny").llm == FavorConfig(llm="miniature/weights/llama").llm == (
+        "miniature/weights/llama"), "the code's own parts keep their names"
+    assert FavorConfig().llm == "Salesforce/instructblip-vicuna-7b"
 
 
 # ---- presets ------------------------------------------------------------------------------------

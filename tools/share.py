@@ -99,7 +99,7 @@ def is_ours(source):
 
 def is_repo(source):
     """Whether a source is a repo of the Hub, which accepts only those as base models of a card."""
-    return bool(REPO.fullmatch(source)) and not Path(hub.local_source(source)).is_dir()
+    return bool(REPO.fullmatch(source)) and not is_ours(source)
 
 
 def licence(sources):
@@ -294,7 +294,7 @@ def merge(folder, out, dtype="bfloat16", shard_gb=5, llm=None):
     if ADAPTERS[1] not in files:
         raise ValueError(f"{root}: --system {saved['system']} has no LoRA, so there is nothing "
                          f"to merge: its LLM is {saved['config']['llm']} as published")
-    place = llm or saved["config"]["llm"]
+    place = hub.anywhere(llm) if llm else hub.saved_source(saved["config"]["llm"])
     source = hub.folder(hub.local_source(place), hub.SMALL_FILES, LLM_TENSORS)
     tokenizer, config, shapes, read = merged_tensors(root, source, getattr(torch, dtype))
     ends = list(dict.fromkeys((tokenizer.eos_id, *as_tuple(config.eos_id))))
