@@ -271,7 +271,8 @@ def _timed_frames(container, stream, path, clock):
     joined = _joints(container, path)[0] > 0
     packets = ((packet for packet, _ in _joined_packets(container)
                 if packet.stream.index == stream.index) if joined else container.demux(stream))
-    first_dts = last = last_pts = last_dts = None
+    first_dts = last = None
+    last_pts = last_dts = -math.inf
     bad_pts = bad_dts = delay = 0
     rate, drift, changed = None, math.inf if container.format.flags & GENERIC_INDEX else 0.5, False
     while True:
@@ -292,22 +293,23 @@ def _timed_frames(container, stream, path, clock):
                 # AVI numbers packets, not pictures: the decoder has held this one back.
                 delay = dts - (dts if first_dts is None else first_dts)
             # As ffmpeg does: stamps of decoding, where those of presentation are worse or missing.
-            bad_pts += pts is not None and last_pts is not None and pts <= last_pts
-            bad_dts += dts is not None and last_dts is not None and dts <= last_dts
-            last_pts, last_dts = (last_pts if pts is None else pts,
-                                  last_dts if dts is None else dts)
+            if pts is not None:
+                bad_pts += pts <= last_pts
+                last_pts = pts
+            if dts is not None:
+                bad_dts += dts <= last_dts
+                last_dts = dts
             use_dts = pts is None or (bad_pts > bad_dts and dts is not None)
             stamp = dts if use_dts else pts
-            if sound:
-                if not SAMPLE_RATES[0] <= frame.sample_rate <= SAMPLE_RATES[1]:
-                    raise MediaError(f"{path}: {frame.sample_rate} samples of sound per second, "
-                                     f"wanted {SAMPLE_RATES[0]} to {SAMPLE_RATES[1]}; its header "
-                                     "is wrong; make it again or drop it")
-                changed = changed or (last is not None and frame.sample_rate != rate)
-                rate = frame.sample_rate
+            if sound and frame.sample_rate != rate:
+                changed, rate = rate is not None, frame.sample_rate
+                if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
+                    raise MediaError(f"{path}: {rate} samples of sound per second, wanted "
+                                     f"{SAMPLE_RATES[0]} to {SAMPLE_RATES[1]}; its header is "
+                                     "wrong; make it again or drop it")
             if stamp is not None:
                 time = (stamp - delay if use_dts else stamp) * tick / ticks - origin
-                if changed and abs(time - clock) < drift:
+                if changed and last is not None and abs(time - clock) < drift:
                     time = clock
                 if last is not None and (time < last - BACK or time > clock + LOST_STAMP):
                     if not joined:
@@ -636,9 +638,13 @@ class _Mono16k:
                 self.mixers[kind] = av.AudioResampler(format="s32", layout=frame.layout,
                                                       rate=self.rate)
                 mixed = self.mixers[kind].resample(frame)
-        return [[np.frombuffer(part.planes[0], np.int32, part.samples * part.layout.nb_channels)
-                 .reshape(part.samples, -1).mean(1, np.float32) * np.float32(2.0 ** -31)]
-                for part in mixed]
+        return [[self._mean(np.frombuffer(part.planes[0], np.int32, part.samples * channels)
+                            .astype(np.float32) * 2.0 ** -31, channels)]
+                for part in mixed for channels in [part.layout.nb_channels]]
+
+    @staticmethod
+    def _mean(samples, channels):
+        return samples if channels == 1 else samples.reshape(-1, channels).mean(1)
 
     def add(self, time, frame):
         """Appends a decoded frame that starts at `time` seconds."""
