@@ -331,7 +331,7 @@ def _timed_frames(container, stream, path, clock):
 
 def _warn_joined(path):
     warnings.warn(f"{path}: its clock jumps or starts again, as that of files that were appended "
-                  "to each other; the parts are joined", stacklevel=4)
+                  "to each other; the parts are joined", stacklevel=1)      # once per file
 
 
 def _decode(path, kind, start):
