@@ -29,6 +29,7 @@ from functools import cached_property, lru_cache
 import av
 import numpy as np
 import torch
+from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import VideoReformatter
 
 from runtime.hub import atomic
@@ -414,7 +415,8 @@ def _upright(frame, reformatter, full_chroma=False):
         frame.color_range = 0
     (a, b, _, c, d), (height, width) = _display_matrix(frame)[:5], (frame.height, frame.width)
     frame = reformatter.reformat(_with_full_chroma(frame) if full_chroma else frame, format="rgb24")
-    rgb = frame.to_ndarray()[:height, :width]                                         # (H,W,3)
+    rows = np.frombuffer(frame.planes[0], np.uint8).reshape(-1, frame.planes[0].line_size)
+    rgb = rows[:height, :3 * width].reshape(height, width, 3)
     # The matrix moves (x, y) to (a x + c y, b x + d y), y downwards.  Angles between are rounded to
     # the nearest right angle, where ffmpeg would rotate and add black corners.
     if a * d == b * c:                                    # it would leave a line or a point
@@ -429,7 +431,7 @@ def _display_matrix(frame):
     """-> the nine integers of the frame's display matrix; the identity where it has none.
     DIFF picture orientation: the authors read pixels as they are stored (test_orientation)."""
     try:
-        sides = frame.side_data
+        sides = SideDataContainer(frame)      # frame.side_data keeps the frame alive in a circle
     except ValueError:        # PyAV 18 does not know the newest types: 31 is EXIF, 29 a 3-D view
         graph = av.filter.Graph()
         graph.threads = 1                                           # 0.1 ms; with threads 2 ms
@@ -439,7 +441,7 @@ def _display_matrix(frame):
                  graph.add("buffersink")]
         graph.link_nodes(*chain).configure()
         graph.push(frame)
-        sides = graph.pull().side_data
+        sides = SideDataContainer(graph.pull())
     matrix = sides.get("DISPLAYMATRIX")
     return (1, 0, 0, 0, 1, 0, 0, 0, 1) if matrix is None else struct.unpack("=9i", bytes(matrix))
 
@@ -542,7 +544,8 @@ def _read_frames(path, resize, fps, start, end, frame_times):
             break
         shown, shown_until = new, max(shown_until, time + seconds)
     if shown is None and not chosen:
-        raise MediaError(f"{path}: no frame can be decoded; make it again or drop it")
+        raise MediaError(f"{path}: no frame can be decoded; it is broken, or larger than "
+                         f"{VIDEO_PIXELS / 1e6:.0f} million pixels; make it again or drop it")
     if pending:                                                # the last frame stays on screen
         _warn_if_short(path, "the picture", shown_until, end)
         truncated = shown_until < end - 1
@@ -559,10 +562,18 @@ def _read_frames(path, resize, fps, start, end, frame_times):
 def read_image(path, resize):
     """Image file -> (1,3,size,size) as `resize` made it from uint8 (1,H,W,3); of an animation the
     first picture.  Chroma is interpolated to full resolution before the conversion to RGB: photos
-    then differ from PIL's by 0.1 of 255 on average, otherwise by 1.5.  A damaged JPEG gives what
-    can be decoded, and a warning.
+    then differ from PIL's by 0.1 of 255 on average, otherwise by 1.5; CMYK by 1, and by 5 if its
+    colours are subsampled.  Transparent pixels show the colour that the file stores for them, those
+    of a GIF white.  A damaged JPEG gives what can be decoded, and a warning.
     Raises MediaError when the file is no still image that can be read, or one of more than 120
     million pixels."""
+    with _errors(path):
+        pixels = _upright(_first_picture(path), VideoReformatter(), full_chroma=True)
+    return resize(pixels)
+
+
+def _first_picture(path):
+    """Image file -> its first frame.  The decoder's memory is free again when this returns."""
     for strict in (True, False):
         with _open(path) as container:
             stream = _stream(container, "video", path)
@@ -582,17 +593,26 @@ def read_image(path, resize):
                     if strict:
                         break
                     continue
-                for frame in frames:
-                    compression = frame.metadata.get("Compression", "").strip()
-                    if stream.codec_context.name == "tiff" and compression in ("6", "7"):
-                        raise MediaError(f"{path}: a TIFF that holds a JPEG, which FFmpeg cannot "
-                                         "decode; convert it to jpg or png")
-                    if not strict:
-                        warnings.warn(f"{path}: damaged or cut off; using what can be decoded",
-                                      stacklevel=2)
-                    return resize(_upright(frame, VideoReformatter(), full_chroma=True))
+                if not frames:
+                    continue
+                if stream.codec_context.name == "tiff" and _compression(bytes(packet)) in (6, 7):
+                    raise MediaError(f"{path}: a TIFF that holds a JPEG, which FFmpeg cannot "
+                                     "decode; convert it to jpg or png")
+                if not strict:
+                    warnings.warn(f"{path}: damaged or cut off; using what can be decoded",
+                                  stacklevel=3)
+                return frames[0]
     raise MediaError(f"{path}: no picture can be decoded; it is broken, or larger than "
                      f"{PICTURE_PIXELS / 1e6:.0f} million pixels; make it again or drop it")
+
+
+def _compression(tiff):
+    """Content of a TIFF file -> the number of its compression (tag 259), 1 where it has none."""
+    order = "little" if tiff[:2] == b"II" else "big"
+    at = int.from_bytes(tiff[4:8], order)
+    tags = tiff[at + 2:at + 2 + 12 * int.from_bytes(tiff[at:at + 2], order)]
+    return next((int.from_bytes(tags[n + 8:n + 10], order) for n in range(0, len(tags), 12)
+                 if int.from_bytes(tags[n:n + 2], order) == 259), 1)
 
 
 # ---------------------------------------- sound

@@ -1,8 +1,10 @@
 """media.py against files encoded here: every frame carries its own number, every sound a click."""
 
+import resource
 import socket
 import struct
 import warnings
+import zlib
 from collections import Counter
 from fractions import Fraction
 from functools import partial
@@ -39,6 +41,36 @@ from vit_qformer import resize
 
 def read_frames(path, size=224, **options):
     return media.read_frames(path, partial(resize, size=size), **options)
+
+
+def as_stored(frames):
+    """A `resize` that keeps the size: uint8 (1,H,W,3) -> (1,3,H,W)."""
+    return torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2)
+
+
+def frame_pixels(path):
+    """The first frame of a video in its own size, (H,W,3)."""
+    return media.read_frames(path, as_stored)[0][0].permute(1, 2, 0).int().numpy()
+
+
+def picture_pixels(path):
+    return read_image(path, as_stored)[0].permute(1, 2, 0).int().numpy()
+
+
+def colours(width, height, channels=3, seed=0):
+    """Coloured noise with details of 3 pixels, uint8 (height,width,channels)."""
+    noise = np.random.default_rng(seed).integers(
+        0, 256, (height // 3 + 2, width // 3 + 2, channels), np.uint8)
+    grown = torch.nn.functional.interpolate(
+        torch.from_numpy(noise).permute(2, 0, 1)[None], (height, width), mode="bicubic")
+    return np.ascontiguousarray(grown[0].permute(1, 2, 0).numpy())
+
+
+def as_pil(path):
+    """What PIL makes of a picture: turned, RGB, without alpha; (H,W,3)."""
+    image, ops = pytest.importorskip("PIL.Image"), pytest.importorskip("PIL.ImageOps")
+    with image.open(path) as picture:
+        return np.asarray(ops.exif_transpose(picture).convert("RGB"), int)
 
 
 # ---------------------------------------- frame times
@@ -92,20 +124,48 @@ def test_late_stream_stays_synchronous(tmp_path, suffix, video_start, audio_star
     assert abs(onset(read_audio(path)) / 16000 - (1.0 + audio_start + priming)) <= 0.01
 
 
-def test_rotation(tmp_path):
-    """A phone's display matrix: the picture comes out as ffmpeg and every player turn it."""
-    path = tmp_path / "a.mp4"
-    upright = np.zeros((48, 32, 3), np.uint8)
-    upright[:16] = 255                                               # white on top
-    write_video(path, np.repeat(np.rot90(upright)[None], 5, 0), 25)  # lies on its left side
+def test_display_matrix(tmp_path):
+    """All nine numbers of an mp4's display matrix, as ffmpeg's autorotation does: its filters are
+    named behind the values.  Other angles go to the nearest right angle, where ffmpeg would rotate
+    and fill the corners with black; what has no inverse turns nothing."""
+    write_video(tmp_path / "a.mp4", np.repeat(colours(48, 32)[None], 2, 0), 25)
+    content = (tmp_path / "a.mp4").read_bytes()
     identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    clockwise = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
-    content = path.read_bytes()
-    tkhd = content.index(b"tkhd")
-    at = content.index(identity, tkhd)
-    path.write_bytes(content[:at] + clockwise + content[at + 36:])
-    frame = read_frames(path, size=48)[0][0, 1].float()
-    assert frame[:12].mean() > 240 and frame[20:].mean() < 15
+    at = content.index(identity, content.index(b"tkhd"))
+    plain = frame_pixels(tmp_path / "a.mp4")
+    transposed = plain.swapaxes(0, 1)
+    for (a, b, c, d), wanted in {
+            (1, 0, 0, 1): plain,
+            (-1, 0, 0, 1): plain[:, ::-1],                                  # hflip
+            (1, 0, 0, -1): plain[::-1],                                     # vflip
+            (-1, 0, 0, -1): plain[::-1, ::-1],                              # hflip, vflip
+            (0, 1, 1, 0): transposed,                                       # transpose=cclock_flip
+            (0, 1, -1, 0): transposed[:, ::-1],                             # transpose=clock
+            (0, -1, 1, 0): transposed[::-1],                                # transpose=cclock
+            (0, -1, -1, 0): transposed[::-1, ::-1],                         # transpose=clock_flip
+            (0, 0.5, -2, 0): transposed[:, ::-1], (0, 0, 0, 0): plain, (-1, 0, 0, 0): plain,
+            (0.9, 0.4, -0.4, 0.9): plain, (0.4, 0.9, 0.9, -0.4): transposed}.items():
+        for shift, w in ((0, 1 << 30), (32, 0)):
+            numbers = [round(65536 * x) for x in (a, b, 0, c, d, 0, shift, 0)]
+            (tmp_path / "b.mp4").write_bytes(
+                content[:at] + struct.pack(">9i", *numbers, w) + content[at + 36:])
+            assert np.array_equal(frame_pixels(tmp_path / "b.mp4"), wanted), (a, b, c, d, shift)
+
+
+@pytest.mark.parametrize("matrix", [8, 10, 12, 14])
+def test_unknown_colour_matrix_is_taken_as_unspecified(tmp_path, matrix):
+    pixels = []
+    for number in (2, matrix):
+        with av.open(str(tmp_path / "a.mkv"), "w") as container:
+            stream = container.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+            stream.codec_context.colorspace = number
+            frame = av.VideoFrame.from_ndarray(colours(48, 32), format="rgb24")
+            frame = frame.reformat(format="yuv420p")
+            frame.colorspace = number
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+        pixels.append(frame_pixels(tmp_path / "a.mkv"))
+    assert np.array_equal(*pixels)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
@@ -298,16 +358,216 @@ def test_image_as_pil_reads_it(tmp_path):
              "palette.png": picture.quantize(64)}
     for name, converted in names.items():
         converted.save(tmp_path / name, quality=92)
-    for turn in (3, 6, 8):
-        tag = image.Exif()
-        tag[274] = turn                                    # the camera was held sideways
-        picture.save(tmp_path / (name := f"exif{turn}.jpg"), exif=tag, quality=92)
-        names[name] = picture
     for name in names:
         wanted = ops.exif_transpose(image.open(tmp_path / name)).convert("RGB")
         wanted = np.asarray(wanted.resize((224, 224), image.Resampling.BICUBIC), np.int16)
         got = read_image(tmp_path / name, resize)[0].permute(1, 2, 0).numpy()
         assert np.abs(got - wanted).mean() < (1.5 if name == "cmyk.jpg" else 0.3), name
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff", "avif"])
+def test_orientation(tmp_path, suffix):
+    """The eight EXIF orientations (of AVIF: irot and imir), also mirrored, as PIL turns them."""
+    image = pytest.importorskip("PIL.Image")
+    picture, shapes = image.fromarray(colours(47, 33)), set()
+    for orientation in range(10):                          # 0 and 9 are not defined
+        tag = image.Exif()
+        tag[274], tag[271] = orientation, b"Fl\xf6te"       # Latin-1, as old cameras write it
+        path = tmp_path / f"{orientation}.{suffix}"
+        if suffix == "avif" and not 1 <= orientation <= 8:
+            continue
+        picture.save(path, exif=tag, quality=95)
+        wanted, got = as_pil(path), picture_pixels(path)
+        shapes.add(got.shape)
+        assert got.shape == wanted.shape and np.abs(got - wanted).mean() < 0.6, orientation
+    assert shapes == {(33, 47, 3), (47, 33, 3)}
+
+
+SIZES = [(1, 1), (1, 2), (2, 1), (3, 3), (2, 9), (3, 8), (8, 3), (4, 4), (5, 4), (6, 6), (7, 9),
+         (9, 7), (14, 6), (16, 17), (17, 16), (33, 31), (101, 67)]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_chroma_of_jpegs(tmp_path, subsampling, progressive):
+    image = pytest.importorskip("PIL.Image")
+    for width, height in SIZES:
+        image.fromarray(colours(width, height)).save(
+            tmp_path / "a.jpg", quality=95, subsampling=subsampling, progressive=progressive)
+        error = np.abs(picture_pixels(tmp_path / "a.jpg") - as_pil(tmp_path / "a.jpg"))
+        assert error.mean() < 0.8 and error.max() <= 3, (width, height, error.mean())
+
+
+@pytest.mark.parametrize("subsampling, factors, across, down", [
+    ("4:2:2", 0x12, 8, 16), ("4:2:0", 0x41, 32, 8)])
+def test_chroma_of_jpegs_that_pil_does_not_write(tmp_path, subsampling, factors, across, down):
+    """4:4:0 and 4:1:1: the sampling factors of another JPEG are replaced, so that its blocks come
+    to lie elsewhere."""
+    image = pytest.importorskip("PIL.Image")
+    old_across, old_down = {"4:2:2": (16, 8), "4:2:0": (16, 16)}[subsampling]
+    for columns, rows, cut in ((1, 1, 0), (1, 1, 3), (2, 3, 1), (3, 2, 2)):
+        image.fromarray(colours(columns * old_across, rows * old_down)).save(
+            tmp_path / "a.jpg", quality=95, subsampling=subsampling)
+        content = bytearray((tmp_path / "a.jpg").read_bytes())
+        header = content.index(b"\xff\xc0")
+        height, width = rows * down - cut, columns * across - cut
+        content[header + 5:header + 9] = struct.pack(">HH", height, width)
+        content[header + 11] = factors
+        (tmp_path / "b.jpg").write_bytes(content)
+        wanted = as_pil(tmp_path / "b.jpg")
+        assert wanted.shape == (height, width, 3)
+        assert np.abs(picture_pixels(tmp_path / "b.jpg") - wanted).mean() < 0.8
+
+
+@pytest.mark.parametrize("suffix, mode, options", [
+    ("jpg", "L", {}), ("jpg", "CMYK", {}), ("jpg", "RGB", {"keep_rgb": True}),
+    *(("png", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")),
+    ("png", "P", {"transparency": 3}),
+    *(("bmp", mode, {}) for mode in ("1", "L", "P", "RGB", "RGBA")),
+    *(("tiff", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")),
+    ("tiff", "RGB", {"compression": "tiff_lzw"}), ("tiff", "1", {"compression": "group4"}),
+    ("webp", "RGB", {}), ("webp", "RGBA", {}), ("webp", "RGBA", {"lossless": True}),
+    ("avif", "RGB", {}), ("avif", "RGBA", {}), ("avif", "LA", {}), ("gif", "P", {}),
+    ("ppm", "RGB", {}), ("tga", "RGB", {}), ("ico", "RGBA", {"sizes": [(61, 43)]})])
+def test_kinds_of_pictures_are_as_pil_reads_them(tmp_path, suffix, mode, options):
+    """Size 61 x 43.  Alpha is dropped, the colours behind it stay."""
+    image = pytest.importorskip("PIL.Image")
+    channels = {"LA": 2, "RGBA": 4, "CMYK": 4}.get(mode, 3)
+    first = {"LA": "LA", "RGBA": "RGBA", "CMYK": "CMYK"}.get(mode, "RGB")
+    picture = image.frombytes(first, (61, 43), colours(61, 43, channels).tobytes()).convert(mode)
+    for name in (f"a.{suffix}", *(["wrong.jpg"] if suffix != "tga" else [])):  # TGA has no magic
+        picture.save(tmp_path / name, suffix.replace("jpg", "jpeg"), **options)
+        error = np.abs(picture_pixels(tmp_path / name) - as_pil(tmp_path / name))
+        assert error.mean() < 0.6, error.mean()
+        assert probe(tmp_path / name).kind == "image"
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    values = np.arange(60 * 40, dtype=np.uint16).reshape(40, 60) * 27
+    for name in ("a.png", "a.tiff"):
+        image.fromarray(values).save(tmp_path / name)
+        got = picture_pixels(tmp_path / name)
+        assert np.abs(got - values[..., None] / 257).max() < 1.5   # PIL's convert("RGB") clips
+
+
+def test_animations_and_pictures_of_several_streams(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for mode in ("RGB", "RGBA"):
+        frames = [image.new(mode, (60, 40), (40 + 60 * n, 90, 200 - 60 * n, 128)[:len(mode)])
+                  for n in range(3)]
+        for name in ("a.avif", "a.gif", "a.png", "a.webp"):
+            frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=500)
+        for name in ("a.avif", "a.gif", "a.png"):
+            assert probe(tmp_path / name).kind == "video"
+            got, times = media.read_frames(tmp_path / name, as_stored)
+            assert times == pytest.approx([0, 0.5, 1.0])
+            for n, pixels in enumerate([*got, read_image(tmp_path / name, as_stored)[0]]):
+                if (mode, name) == ("RGBA", "a.gif"):      # FFmpeg shows the white ground
+                    continue
+                wanted = torch.tensor(frames[n % 3].getpixel((0, 0))[:3])[:, None, None]
+                assert (pixels.int() - wanted).abs().max() <= 3, (name, n)
+        for read in (probe, picture_pixels, frame_pixels):
+            with pytest.raises(MediaError, match="a.webp: an animated WebP"):
+                read(tmp_path / "a.webp")
+
+
+def test_picture_of_tiles_is_refused(tmp_path):
+    """Phones store a photo as a grid of tiles: two tiles of AVIF, and the item that joins them."""
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "tile.avif")
+    tile = (tmp_path / "tile.avif").read_bytes()
+
+    def box(kind, *parts, flags=None):
+        body = (b"" if flags is None else struct.pack(">I", flags)) + b"".join(parts)
+        return struct.pack(">I", 8 + len(body)) + kind + body
+    start = tile.index(b"av1C") - 4
+    decoder = tile[start:start + struct.unpack(">I", tile[start:start + 4])[0]]
+    sizes = [box(b"ispe", struct.pack(">II", width, 64), flags=0) for width in (64, 128)]
+    data = [tile[tile.index(b"mdat") + 4:]] * 2 + [struct.pack(">4BHH", 0, 0, 0, 1, 128, 64)]
+    items = [box(b"infe", struct.pack(">HH4sB", n, 0, kind, 0), flags=2 << 24)
+             for n, kind in ((1, b"av01"), (2, b"av01"), (3, b"grid"))]
+    uses = b"".join(struct.pack(">HB", n, len(use)) + use for n, use in
+                    ((1, b"\x81\x02"), (2, b"\x81\x02"), (3, b"\x03")))
+
+    def header(place):
+        at = np.cumsum([place] + [len(part) for part in data])
+        where = b"".join(struct.pack(">HHHII", n + 1, 0, 1, at[n], len(data[n])) for n in range(3))
+        return box(b"ftyp", b"avif\0\0\0\0avifmif1miaf") + box(
+            b"meta", box(b"hdlr", bytes(4), b"pict", bytes(13), flags=0),
+            box(b"pitm", struct.pack(">H", 3), flags=0),
+            box(b"iloc", b"\x44\x00\x00\x03", where, flags=0),
+            box(b"iinf", struct.pack(">H", 3), *items, flags=0),
+            box(b"iref", box(b"dimg", struct.pack(">4H", 3, 2, 1, 2)), flags=0),
+            box(b"iprp", box(b"ipco", decoder, *sizes),
+                box(b"ipma", struct.pack(">I", 3), uses, flags=0)), flags=0)
+    path = tmp_path / "grid.avif"
+    path.write_bytes(header(len(header(0)) + 8) + box(b"mdat", *data))
+    assert as_pil(path).shape == (64, 128, 3) and probe(path).kind == "image"
+    with pytest.raises(MediaError, match="several parts .*convert it"):
+        read_image(path, resize)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_damaged_jpegs_are_told(tmp_path, progressive):
+    image = pytest.importorskip("PIL.Image")
+    image.fromarray(colours(200, 120)).save(tmp_path / "a.jpg", progressive=progressive)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        full = picture_pixels(tmp_path / "a.jpg")
+        (tmp_path / "b.jpg").write_bytes(whole + b"behind its end" * 99)
+        assert np.array_equal(picture_pixels(tmp_path / "b.jpg"), full)
+    (tmp_path / "b.jpg").write_bytes(whole[:len(whole) * 3 // 4])
+    with pytest.warns(UserWarning, match="b.jpg: damaged or cut off"):
+        got = picture_pixels(tmp_path / "b.jpg")
+    assert got.shape == full.shape and np.abs(got - full)[:16].mean() < 30
+
+
+def test_jpeg_inside_a_tiff_is_refused(tmp_path):
+    """FFmpeg decodes it to black."""
+    image = pytest.importorskip("PIL.Image")
+    image.fromarray(colours(61, 43)).save(tmp_path / "a.tiff", compression="jpeg")
+    with pytest.raises(MediaError, match="a.tiff: a TIFF that holds a JPEG"):
+        read_image(tmp_path / "a.tiff", resize)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tiff", "webp", "tga", "ppm"])
+@pytest.mark.parametrize("width, height", [(16000, 9000), (60000, 60000)])
+def test_huge_pictures_are_refused_by_their_header(tmp_path, suffix, width, height):
+    """A kilobyte that asks for gigabytes of memory."""
+    image = pytest.importorskip("PIL.Image")
+    options = {"webp": {"lossless": True}, "ppm": {}, "jpg": {"progressive": True}}.get(suffix, {})
+    image.fromarray(colours(40, 30)).save(tmp_path / f"a.{suffix}", **options)
+    content = bytearray((tmp_path / f"a.{suffix}").read_bytes())
+    if suffix == "png":
+        content[16:24] = struct.pack(">II", width, height)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    elif suffix == "jpg":
+        at = content.index(b"\xff\xc2")
+        content[at + 5:at + 9] = struct.pack(">HH", height, width)
+    elif suffix == "gif":
+        at = content.index(b"\x2c\0\0\0\0")
+        content[6:10] = content[at + 5:at + 9] = struct.pack("<HH", width, height)
+    elif suffix == "bmp":
+        content[18:26] = struct.pack("<ii", width, height)
+    elif suffix == "tiff":
+        first = struct.unpack("<I", content[4:8])[0] + 2
+        for at in range(first, first + 24, 12):            # the tags 256 and 257 come first
+            size = {256: width, 257: height}[struct.unpack("<H", content[at:at + 2])[0]]
+            content[at + 2:at + 12] = struct.pack("<HII", 4, 1, size)
+    elif suffix == "webp":                                 # 14 bits each
+        at = content.index(b"VP8L") + 9
+        content[at:at + 4] = struct.pack("<I", 16382 | 16382 << 14)
+    elif suffix == "tga":
+        content[12:16] = struct.pack("<HH", width, height)
+    else:
+        content = b"P6 %d %d 255\n" % (width, height) + bytes(3600)
+    (tmp_path / f"a.{suffix}").write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(MediaError, match="larger than 120 million pixels"):
+        read_image(tmp_path / f"a.{suffix}", resize)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000       # kB
 
 
 def test_png_round_trip_and_odd_names(tmp_path, monkeypatch):
