@@ -175,15 +175,17 @@ def _joined_packets(container):
     or more than 0.1 s before that one, moves the clock of all streams alike, which stay in step."""
     shift, started, ended, latest = 0.0, {}, {}, None
     streams = [s for s in (_best(container, "video"), _best(container, "audio")) if s is not None]
+    bases = {s.index: float(s.time_base) for s in streams}         # seconds per tick
     for packet in container.demux(streams):
-        key, base = packet.stream.index, packet.stream.time_base
-        if packet.dts is not None:
-            time = float(packet.dts * base) + shift
+        key, dts = packet.stream.index, packet.dts
+        base = bases[key]
+        if dts is not None:
+            time = dts * base + shift
             wanted = ended.get(key, latest)
             if wanted is not None and (abs(time - wanted) > JUMP or
                                        (key in started and time + BACK < started[key])):
                 shift, time = shift + wanted - time, wanted
-            seconds = float((packet.duration or 0) * base)
+            seconds = (packet.duration or 0) * base
             if seconds < 0.001 and key in started:               # unknown: as the packet before it
                 seconds = time - started[key]
             started[key], latest, ended[key] = time, time, time + max(seconds, 0.0)
@@ -212,15 +214,17 @@ def _read_joints(path, size, changed):
     with _open(path) as container:
         try:
             for packet, moved in _joined_packets(container):
-                joints, shift = joints + (moved != shift), moved
+                if moved != shift:
+                    joints, shift = joints + 1, moved
                 stamp = packet.pts if packet.pts is not None else packet.dts
                 if stamp is not None:
-                    end = float((stamp + (packet.duration or 0)) * packet.stream.time_base)
-                    index = packet.stream.index
-                    ends[index] = max(ends.get(index, end), end)
+                    end, key = stamp + (packet.duration or 0), packet.stream.index
+                    if end > ends.get(key, -math.inf):
+                        ends[key] = end
         except av.FFmpegError:                # the file breaks off; what came before is known
             pass
-    return joints, ends
+        return joints, {key: float(end * container.streams[key].time_base)
+                        for key, end in ends.items()}
 
 
 def _is_image(container):
