@@ -75,7 +75,7 @@ def _errors(path):
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{path}: not readable as media ({error.strerror}); it is cut off, "
                          "broken or of another type; make it again or drop it") from error
-    except (ValueError, ArithmeticError, MemoryError) as error:        # PyAV and NumPy raise these
+    except (ValueError, ArithmeticError, MemoryError, IndexError) as error:  # of PyAV and NumPy
         raise MediaError(f"{path}: not readable as media ({type(error).__name__}: {error}); "
                          "convert it (ffmpeg -i in out.mp4) or drop it") from error
 
@@ -221,7 +221,7 @@ def _read_joints(path, size, changed):
                     end, key = stamp + (packet.duration or 0), packet.stream.index
                     if end > ends.get(key, -math.inf):
                         ends[key] = end
-        except av.FFmpegError:                # the file breaks off; what came before is known
+        except (av.FFmpegError, IndexError):  # the file breaks off; what came before is known
             pass
         return joints, {key: float(end * container.streams[key].time_base)
                         for key, end in ends.items()}
@@ -287,7 +287,9 @@ def _timed_frames(container, stream, path, clock):
             if first_dts is None and packet.is_keyframe:
                 first_dts = packet.dts
             decoded = packet.decode()
-        except av.FFmpegError:                  # the rest of the file may still be good
+        # The rest of the file may still be good.  PyAV raises an IndexError at the end of a file in
+        # which a stream turns up that its header does not name.
+        except (av.FFmpegError, IndexError):
             broken += 1
             if broken > 1000:
                 break
