@@ -75,7 +75,7 @@ def _errors(path):
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{path}: not readable as media ({error.strerror}); it is cut off, "
                          "broken or of another type; make it again or drop it") from error
-    except (ValueError, ArithmeticError, MemoryError) as error:        # PyAV and NumPy raise these
+    except (ValueError, ArithmeticError, MemoryError, IndexError) as error:  # of PyAV and NumPy
         raise MediaError(f"{path}: not readable as media ({type(error).__name__}: {error}); "
                          "convert it (ffmpeg -i in out.mp4) or drop it") from error
 
@@ -175,15 +175,17 @@ def _joined_packets(container):
     or more than 0.1 s before that one, moves the clock of all streams alike, which stay in step."""
     shift, started, ended, latest = 0.0, {}, {}, None
     streams = [s for s in (_best(container, "video"), _best(container, "audio")) if s is not None]
+    bases = {s.index: float(s.time_base) for s in streams}         # seconds per tick
     for packet in container.demux(streams):
-        key, base = packet.stream.index, packet.stream.time_base
-        if packet.dts is not None:
-            time = float(packet.dts * base) + shift
+        key, dts = packet.stream.index, packet.dts
+        base = bases[key]
+        if dts is not None:
+            time = dts * base + shift
             wanted = ended.get(key, latest)
             if wanted is not None and (abs(time - wanted) > JUMP or
                                        (key in started and time + BACK < started[key])):
                 shift, time = shift + wanted - time, wanted
-            seconds = float((packet.duration or 0) * base)
+            seconds = (packet.duration or 0) * base
             if seconds < 0.001 and key in started:               # unknown: as the packet before it
                 seconds = time - started[key]
             started[key], latest, ended[key] = time, time, time + max(seconds, 0.0)
@@ -212,15 +214,17 @@ def _read_joints(path, size, changed):
     with _open(path) as container:
         try:
             for packet, moved in _joined_packets(container):
-                joints, shift = joints + (moved != shift), moved
+                if moved != shift:
+                    joints, shift = joints + 1, moved
                 stamp = packet.pts if packet.pts is not None else packet.dts
                 if stamp is not None:
-                    end = float((stamp + (packet.duration or 0)) * packet.stream.time_base)
-                    index = packet.stream.index
-                    ends[index] = max(ends.get(index, end), end)
-        except av.FFmpegError:                # the file breaks off; what came before is known
+                    end, key = stamp + (packet.duration or 0), packet.stream.index
+                    if end > ends.get(key, -math.inf):
+                        ends[key] = end
+        except (av.FFmpegError, IndexError):  # the file breaks off; what came before is known
             pass
-    return joints, ends
+        return joints, {key: float(end * container.streams[key].time_base)
+                        for key, end in ends.items()}
 
 
 def _is_image(container):
@@ -272,7 +276,8 @@ def _timed_frames(container, stream, path, clock):
     joined = _joints(container, path)[0] > 0
     packets = ((packet for packet, _ in _joined_packets(container)
                 if packet.stream.index == stream.index) if joined else container.demux(stream))
-    first_dts = last = last_pts = last_dts = None
+    first_dts = last = None
+    last_pts = last_dts = -math.inf
     bad_pts = bad_dts = delay = 0
     rate, drift, changed = None, math.inf if container.format.flags & GENERIC_INDEX else 0.5, False
     while True:
@@ -282,7 +287,9 @@ def _timed_frames(container, stream, path, clock):
             if first_dts is None and packet.is_keyframe:
                 first_dts = packet.dts
             decoded = packet.decode()
-        except av.FFmpegError:                  # the rest of the file may still be good
+        # The rest of the file may still be good.  PyAV raises an IndexError at the end of a file in
+        # which a stream turns up that its header does not name.
+        except (av.FFmpegError, IndexError):
             broken += 1
             if broken > 1000:
                 break
@@ -293,22 +300,23 @@ def _timed_frames(container, stream, path, clock):
                 # AVI numbers packets, not pictures: the decoder has held this one back.
                 delay = dts - (dts if first_dts is None else first_dts)
             # As ffmpeg does: stamps of decoding, where those of presentation are worse or missing.
-            bad_pts += pts is not None and last_pts is not None and pts <= last_pts
-            bad_dts += dts is not None and last_dts is not None and dts <= last_dts
-            last_pts, last_dts = (last_pts if pts is None else pts,
-                                  last_dts if dts is None else dts)
+            if pts is not None:
+                bad_pts += pts <= last_pts
+                last_pts = pts
+            if dts is not None:
+                bad_dts += dts <= last_dts
+                last_dts = dts
             use_dts = pts is None or (bad_pts > bad_dts and dts is not None)
             stamp = dts if use_dts else pts
-            if sound:
-                if not SAMPLE_RATES[0] <= frame.sample_rate <= SAMPLE_RATES[1]:
-                    raise MediaError(f"{path}: {frame.sample_rate} samples of sound per second, "
-                                     f"wanted {SAMPLE_RATES[0]} to {SAMPLE_RATES[1]}; its header "
-                                     "is wrong; make it again or drop it")
-                changed = changed or (last is not None and frame.sample_rate != rate)
-                rate = frame.sample_rate
+            if sound and frame.sample_rate != rate:
+                changed, rate = rate is not None, frame.sample_rate
+                if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
+                    raise MediaError(f"{path}: {rate} samples of sound per second, wanted "
+                                     f"{SAMPLE_RATES[0]} to {SAMPLE_RATES[1]}; its header is "
+                                     "wrong; make it again or drop it")
             if stamp is not None:
                 time = (stamp - delay if use_dts else stamp) * tick / ticks - origin
-                if changed and abs(time - clock) < drift:
+                if changed and last is not None and abs(time - clock) < drift:
                     time = clock
                 if last is not None and (time < last - BACK or time > clock + LOST_STAMP):
                     if not joined:
@@ -330,7 +338,7 @@ def _timed_frames(container, stream, path, clock):
 
 def _warn_joined(path):
     warnings.warn(f"{path}: its clock jumps or starts again, as that of files that were appended "
-                  "to each other; the parts are joined", stacklevel=4)
+                  "to each other; the parts are joined", stacklevel=1)      # once per file
 
 
 def _decode(path, kind, start):
@@ -656,9 +664,13 @@ class _Mono16k:
                 self.mixers[kind] = av.AudioResampler(format="s32", layout=frame.layout,
                                                       rate=self.rate)
                 mixed = self.mixers[kind].resample(frame)
-        return [[np.frombuffer(part.planes[0], np.int32, part.samples * part.layout.nb_channels)
-                 .reshape(part.samples, -1).mean(1, np.float32) * np.float32(2.0 ** -31)]
-                for part in mixed]
+        return [[self._mean(np.frombuffer(part.planes[0], np.int32, part.samples * channels)
+                            .astype(np.float32) * 2.0 ** -31, channels)]
+                for part in mixed for channels in [part.layout.nb_channels]]
+
+    @staticmethod
+    def _mean(samples, channels):
+        return samples if channels == 1 else samples.reshape(-1, channels).mean(1)
 
     def add(self, time, frame):
         """Appends a decoded frame that starts at `time` seconds."""
