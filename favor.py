@@ -130,7 +130,7 @@ OFFICIAL = {"variant": "official", "causal": "future", "mask_padding": False,
             "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
 VICUNA_13B = "Salesforce/instructblip-vicuna-13b"
 MINIATURE = "miniature/weights"               # beside this file, see hub.local_source
-PRESETS = {
+PRESETS = {                                   # DIFF: the default model is tiny, the paper's 13b
     "tiny": FavorConfig(
         whisper=f"{MINIATURE}/whisper", instructblip=f"{MINIATURE}/instructblip",
         llm=f"{MINIATURE}/llama", window_frames=5, queries=10, width=128, heads=4, causal_heads=4,
@@ -810,7 +810,7 @@ def without_leading_space(stream):
 
 def audio_steps_per_frame(positions_hz, fps):
     """A = positions per second / frames per second: 50 / 2 = 25.  ValueError where that is no whole
-    number: sound and picture would drift apart."""
+    number: sound and picture would drift apart.  DIFF: such frame rates are refused."""
     steps = round(positions_hz / fps)
     if abs(steps * fps / positions_hz - 1) > 1e-3:
         raise ValueError(

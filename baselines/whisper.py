@@ -30,8 +30,8 @@ CHUNKS_AT_ONCE = 8                    # 8 x 30 s, each with all its beams: bound
 ENGLISH_ONLY_VOCAB = 51864            # whisper-*.en: its tokenizer may know <|en|>, unused
 
 # Long recordings, Sec. 4.5 of Whisper's paper: a window whose text loops or is a guess is decoded
-# again by sampling at the next temperature.  DIFF: one sample each, Whisper's own code takes the
-# best of five.
+# again by sampling at the next temperature.  DIFF for long sound: one sample each, Whisper's own
+# code takes the best of five.
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MOST_COMPRESSED = 2.4                 # bytes of the text / bytes after zlib: above it, it loops
 LEAST_LOGPROB = -1.0                  # mean log-probability of the ids: below it, it is a guess
@@ -278,7 +278,7 @@ class Whisper(nn.Module):
         steps = min(steps, most - len(context) - len(prefix))
         if steps < 1 or beams < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}, beams={beams}; wanted at least 1")
-        prompt = torch.tensor([context + prefix], device=encoded.device)
+        prompt, attempts = torch.tensor([context + prefix], device=encoded.device), []
         for temperature in TEMPERATURES:
             cache = self.decoder.listen(encoded)
             logits = self.decoder(prompt, cache)                               # (1,T,vocab)
@@ -292,14 +292,18 @@ class Whisper(nn.Module):
             if score < LEAST_LOGPROB and silence > NO_SPEECH:
                 return [], temperature
             text = self.tokenizer.decode(ids).encode()
-            if score >= LEAST_LOGPROB and len(text) <= MOST_COMPRESSED * len(zlib.compress(text)):
-                break
-        return ids, temperature
+            loops = len(text) > MOST_COMPRESSED * len(zlib.compress(text))
+            if not loops and score >= LEAST_LOGPROB:
+                return ids, temperature
+            attempts.append((loops, ids))
+        # DIFF: where all attempts at long sound repeat themselves, so does the speaker, and the
+        # first is the best; Whisper's own code takes the last in any case.
+        return attempts[0][1] if all(loops for loops, _ in attempts) else ids, temperature
 
     def _segments(self, ids):
-        """New ids of a window -> those of each whole segment, and where the next window is to start,
-        in steps of 0.02 s; 0: behind this one.  A segment ends with a time stamp, and where one
-        more follows, another segment starts.  What follows the last pair was cut off by the end of
+        """New ids of a window -> those of each whole segment, and where the next window starts, in
+        steps of 0.02 s; 0: behind this one.  A segment ends with a time stamp, and where one more
+        follows, another segment starts.  What follows the last pair was cut off by the end of
         the window and is heard again, unless a time stamp ends it."""
         times = [i >= self.first_time for i in ids]
         cuts = [k for k in range(1, len(ids)) if times[k - 1] and times[k]]
