@@ -48,7 +48,7 @@ class LlamaConfig:
     eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: tuple = ()      # or config.json's dict, which becomes sorted pairs: hashable
-    max_positions: int = 2048     # what it was trained on; only rope_scaling depends on it
+    max_positions: int = 2048     # what it was trained on; see also `positions`
     tie_embeddings: bool = False
     bos_id: int = 1
     eos_id: int | tuple[int, ...] = 2
@@ -65,6 +65,13 @@ class LlamaConfig:
                              f"{self.head_dim}; wanted heads = n * kv_heads and an even head_dim")
         object.__setattr__(self, "rope_scaling",
                            fast.checked_scaling(self.rope_scaling, self.max_positions))
+
+    @property
+    def positions(self):
+        """How long a text may be: max_positions, or what rope_scaling makes of them."""
+        rope = dict(self.rope_scaling)
+        original = rope.get("original_max_position_embeddings", self.max_positions)
+        return max(self.max_positions, int(original * rope.get("factor", 1)))
 
     @classmethod
     def from_folder(cls, root):
@@ -513,6 +520,7 @@ def pick_token(scores, temperature, top_p, generator):
 
 class Tokenizer:
     """LLaMA's sentencepiece model. It gives ids of the text alone: nothing adds <s> or </s>."""
+    boundary = ""      # what a segment of a prompt needs before it so that it starts a new word
 
     def __init__(self, path):
         from sentencepiece import SentencePieceProcessor  # imported here: ids alone need none
@@ -570,8 +578,9 @@ class Tokenizer:
 
 
 class JsonTokenizer(Tokenizer):
-    """The same from a tokenizer.json: LLaMA-3's byte-level BPE, which adds no word boundaries.
-    The ids that begin and end a text come from config.json and generation_config.json."""
+    """The same from a tokenizer.json: LLaMA-2's, or byte-level BPE (LLaMA-3, SmolLM2), where the
+    boundary before a word is a space of the text and nothing adds it. The ids that begin and end
+    a text come from config.json and generation_config.json."""
 
     def __init__(self, path):
         from tokenizers import Tokenizer as Pieces
@@ -585,6 +594,8 @@ class JsonTokenizer(Tokenizer):
         self.pieces.no_padding()
         self.pieces.encode_special_tokens = True      # "<|eot_id|>" inside a text is spelt out
         self.vocab_size = 1 + max(self.pieces.get_vocab().values())
+        first = self.pieces.encode("a", add_special_tokens=False).tokens[0]
+        self.boundary = "" if first.startswith(("▁", "Ġ")) else " "
         config = LlamaConfig.from_folder(root)
         ends = as_tuple(config.eos_id)
         if wrong := {config.bos_id, *ends} - self.pieces.get_added_tokens_decoder().keys():

@@ -391,7 +391,14 @@ def encode_share(model, items, config, device):
     all processes run equally many micro-batches, as each needs the others' weights; under DDP each
     process runs at least one."""
     readable = [item for item in items if item.sample is not None]
-    samples = model.encode_batch([item.sample for item in readable])
+    for item, sample in zip(
+            readable, model.encode_batch([item.sample for item in readable]), strict=True):
+        item.sample, item.reason = None, model.too_long(sample)
+        if not item.reason:                       # cut here, so that the sizes below are the LLM's
+            item.sample, cut = model.fit(sample)
+            item.cut = "; ".join(filter(None, (item.cut, cut)))
+    readable = [item for item in readable if not item.reason]
+    samples = [item.sample for item in readable]
     seen = [sample.features.visual for sample in samples]
     rows = [(item.task, sample, model.length(sample), 0 if frames is None else len(frames))
             for item, sample, frames in zip(readable, samples, seen, strict=True)]

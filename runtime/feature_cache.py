@@ -125,6 +125,7 @@ class FeatureCache:
         self.model, self.log, self.full = model, log, False
         self.clip_options = {**model.clip_options(), **(clip_options or {})}
         self.by_prompt = model.system == "favor"   # InstructBLIP caches the ViT's output only
+        self.first_turn = model.config.question_turn == "first"      # see Favor.question_to_see
         # A place is (pack, offset, *shape), or in memory the array itself.
         self.clips = {}      # key -> (place of its sound or None, is_image, has a picture), or
         #                             the reason why it cannot be read
@@ -169,7 +170,8 @@ class FeatureCache:
         """-> key of the clip and key of clip and prompt, 16 bytes each."""
         files = [path and self._stamp(path) for path in (record.image, record.video, record.audio)]
         clip = digest(*files, float(record.start or 0), record.end and float(record.end))
-        return clip, digest(clip.hex(), record.prompt if self.by_prompt else None)
+        prompt = record.history[0][0] if self.first_turn and record.history else record.prompt
+        return clip, digest(clip.hex(), prompt if self.by_prompt else None)
 
     def _has(self, clip, seen):
         entry = self.clips.get(clip)
@@ -439,7 +441,7 @@ def _encode(job, worker=None):
         return (), None, False, skipped[0][1], ""
     if not with_sound:
         clip.audio = None
-    features = model.encode(clip, [record.prompt for record in rows])
+    features = model.encode(clip, [model.question_to_see(record) for record in rows])
     return ([half(f.visual) for f in features], half(features[0].audio), clip.is_image, None,
             clip.cut)
 
@@ -463,8 +465,14 @@ def readable_samples(model, records, cache, mask=None, skipped=None):
             skipped.append((record.id, why))
         elif features is None:
             clip = load_or_skip(record, skipped, **clip_options)
-        if features is not None or clip is not None:
-            read.append(record)
-            samples.append(Sample(record.prompt, record.target, clip, features, record.history,
-                                  mask))
+        if features is None and clip is None:
+            continue
+        sample = Sample(record.prompt, record.target, clip, features, record.history, mask)
+        # Whisper reads no question, so its baseline has no such method.
+        if hasattr(model, "too_long") and (
+                why := model.too_long(sample, model.config.max_new_tokens)):
+            skipped.append((record.id, why))
+            continue
+        read.append(record)
+        samples.append(sample)
     return read, samples

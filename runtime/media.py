@@ -561,7 +561,9 @@ def _read_frames(path, resize, fps, start, end, frame_times):
     if not chosen:
         raise MediaError(f"{path}: start {start} s is beyond its end, the picture decodes up to "
                          f"{shown_until:.3f} s; correct the times or drop the record")
-    pixels, times = zip(*(chosen[slot] for slot in sorted(chosen)), strict=True)
+    # The last second of "ends" may overlap with the one before it.
+    pixels, times = zip(*sorted((chosen[slot] for slot in sorted(chosen)),
+                                key=lambda frame: frame[1]), strict=True)
     return torch.stack(pixels), list(times)
 
 

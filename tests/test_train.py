@@ -34,7 +34,7 @@ from baselines.systems import load_system
 from favor import Favor
 from miniature import scenes
 from runtime import checkpoint as checkpoints
-from runtime import cli
+from runtime import cli, loader
 from runtime import feature_cache as features
 from runtime import manifests as corpus
 
@@ -724,6 +724,34 @@ def test_views(small_model, small_miniature):
         assert [row[view] for row in rows] == said
         differ += sum(row[view] != row["both"] for row in rows)
     assert differ > len(rows) / 2
+
+
+def test_what_is_longer_than_the_llm_in_a_step_and_in_eval(small_model):
+    """A long clip is learnt in part and counted as cut, a long question is left out and counted."""
+    model, (visual, audio) = small_model.train(), small_model.empty_features(60)
+    long = data.Features(torch.randn(visual.shape), torch.randn(audio.shape))
+    model.llm.config = dataclasses.replace(model.llm.config, max_positions=220)
+    samples = [data.Sample("what is seen?", "red", features=long), data.Sample("why?", "it is"),
+               data.Sample("what is seen? " * 90, "red", features=long)]
+    with pytest.warns(UserWarning, match="are read, the LLM has 220 positions"):
+        cut, _ = model.fit(samples[0])
+    assert 150 < model.length(cut) <= 220 < model.length(samples[0])
+    wanted, _ = steps.one_step(model, [cut, samples[1]], train.TrainConfig())
+    model.zero_grad()
+    items = steps.train_items(samples)
+    share = train.encode_share(model, items, train.TrainConfig(), torch.device("cpu"))
+    for part in share.parts:
+        losses = model([sample for _, sample, *_ in part])
+        share.add(part, losses, model.config.diversity)
+    assert share.losses(model.config.diversity, torch.device("cpu")) == pytest.approx(
+        {name: wanted[name] for name in ("loss", "ce", "diversity")}, abs=1e-6)
+    rows = loader.skip_rows(items, 3)
+    assert [(row["id"], *set(row) - {"step", "id"}) for row in rows] == [("2", "reason"),
+                                                                         ("0", "cut")]
+    assert "the LLM has 220 positions; shorten" in rows[0]["reason"] and "only" in rows[1]["cut"]
+    records = [data.Record(str(i), "vqa", sample.prompt, "red") for i, sample in enumerate(samples)]
+    rows, skipped = answers.evaluate(model, records, None, views=("both",), log=quiet)
+    assert [row["id"] for row in rows] == ["0", "1"] and skipped == {"vqa": 1}
 
 
 def test_eval_without_cached_features_and_with_views(finished, small_miniature, tmp_path, capsys):

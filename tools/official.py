@@ -21,10 +21,11 @@ import lora
 from favor import PRESETS, Favor, preset
 from runtime import cli, hub
 
-# theirs -> ours, in this order.  What is trained first registered its name: video_*; older saves
-# also hold the same parameter as joint_* or speech_*.
+# theirs -> ours, in this order.  What is trained first registered its name: video_* and llama_proj;
+# older saves also hold the same parameter as joint_* or speech_*.
 ALIASES = ((r"^(joint|speech)_(Qformer|query_tokens|frame_position_embedding)", r"video_\2"),
-           (r"^ln_(joint|speech)\.", "ln_video."))
+           (r"^ln_(joint|speech)\.", "ln_video."),
+           (r"^llama_proj_(joint|speech)\.", "llama_proj."))
 NAMES = (
     ("speech_pre_qformer_proj.", "audio_proj."),
     ("ln_video.", "qformer.joint_norm."),

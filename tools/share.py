@@ -42,8 +42,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 # The prompt of favor.prompt_ids for a text without a clip (tests/tools/test_share.py).
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{{ ('USER:GAP' if loop.first else 'USER: ') + m['content'] + '\\nASSISTANT:' }}"
-    "{% elif m['role'] == 'assistant' %}{{ 'GAP' + m['content'] + eos_token }}"
+    "{{ 'USER: ' + m['content'] + '\\nASSISTANT:' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
     "{% else %}{{ raise_exception('wanted the roles user and assistant only') }}"
     "{% endif %}{% endfor %}")
 
@@ -404,10 +404,7 @@ def write_tokenizer(root, source, tokenizer):
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
             "bos_token": piece(tokenizer.bos_id), "eos_token": piece(tokenizer.eos_id),
             "add_bos_token": True, "add_eos_token": False})
-    # With sentencepiece each segment of a prompt starts with a word boundary of its own.
-    two = tokenizer.decode(tokenizer.encode("a") + tokenizer.encode("b"))
-    gap = " " if " " in two.strip() else ""
-    (root / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("GAP", gap))
+    (root / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
 def write_tokenizer_json(path, tokenizer):
