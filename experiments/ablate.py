@@ -434,7 +434,8 @@ def main(config):
             log("\n".join(shlex.join(command) for command in job.commands))
         return 0
     for number in (signal.SIGTERM, signal.SIGINT):               # ends run_jobs through its finally
-        signal.signal(number, lambda got, _: sys.exit(128 + got))
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda got, _: sys.exit(128 + got))
     started = time.time()
     if not all(job.finished() for job in jobs):
         if lacking := figures.no_figures(config.out):             # not only after some hours

@@ -393,7 +393,7 @@ def read_json(path):
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: missing; wanted a model folder in the Hub's layout") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: not valid JSON ({error}); download or save the file again") from None
 
@@ -407,7 +407,7 @@ def read_jsonl(path):
         for line in file:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
                 yield row

@@ -91,14 +91,19 @@ def cpu_name():
 
 def write_run_facts(out, facts, argv, first_step=0):
     """Writes config.json (`facts`: "train", "method", "mixture", ...; with commit and command) and
-    environment.json at the start of a run; a run that continues (first_step > 0) keeps both.  Every
-    start appends a line to commands.log, with what differs from environment.json.
+    environment.json at the start of a run; a run that continues (first_step > 0) keeps both, unless
+    they are damaged.  Every start appends a line to commands.log, with what differs from
+    environment.json.
     Returns the facts that each checkpoint should carry, too."""
     out, now, command = Path(out), environment(), shlex.join(["train.py", *argv])
     out.mkdir(parents=True, exist_ok=True)
     facts = {**facts, "commit": now["commit"], "dirty": now["dirty"], "command": command}
     for name, value in (("config.json", facts), ("environment.json", now)):
-        if not first_step or not (out / name).exists():
+        try:
+            kept = first_step and isinstance(read_json(out / name), dict)
+        except (FileNotFoundError, ValueError):
+            kept = False
+        if not kept:
             write_json(out / name, value)
     then = read_json(out / "environment.json")
     changed = {key: value for key, value in now.items() if value != then.get(key)}
@@ -221,9 +226,10 @@ def draw_curve(rows, height=10, width=72):
 # ---------------------------------------------------------------- log.jsonl, events.jsonl
 def rows_until(path, last_step=None):
     """Yields the rows of a JSONL file whose "step" is at most `last_step` (None: all rows).  Lines
-    that a kill or a full disk cut off are left out."""
+    that a kill or a full disk cut off, or that are damaged, are left out."""
     for row in read_jsonl(path):
-        if last_step is None or row.get("step", math.inf) <= last_step:
+        step = row.get("step")
+        if last_step is None or isinstance(step, int | float) and step <= last_step:
             yield row
 
 
@@ -406,8 +412,8 @@ class RunLog:
     @property
     def rows(self):
         """[{"step", "ce"}] of all steps so far, read from the file, for draw_curve."""
-        return [{"step": row["step"], "ce": row.get("ce")} for row in rows_until(
-            self.out / "log.jsonl", self.at)] if self.main_process else []
+        return [{"step": row["step"], "ce": ce if isinstance(ce := row.get("ce"), float) else None}
+                for row in rows_until(self.out / "log.jsonl", self.at)] if self.main_process else []
 
     # ---- a step
     def log_step(self, row, clips=0, tokens=0, flops=0, waited_s=0.0, seconds=0.0):

@@ -359,7 +359,7 @@ def test_when_one_process_dies_the_other_ends(command, tmp_path):
 
 def test_too_small_a_batch(command, tmp_path):
     def work(rank):
-        with pytest.raises(SystemExit, match="--batch 1 for 2 processes"):
+        with pytest.raises(SystemExit, match="--batch 1 for 2 processes" if rank == 0 else "^1$"):
             run(command(tmp_path, batch=1))
     assert run_forked(work, processes=2) == [0, 0]
 
