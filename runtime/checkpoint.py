@@ -250,7 +250,8 @@ def lock(file, log=print):
 def _take_lock(file, log):
     """-> the open lock file and "", or None and why it cannot be had.
 
-    A POSIX lock belongs to the process alone: forked and started processes do not have it."""
+    A POSIX lock belongs to this process alone: those that it forks or starts do not hold it.  It is
+    gone as soon as this process opens and closes the file once more."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         while True:

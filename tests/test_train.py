@@ -64,7 +64,7 @@ def run(words):
     train.main(cli.parse(train.TrainConfig, train.__doc__, words)[0], words)
 
 
-def run_forked(work, processes=1, seconds=60):
+def run_forked(work, processes=1, seconds=600):
     """work(rank) in forked processes that know each other as under torchrun -> their exit codes.  A
     process that hangs is killed and fails the test."""
     with socket.socket() as free:
@@ -97,7 +97,14 @@ def run_forked(work, processes=1, seconds=60):
     return [child.exitcode for child in children]
 
 
-def program(*words, cwd=None, seconds=100):
+def wait_for(condition, seconds=600):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.003)
+
+
+def program(*words, cwd=None, seconds=600):
     """A program of ours in a process of its own."""
     return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True,
                           text=True, timeout=seconds)
@@ -305,9 +312,22 @@ def test_torchrun(command, unbroken, tmp_path):
     assert done.stdout.count("step 6/6") == done.stdout.count("answers with") == 1  # one speaks
 
 
+def listening(pid):
+    """The addresses, as /proc writes them, at which a process waits for connections."""
+    mine = set()
+    for handle in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):                        # closed meanwhile
+            mine.add(os.readlink(handle))
+    rows = [line.split() for kind in ("tcp", "tcp6") if (table := Path(f"/proc/{pid}/net/{kind}")
+                                                         ).exists()
+            for line in table.read_text().splitlines()[1:]]
+    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine]
+
+
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
 def test_a_process_a_core(command, unbroken, tmp_path):
-    """`python train.py` starts the others itself, and they end with it, also when it is killed."""
+    """`python train.py` starts the others itself, reachable from this machine only, and they end
+    with it, also when it is killed."""
     words = command(tmp_path / "two", processes=2)
     done = program(ROOT / "train.py", *words)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -324,18 +344,14 @@ def test_a_process_a_core(command, unbroken, tmp_path):
     run = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, command(
         tmp_path / "long", processes=2, steps=100000))], stdout=subprocess.DEVNULL)
     try:
-        for _ in range(600):
-            if (tmp_path / "long" / "last" / "state.pt").exists():
-                break
-            time.sleep(0.1)
+        wait_for(lambda: (tmp_path / "long" / "last" / "state.pt").exists()
+                 or run.poll() is not None)
         assert len(alive()) == 2
+        hosts = [host for pid in alive() for host in listening(pid)]
+        assert len(hosts) >= 2 and {*hosts} <= {"0100007F", "0" * 24 + "01000000"}, hosts
         run.kill()
         run.wait()
-        for _ in range(100):
-            if not alive():
-                break
-            time.sleep(0.1)
-        assert not alive()
+        wait_for(lambda: not alive())
     finally:
         for pid in alive():
             os.kill(pid, signal.SIGKILL)
@@ -353,7 +369,7 @@ def test_when_one_process_dies_the_other_ends(command, tmp_path):
                 raise RuntimeError("broken on purpose")
         steps.watch(setattr, before=break_it)
         run(command(tmp_path))
-    assert run_forked(work, processes=2, seconds=30) == [1, 1]
+    assert run_forked(work, processes=2) == [1, 1]
     assert len(log_of(tmp_path)) == 1
 
 
