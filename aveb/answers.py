@@ -94,7 +94,8 @@ class Journal:
             self._read(path, settings)
         distributed.all_gather_object(None)            # all have read before anyone writes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.folder / f"{time.time_ns()}-{distributed.rank()}.jsonl", "w")
+        self.file = open(self.folder / f"{time.time_ns()}-{distributed.rank()}.jsonl", "w",
+                         encoding="utf-8")
         self._write([{"settings": settings}])
 
     def _read(self, path, settings):

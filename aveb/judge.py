@@ -275,11 +275,11 @@ def read_rows(path):
 def write_prompts(path, rows, views=("both",)):
     """What a judge would be asked about the answers, a line {"id", "key", "prompt"} each -> path,
     number of lines.  ValueError where the file holds verdicts."""
-    if path.exists() and '"verdict"' in path.read_text():
+    if path.exists() and '"verdict"' in path.read_text("utf-8"):
         raise ValueError(f"{path}: holds verdicts; move it away first")
     asked = {key_of(prompt): {"id": row["id"], "key": key_of(prompt), "prompt": prompt}
              for view in views for row in rows if (prompt := prompt_of(row, view))}
-    path.write_text("".join(json.dumps(line) + "\n" for line in asked.values()))
+    path.write_text("".join(json.dumps(line) + "\n" for line in asked.values()), "utf-8")
     return path, len(asked)
 
 

@@ -133,7 +133,8 @@ def check(manifest, workers=None, log=print):
     write_text(results_file, "".join(_line(key, row) for key, row in results.items()))
     jobs = cli.parallel(check_clip, [clips[key] for key in todo], workers,
                         torch.set_num_threads, (1,))
-    with results_file.open("a") as file, Progress("checking", len(todo), "clip") as progress:
+    with (results_file.open("a", encoding="utf-8") as file,
+          Progress("checking", len(todo), "clip") as progress):
         for key, row in zip(todo, jobs, strict=True):
             results[key] = row
             file.write(_line(key, row))

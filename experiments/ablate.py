@@ -200,7 +200,7 @@ class Running:
 
     def _next(self):
         command = self.commands.pop(0)
-        with open(self.file, "a") as output:
+        with open(self.file, "a", encoding="utf-8") as output:
             output.write(f"$ {shlex.join(command)}\n")
             output.flush()
             # In a session of its own, so that Ctrl-C reaches this program, which stops the jobs.
@@ -218,7 +218,7 @@ class Running:
 
     def tail(self, lines=15):
         """The last lines of its output."""
-        return "\n".join(self.file.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(self.file.read_text("utf-8", errors="replace").splitlines()[-lines:])
 
     def stop(self, seconds=60):
         """Waits for the end after SIGTERM, on which train.py saves its state; then kills it."""

@@ -45,8 +45,8 @@ def git_facts(folder=Path(__file__).parent.parent):
     """{"commit": hash, "dirty": bool} of a folder; {"commit": "not a git checkout", "dirty": None}
     when git does not know it."""
     def git(*words):
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True,
-                              timeout=30, check=True)
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True,
+                              encoding="utf-8", timeout=30, check=True)
         return done.stdout.strip()
     try:
         # An installed copy may lie in the .venv of another project, whose commit is not ours.
@@ -83,7 +83,8 @@ def version(package):
 
 def cpu_name():
     with suppress(OSError):                                     # Linux only
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        about = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+        found = re.search(r"^model name\s*: (.*)$", about, re.MULTILINE)
         if found:
             return found[1]
     return platform.processor() or platform.machine()
@@ -107,7 +108,7 @@ def write_run_facts(out, facts, argv, first_step=0):
             write_json(out / name, value)
     then = read_json(out / "environment.json")
     changed = {key: value for key, value in now.items() if value != then.get(key)}
-    with open(out / "commands.log", "a") as file:
+    with open(out / "commands.log", "a", encoding="utf-8") as file:
         file.write(f"{timestamp()} from step {first_step}: {command}"
                    + (f"  # now {json.dumps(changed)}" if changed else "") + "\n")
     return facts
@@ -246,9 +247,9 @@ class JsonLines:
         self._report_errors(self._open)
 
     def _open(self):
-        with atomic(self.path) as temporary, open(temporary, "w") as file:
+        with atomic(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows_until(self.path, self.last_step))
-        self.file = open(self.path, "a")
+        self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, row, try_again=True):
         def append():
@@ -341,9 +342,9 @@ class WeightsAndBiases:
         import wandb
         file = out / "wandb-id"
         if not first_step or not file.exists():
-            file.write_text(uuid.uuid4().hex[:8])
-        self.run = wandb.init(project=project, id=file.read_text(), resume="allow", name=out.name,
-                              dir=str(out), config=config)
+            file.write_text(uuid.uuid4().hex[:8], "utf-8")
+        self.run = wandb.init(project=project, id=file.read_text("utf-8"), resume="allow",
+                              name=out.name, dir=str(out), config=config)
         # wandb's own step cannot go back, but ours does when a run continues from a checkpoint.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")

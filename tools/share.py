@@ -245,7 +245,7 @@ def push(folder, repo_id, private=False, token=None, api=None):
                                   "that may write: https://huggingface.co/settings/tokens")
         api = huggingface_hub.HfApi(token=token)
     card = root / "README.md"
-    if not card.exists() or MARK in card.read_text():
+    if not card.exists() or MARK in card.read_text("utf-8"):
         write_text(card, model_card(root, repo_id))
     try:
         # None leaves the account's default; an existing repo keeps its visibility.
@@ -320,7 +320,7 @@ Q-Formers, projections); for them load the checkpoint with `favor.Favor`. The pr
 the chat template's: `USER: question`, new line, `ASSISTANT:`.
 
 {terms_text}
-""")
+""", "utf-8")
         os.replace(new, out)
     except BaseException:                                    # frees the space on a full disk
         shutil.rmtree(new, ignore_errors=True)
@@ -407,7 +407,7 @@ def write_tokenizer(root, source, tokenizer):
     # With sentencepiece each segment of a prompt starts with a word boundary of its own.
     two = tokenizer.decode(tokenizer.encode("a") + tokenizer.encode("b"))
     gap = " " if " " in two.strip() else ""
-    (root / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("GAP", gap))
+    (root / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("GAP", gap), "utf-8")
 
 
 def write_tokenizer_json(path, tokenizer):
