@@ -19,6 +19,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import sys
 import time
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ COMMITTED = ROOT / "miniature" / "weights" / "favor"       # the tiny checkpoint
 # What state.pt must hold; and what torch.load raises for a file that is something else or cut.
 STATE = {"step": int, "best": float, "nonfinite": int, "config": dict, "optimiser": dict}
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-           EOFError, pickle.UnpicklingError)
+           OverflowError, EOFError, pickle.UnpicklingError, struct.error)
 
 # Fields of TrainConfig that were renamed: name in an old state.pt -> name now.
 RENAMED = {"windows": "window_frames", "clip": "grad_clip", "keep_features": "cache_features"}
@@ -118,7 +119,7 @@ def load_state(folder):
         raise ValueError(f"{file} is damaged or no state of a run ({reason})") from error
     for name, kind in STATE.items():
         value = state.get(name) if isinstance(state, dict) else None
-        if not isinstance(value, kind) or name == "step" and value < 0:
+        if not isinstance(value, kind) or name == "step" and value < 0 or value != value:    # NaN
             raise ValueError(f"{file} is damaged or no state of a run ({name!r} is missing or no "
                              f"{kind.__name__})")
     return state

@@ -464,6 +464,28 @@ def test_a_damaged_checkpoint_is_one_line(command, two_steps, tmp_path, damage, 
     assert f"{out}/last cannot be continued: remove it" in stopped.value.code
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_states(tmp_path, zipped):
+    """300 files of which bytes are changed, missing or too many: read, or one kind of error."""
+    optimiser = {"state": {0: {"exp_avg": torch.ones(3, 2), "step": torch.tensor(1.0)}}}
+    torch.save({"step": 1, "best": 0.5, "nonfinite": 0, "optimiser": optimiser, "config": {"a": 1}},
+               tmp_path / "state.pt", _use_new_zipfile_serialization=zipped)
+    whole, dice, seen = (tmp_path / "state.pt").read_bytes(), random.Random(0), Counter()
+    for _ in range(300):
+        changed, at = bytearray(whole), dice.randrange(len(whole))
+        for _ in range(dice.choice((1, 1, 3, 30))):
+            changed[dice.randrange(len(whole))] = dice.randrange(256)
+        changed[at:at + dice.choice((0, 0, 9, 9999))] = dice.randbytes(dice.choice((0, 9)))
+        (tmp_path / "state.pt").write_bytes(changed)
+        try:
+            seen[type(checkpoints.load_state(tmp_path))] += 1
+        except ValueError as error:
+            assert "state.pt is damaged" in str(error) and "\n" not in str(error)
+            seen[ValueError] += 1
+    print(seen)
+
+
 @pytest.mark.parametrize("text", [b"", b"\xff\0[", b'[1]\n"a"\n', b'{"step": "a", "ce": "b"}\n',
                                   b'{"step": 1, "ce": [2]}\n', b"[" * 100_000])
 def test_damaged_logs_end_no_run(command, two_steps, tmp_path, text):  # noqa: F811
