@@ -486,8 +486,8 @@ def test_mutated_states(tmp_path, zipped):
     print(seen)
 
 
-@pytest.mark.parametrize("text", [b"", b"\xff\0[", b'[1]\n"a"\n', b'{"step": "a", "ce": "b"}\n',
-                                  b'{"step": 1, "ce": [2]}\n', b"[" * 100_000])
+@pytest.mark.parametrize("text", [
+    b"", b'\xff\0[\n[1]\n{"step": "a"}\n', b'{"step": 1, "ce": [2]}\n', b"[" * 100_000])
 def test_damaged_logs_end_no_run(command, two_steps, tmp_path, text):  # noqa: F811
     out, flags = shutil.copytree(two_steps[0], tmp_path / "run"), two_steps[1]
     for name in ("log.jsonl", "events.jsonl", "skipped.jsonl", "config.json", "environment.json",

@@ -432,7 +432,7 @@ def test_a_wrong_flag_is_said_once(monkeypatch, capsys, words):
 
 def test_nothing_held_out(command, tmp_path, capsys):
     """No held-out loss is printed, logged or written; best/ is chosen by the batch's own."""
-    run(command(tmp_path, val_share=0))
+    run(command(tmp_path, val_share=0, steps=4))
     said = capsys.readouterr().out
     assert "held-out ce" not in said and " 0 held out" in said
     assert not any("val_ce" in row for row in log_of(tmp_path))
@@ -447,7 +447,7 @@ def test_held_out_clips_that_cannot_be_read_are_no_perfect_score(command, tmp_pa
     read = train.readable_samples
     monkeypatch.setattr(train, "readable_samples",
                         lambda model, records, *rest: read(model, [], *rest))
-    run(command(tmp_path))
+    run(command(tmp_path, steps=2))
     assert "held-out ce" not in capsys.readouterr().out and (tmp_path / "best").exists()
 
 
