@@ -413,7 +413,7 @@ def test_a_process_that_fails_among_others(capfd, failing):
                 if rank == failing:
                     raise ValueError("broken on purpose")
         except (SystemExit, ValueError) as error:
-            print(type(error).__name__, error, file=sys.stderr, flush=True)
+            os.write(2, f"{type(error).__name__} {error}\n".encode())
             os._exit(1)
     assert run_forked(work, processes=2) == [1, 1]
     assert sorted(capfd.readouterr().err.splitlines()) == ["SystemExit 1",
