@@ -160,7 +160,7 @@ def relative(path):
 
 def first_look(model, name):
     """A question about the clip that comes with the code, with and without each modality."""
-    example = json.loads(EXAMPLE.read_text())
+    example = json.loads(EXAMPLE.read_text("utf-8"))
     path = EXAMPLE.parent / example["clip"]
     clip = clip_from_path(path, **model.clip_options())
     print(f"clip                 {relative(path)} ({probe(path).seconds:g} s: {contents(clip)})\n"

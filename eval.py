@@ -247,6 +247,7 @@ def save_report(out, *report):
                          "command again") from error
 
 
+@distributed.said_once()
 def main(config):
     """Writes the predictions, unless another program writes them already."""
     config = resolve_config(config)
@@ -301,9 +302,12 @@ def run(config, out, device):
 
 
 if __name__ == "__main__":
-    settings = resolve_config(cli.parse(EvalConfig, __doc__)[0])
-    if Path(settings.data) != Path(EvalConfig.data):     # one error, before the processes start
-        read_manifests(find_manifests(settings.data, settings.tasks), metrics.unscorable)
+    settings = cli.parse(EvalConfig, __doc__)[0]
+    with distributed.said_once():                        # one error, before the processes start
+        settings = resolve_config(settings)
+        if Path(settings.data) != Path(EvalConfig.data):
+            read_manifests(find_manifests(settings.data, settings.tasks),
+                           metrics.unscorable)
     distributed.launch_local(settings.processes,              # each has its own copy of the weights
                              most=4 if settings.model == "tiny" else 1)
     main(settings)

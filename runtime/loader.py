@@ -190,7 +190,8 @@ class SkippedLog:
     `first_step` are removed, because those steps run again.  str(): a summary for the log."""
 
     def __init__(self, path, first_step, main_process, log=print):
-        self.path, self.rows = Path(path), list(rows_until(path, first_step))
+        self.path, self.rows = Path(path), [row for row in rows_until(path, first_step)
+                                            if isinstance(row.get("id"), str)]
         self.file = JsonLines(self.path, log, first_step) if main_process else None
 
     def add(self, rows):

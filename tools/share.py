@@ -245,7 +245,7 @@ def push(folder, repo_id, private=False, token=None, api=None):
                                   "that may write: https://huggingface.co/settings/tokens")
         api = huggingface_hub.HfApi(token=token)
     card = root / "README.md"
-    if not card.exists() or MARK in card.read_text():
+    if not card.exists() or MARK in card.read_text("utf-8"):
         write_text(card, model_card(root, repo_id))
     try:
         # None leaves the account's default; an existing repo keeps its visibility.
@@ -320,7 +320,7 @@ Q-Formers, projections); for them load the checkpoint with `favor.Favor`. The pr
 the chat template's: `USER: question`, new line, `ASSISTANT:`.
 
 {terms_text}
-""")
+""", "utf-8")
         os.replace(new, out)
     except BaseException:                                    # frees the space on a full disk
         shutil.rmtree(new, ignore_errors=True)
@@ -404,7 +404,7 @@ def write_tokenizer(root, source, tokenizer):
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
             "bos_token": piece(tokenizer.bos_id), "eos_token": piece(tokenizer.eos_id),
             "add_bos_token": True, "add_eos_token": False})
-    (root / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (root / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
 
 
 def write_tokenizer_json(path, tokenizer):
