@@ -99,7 +99,8 @@ class Journal:
             raise SystemExit(refusal if distributed.rank() == 0 else 1)
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / f"{time.time_ns()}-{distributed.rank()}.jsonl", "w")
+            self.file = open(self.folder / f"{time.time_ns()}-{distributed.rank()}.jsonl", "w",
+                             encoding="utf-8")
         self._write([{"settings": self.settings}])
 
     def _read(self, path):
