@@ -534,7 +534,7 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
                 yield
         return hold()
     with other_process(with_a_child) as holder:
-        with pytest.raises(SystemExit, match=f"by process {holder.pid} on .* since 2.*pytest"):
+        with pytest.raises(SystemExit, match=f"by process {holder.pid} on .* since 2.*: .*python"):
             with checkpoints.lock(file, said.append):
                 pass
         with checkpoints.lock(file.with_name("predictions.lock")):           # another one

@@ -256,7 +256,7 @@ class Rectified(whisper_enc.WhisperEncoder):
     (whisper_enc, "mel_filterbank", lambda n_fft, n_mels, rate: torch.eye(n_fft // 2 + 1, n_mels)),
     (data, "resize", lambda frames, size: vit_qformer.resize(frames, size).flip(3)),
     (data, "read_audio", lambda *at: read_audio(*at).roll(800)),
-    (QFormerTokenizer, "__call__", lambda self, texts: (
+    (QFormerTokenizer, "__call__", lambda self, texts, longest: (
         torch.full((len(texts), 3), 5), torch.ones(len(texts), 3).bool())),
     (Favor, "encode", louder)])
 def test_the_encoders_code_counts(small_model, records, tmp_path, monkeypatch, where, name, value):
