@@ -78,7 +78,8 @@ def test_text_files_are_utf8(name):
                    for a in (*call.args, *(keyword.value for keyword in call.keywords)))
         text = (method in ("read_text", "write_text") and owner != "hub"
                 or (ast.unparse(function) == "open" or method == "open" and owner not in (
-                    "os", "av", "wave", "Image", "PIL.Image", "self._opener")) and "b" not in modes(call)[0]
+                    "os", "av", "wave", "Image", "PIL.Image", "self._opener"))
+                and "b" not in modes(call)[0]
                 or given & {"text", "universal_newlines"} and owner == "subprocess")
         assert utf8 or not text, f"{FILES[name]}, line {call.lineno}: wanted encoding=\"utf-8\""
 
