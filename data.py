@@ -6,17 +6,22 @@
      prompt + Clip -------> Sample                 one row of a batch
    The decoder itself is runtime/media.py.
 
-   Public: Record, read_manifest, write_manifest, parse_line, to_record, find_manifest; Clip,
-   Features, Sample, load_clip, clip_from_path, load_or_skip, report_skipped; Mixing, drawn_mask,
-   mix."""
+   Public: Record, read_manifest, write_manifest, check_record, unique_keys, parse_line, to_record,
+   find_manifest, HEAVIEST;
+   Clip, Features, Sample, load_clip, clip_from_path, load_or_skip, report_skipped; Mixing,
+   drawn_mask, mix."""
 
 import dataclasses
 import json
 import math
 import os
+import re
+import reprlib
+import sys
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
-from functools import partial
+from difflib import SequenceMatcher
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +54,12 @@ class Record:
 
 
 MEDIA = ("image", "video", "audio")
-NEEDED = tuple(f.name for f in fields(Record)
-               if f.default is MISSING and f.default_factory is MISSING)
+NEEDED = {f.name for f in fields(Record)
+          if f.default is MISSING and f.default_factory is MISSING}
+LATEST = 1e9                          # seconds, about 31 years: more is a mistake
+HEAVIEST = 1e6                        # largest weight of a record or a manifest
+LARGEST = sys.float_info.max
+DEEPEST = 20                          # lists and objects inside each other
 
 
 def _text(x):
@@ -61,12 +70,16 @@ def _any_text(x):
     return isinstance(x, str)
 
 
-def _time(x):           # Python counts True as an int, and its JSON reader accepts NaN
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf
+def _number(x, most):       # Python counts True as an int, and its JSON reader accepts NaN
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= most
+
+
+def _any_plain(x):
+    return isinstance(x, (str, int, float)) and not _unfit(x)
 
 
 def _texts(x):
-    return isinstance(x, (list, tuple)) and all(map(_any_text, x))
+    return isinstance(x, (list, tuple)) and {*map(type, x)} <= {str}
 
 
 def _turns(x):
@@ -77,10 +90,36 @@ WANTED = {  # field: (whether a value fits, what an error says is wanted)
     **dict.fromkeys(("id", "task"), (_text, "a string")),
     **dict.fromkeys(("prompt", "target"), (_any_text, "a string")),
     **dict.fromkeys(MEDIA, (_text, "a string")),
-    **dict.fromkeys(("start", "end"), (_time, "seconds >= 0")),
+    **dict.fromkeys(("start", "end"), (partial(_number, most=LATEST), "seconds from 0 to 1e9")),
     **dict.fromkeys(("refs", "options"), (_texts, "a list of strings")),
     "history": (_turns, "a list of [question, answer]"),
     "meta": (lambda x: isinstance(x, dict), "an object")}
+
+META = {  # the same for the keys of meta that a program reads; others may hold anything
+    "weight": (partial(_number, most=HEAVIEST), "a number from 0 to 1e6"),
+    "chance": (partial(_number, most=1), "a number from 0 to 1"),
+    "metrics": (_texts, "a list of names"),
+    **dict.fromkeys(("dataset", "type", "label", "source"), (_any_text, "a string")),
+    **dict.fromkeys(("dialogue", "one_window"), (_any_plain, "a text, a number, true or false"))}
+# Those that are texts are checked at once, without a call: a manifest may have millions of lines.
+TEXTS = {name for name, (_, wanted) in WANTED.items() if wanted == "a string"}
+META_TEXTS = {name for name, (_, wanted) in META.items() if wanted == "a string"}
+
+
+@lru_cache(maxsize=10_000)
+def misspelt(key):
+    """The key of META for which `key` is probably a typing error: 'metric' -> 'metrics'; or "".
+    Compounds of such a key (sample_weight, dialogue_id) are names of their own."""
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+|[0-9]+", str(key))
+    letters = "".join(words).lower()
+    if key in META or len(words) > 1 and META.keys() & {word.lower() for word in words}:
+        return ""
+    for name in META:
+        right = name.replace("_", "")
+        if sorted(letters) == sorted(right) or letters[:1] == right[:1] and (
+                SequenceMatcher(None, letters, right).ratio() > 0.8):
+            return name
+    return ""
 
 
 def check_values(values, where):
@@ -90,32 +129,109 @@ def check_values(values, where):
         raise ValueError(f"{where}: a {type(values).__name__}, wanted one object per line")
     if None in values.values():
         values = {name: value for name, value in values.items() if value is not None}
-    missing = [name for name in NEEDED if name not in values]
-    if missing or not values.keys() <= WANTED.keys():
+    if not NEEDED <= values.keys() <= WANTED.keys():
+        missing = [name for name in WANTED if name in NEEDED - values.keys()]
         wrong = [f"{label} {', '.join(names)}" for label, names in (
             ("missing", missing), ("unknown", sorted(set(values) - set(WANTED)))) if names]
         raise ValueError(f"{where}: {' and '.join(wrong)}; the fields are {', '.join(WANTED)} "
                          "(anything else belongs in meta)")
     for name, value in values.items():
+        if value.__class__ is str and value and name in TEXTS:
+            continue
         fits, wanted = WANTED[name]
         if not fits(value):
-            raise ValueError(f"{where}: {name} is {value!r}, wanted {wanted}; correct it")
+            raise ValueError(f"{where}: {name} is {reprlib.repr(value)}, wanted {wanted}; "
+                             "correct it")
     if "end" in values and values["end"] <= values.get("start", 0):
         raise ValueError(f"{where}: end {values['end']} is not after start "
                          f"{values.get('start', 0)}; wanted seconds of the source file; correct it")
     if "image" in values and "video" in values:
         raise ValueError(f"{where}: has an image and a video; use only one of the two")
+    if "meta" in values and (meta := _check_meta(values["meta"], where)) is not values["meta"]:
+        return values | {"meta": meta}
     return values
+
+
+def _check_meta(meta, where):
+    """The same without the keys of META that are null."""
+    nulls = False
+    for key, value in meta.items():
+        if value.__class__ is str and key in META_TEXTS:
+            continue
+        if key in META:
+            fits, wanted = META[key]
+            nulls |= value is None
+            if value is not None and not fits(value):
+                raise ValueError(f"{where}: {key} {reprlib.repr(value)} in meta, wanted {wanted}; "
+                                 "correct it")
+        elif name := misspelt(key):
+            raise ValueError(f"{where}: {key!r} in meta looks like a typing error of {name!r}; "
+                             "correct it, or give the key a name that is less like it")
+        elif value.__class__ is not str and (wrong := _unfit(value, depth=2)):
+            raise ValueError(f"{where}: {key} in meta: {wrong}; correct it")
+    return {k: v for k, v in meta.items() if v is not None or k not in META} if nulls else meta
+
+
+def _unfit(value, depth=0):
+    """What a manifest may not hold, in words; "" if nothing in `value` is of that kind.  depth: how
+    many lists and objects `value` is in."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return "a text holds half a character (a lone surrogate), which no file can hold"
+        return "a text holds the character NUL" if "\0" in value else ""
+    if isinstance(value, (int, float)):
+        return "" if abs(value) <= LARGEST else "a number is not finite, or larger than a float"
+    if isinstance(value, (dict, list, tuple)):
+        if depth == DEEPEST:
+            return f"lists and objects are nested more than {DEEPEST} deep"
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            if wrong := _unfit(part, depth + 1):
+                return wrong
+        return ""
+    return "" if value is None else f"a {type(value).__name__} is no value of JSON"
+
+
+def unique_keys(pairs):
+    """(key, value) pairs of an object -> dict.  ValueError for a key that is there twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return values
+
+
+JSON = json.JSONDecoder(object_pairs_hook=unique_keys)
+
+
+def check_record(record, where):
+    """Raises a ValueError that starts with `where` for what read_manifest would refuse."""
+    if wrong := _unfit(check_values(vars(record), where)):
+        raise ValueError(f"{where}: {wrong}; correct it")
 
 
 def parse_line(line, where):
     """Bytes of one line -> checked dict.  Raises a ValueError that starts with `where`."""
     try:
-        return check_values(json.loads(line.decode("utf-8")), where)
+        text = line.strip().decode("utf-8")
+        values, end = JSON.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+        # Only an escape can make a NUL or half a character: UTF-8 and JSON forbid them otherwise.
+        wrong = b"\\u" in line and _unfit(values)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error}); wanted one object per line") from None
+    except RecursionError:
+        wrong = f"lists and objects are nested more than {DEEPEST} deep"
+    except ValueError as error:                          # of unique_keys, or of int()
+        wrong = error
+    if wrong:
+        raise ValueError(f"{where}: {wrong}; correct it")
+    return check_values(values, where)
 
 
 def to_record(values, folder):
@@ -130,8 +246,9 @@ def to_record(values, folder):
     return Record(**values)
 
 
-def read_manifest(path):
-    """JSONL file -> list of Record.  All lines are checked; a ValueError names file and line."""
+def read_manifest(path, check=lambda record: ""):
+    """JSONL file -> list of Record.  All lines are checked; a ValueError names file and line.
+    check(record) may say in words what else is wrong with one."""
     try:
         lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
@@ -145,6 +262,8 @@ def read_manifest(path):
         if record.id in first_line:
             raise ValueError(f"{where}: id {record.id!r} is taken by line {first_line[record.id]}; "
                              "make ids unique")
+        if wrong := check(record):
+            raise ValueError(f"{where}: {record.id}: {wrong}")
         first_line[record.id] = number
         records.append(record)
     if not records:
@@ -159,7 +278,7 @@ def write_manifest(path, records):
     folder, lines, seen = Path(os.path.abspath(path)).parent, [], set()
     for record in records:
         where = f"{path}, record {record.id!r}"
-        check_values(vars(record), where)
+        check_record(record, where)
         if record.id in seen:
             raise ValueError(f"{where}: this id is written twice; make ids unique")
         seen.add(record.id)
@@ -231,7 +350,9 @@ def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None
     file.  The sound of a video is cut where its picture ends; a silent video gives audio None.
     fps: video frames per second; frame_times: "regular", or "ends" as in the authors' code; size:
     pixels; antialias=False resizes video frames as the authors' code does; sound_only: pictures
-    are not read, for models that cannot see.  Raises MediaError for a file that cannot be read."""
+    are not read, for models that cannot see.  If only the picture of a video or only the sound
+    cannot be read, the clip has the other one, and a warning says why.
+    Raises MediaError for a file that cannot be read, and when nothing of the clip can."""
     start, end = record.start or 0.0, record.end
     if max_seconds:
         end = min(math.inf if end is None else end, start + max_seconds)
@@ -240,16 +361,31 @@ def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None
         raise ValueError(f"record {record.id!r} has an image and a video; use only one of the two")
     if record.image is not None and not sound_only:
         clip.frames = read_image(record.image, partial(resize, size=size))
-    if record.video is not None:
-        media = probe(record.video)
-        if not sound_only:
-            shrink = partial(resize if antialias else resize_plain, size=size)
+    failed = []
+    media = None if record.video is None else probe(record.video)
+    if media and not sound_only:
+        shrink = partial(resize if antialias else resize_plain, size=size)
+        try:
             clip.frames, _ = read_frames(record.video, shrink, fps, start, end, frame_times)
-        if media.has_audio and record.audio is None:
-            ends = [seconds for seconds in (media.seconds, end) if seconds]
-            clip.audio = read_audio(record.video, start, min(ends, default=None))
-    if record.audio is not None:
-        clip.audio = read_audio(record.audio, start, end)
+        except MediaError as error:
+            if media.kind != "video":                                  # the record names it wrongly
+                raise
+            failed.append(error)
+    source = record.audio or (record.video if media and media.has_audio else None)
+    if source:
+        if record.audio is None and not failed:                        # until the picture ends
+            end = min((seconds for seconds in (media.seconds, end) if seconds), default=None)
+        try:
+            clip.audio = read_audio(source, start, end)
+        except MediaError as error:
+            if not probe(source).has_audio:                            # the record names it wrongly
+                raise
+            failed.append(error)
+    if failed and clip.frames is None and clip.audio is None:
+        raise failed[0]
+    for error in failed:
+        warnings.warn(f"{error}; used without {'sound' if clip.audio is None else 'pictures'}",
+                      stacklevel=2)
     clip.cut = _cut(record, clip, max_seconds)
     if clip.cut:
         warnings.warn(f"{record.video or record.audio}: {clip.cut}", stacklevel=2)

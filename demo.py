@@ -13,6 +13,7 @@ import runtime  # noqa: F401  before torch: it sets how threads wait
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -76,26 +77,59 @@ def arguments():
 def main(argv=None):
     parser = arguments()
     args = parser.parse_args(argv)
-    if args.clip and not args.question:
+    if args.clip and not (args.question or "").strip():
         parser.error(f"no question about {args.clip}; give one: demo.py {args.clip} \"What is "
                      "seen?\"")
     if args.random_init and args.checkpoint:
         parser.error("--random-init does not go with --checkpoint")
+    if wrong := wrong_values(args):                       # before anything is loaded
+        sys.exit(wrong)
     hub.offline(args.offline)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sources = {part: source for part in PARTS if (source := getattr(args, part))}
-    name = args.model if args.random_init else trained_preset(args.checkpoint, args.model)
     try:
+        name = args.model if args.random_init else trained_preset(args.checkpoint, args.model)
         model, folder = load_system(
             "favor", preset(args.model, **sources), args.model, args.checkpoint, sources,
             distributed.precision(args.dtype, name, device)[0], device, args.merge, args.compile,
             memory.random_part if args.random_init else None)
-        if not args.clip:
-            return first_look(model, folder or "random weights")
-        clip = clip_from_path(args.clip, args.audio, args.start, args.end, **model.clip_options())
+        if args.clip:
+            answer(args, model, folder or "random weights", device)
+        else:
+            first_look(model, folder or "random weights")
     except (FileNotFoundError, ValueError) as error:        # a MediaError is a ValueError
         sys.exit(str(error))
-    print(f"[{folder or 'random weights'}: {contents(clip)}]", file=sys.stderr)
+
+
+def wrong_values(args):
+    """What cannot be meant in these arguments, in a sentence; "" if there is nothing."""
+    for flag, path in (("", args.clip), ("--audio ", args.audio)):
+        if path and not Path(path).is_file():
+            return (f"{flag}{path}: no such file; wanted a video, sound or image file"
+                    + (" and not a folder" if Path(path).is_dir() else ""))
+    try:
+        (args.question or "").encode()
+    except UnicodeEncodeError:                              # bytes of a shell that are no UTF-8
+        return "the question is not text in UTF-8; set the terminal's encoding to UTF-8"
+    start, end = args.start or 0.0, math.inf if args.end is None else args.end
+    if not 0 <= start < end or math.isinf(start):
+        return (f"--start {start:g} --end {end:g}: wanted seconds of the file, the end after the "
+                "start")
+    if args.beams < 0 or args.max_new_tokens < 0:
+        return (f"--beams {args.beams} --max-new-tokens {args.max_new_tokens}: wanted 1 or more, "
+                "or 0 for what the checkpoint says")
+    return ""
+
+
+def answer(args, model, name, device):
+    """Reads the clip and prints the answer, as it is generated unless beams are searched."""
+    clip = clip_from_path(args.clip, args.audio, args.start, args.end, **model.clip_options())
+    left = {"visual": clip.audio, "audio": clip.frames}.get(args.mask, True)
+    if left is None:
+        missing = "sound" if args.mask == "visual" else "picture"
+        raise ValueError(f"{args.clip} has no {missing}, so --mask {args.mask} leaves nothing of "
+                         "it; --mask both asks for an answer without the clip")
+    print(f"[{name}: {contents(clip)}]", file=sys.stderr)
     settings = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
     started = time.time()
     if args.beams or model.config.beams > 1:
@@ -126,7 +160,7 @@ def relative(path):
 
 def first_look(model, name):
     """A question about the clip that comes with the code, with and without each modality."""
-    example = json.loads(EXAMPLE.read_text())
+    example = json.loads(EXAMPLE.read_text("utf-8"))
     path = EXAMPLE.parent / example["clip"]
     clip = clip_from_path(path, **model.clip_options())
     print(f"clip                 {relative(path)} ({probe(path).seconds:g} s: {contents(clip)})\n"

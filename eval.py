@@ -25,8 +25,10 @@ from typing import Literal
 
 import torch
 
+import lora
 from aveb import judge, metrics
-from aveb.answers import Journal, evaluate, find_manifests, read_manifests, views_of
+from aveb.answers import evaluate, find_manifests, read_manifests, views_of
+from aveb.journal import PARTS, Journal, answer_settings
 from aveb.tables import report_text, write_report
 from aveb.tasks import TASKS
 from baselines.systems import SYSTEMS, load_system
@@ -37,6 +39,7 @@ from runtime.checkpoint import (
     COMMITTED,
     disk_full,
     find_checkpoint,
+    lock,
     short_hash,
     trained_preset,
     weights_hash,
@@ -110,6 +113,11 @@ class EvalConfig:
 
     def __post_init__(self):
         cli.check_choices(self)
+        for name, least in (("limit", 0), ("beams", 0), ("batch", 1), ("processes", 0),
+                            ("judge_budget", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; wanted "
+                                 f"{least} or more")
         if self.judge not in judge.WAYS and not self.judge.startswith("file:"):
             raise ValueError(f"--judge {self.judge}; wanted url, self, none or file:VERDICTS")
         if self.random_init and (self.system == "whisper" or self.checkpoint):
@@ -131,16 +139,20 @@ class EvalConfig:
     @property
     def sources(self):
         """{part: where it is}, as far as the command line names it."""
-        named = {n: getattr(self, n) for n in ("whisper", "instructblip", "llm")}
+        named = {n: getattr(self, n) for n in PARTS}
         return {name: source for name, source in named.items() if source}
 
 
 def resolve_config(config):
     """The same with the preset that its checkpoint was trained with.  SystemExit if a checkpoint is
-    needed and there is none."""
+    needed and there is none, or it is damaged, or the judge cannot be asked."""
     if config.checkpoint or config.system == "favor" and not config.random_init:
         find_checkpoint(config.checkpoint, config.model)
-    return dataclasses.replace(config, model=trained_preset(config.checkpoint, config.model))
+    judge.check(config)
+    try:
+        return dataclasses.replace(config, model=trained_preset(config.checkpoint, config.model))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 # ---------------------------------------------------------------- questions
@@ -151,18 +163,13 @@ def find_questions(config):
     with distributed.main_process_first():
         manifests = make_miniature(config, every) or find_manifests(config.data, config.tasks)
     name, count, records = ", ".join(map(str, manifests)), {}, []
-    for record in read_manifests(manifests):
+    for record in read_manifests(manifests, metrics.unscorable):
         if every or record.task in config.tasks:
             count[record.task] = count.get(record.task, 0) + 1
             if not config.limit or count[record.task] <= config.limit:
                 records.append(record)
     if not records:
         raise SystemExit(f"{name}: no questions of task {config.task}")
-    for record in records:
-        if record.target is None and not record.refs:
-            raise SystemExit(f"{name}: {record.id} has neither target nor refs to score against")
-        if wrong := metrics.unknown_metrics(record):
-            raise SystemExit(f"{name}: {record.id}: {wrong}")
     return manifests, records
 
 
@@ -187,18 +194,35 @@ def trained_on(model, checkpoint):
     return read_json(checkpoint / "favor.json").get("mixture")
 
 
+def caches(config):
+    """Whether the answers come from cached features, which are rounded to fp16."""
+    return config.cache_features and config.model == "tiny" and config.system != "whisper"
+
+
+def open_cache(config, model, manifests, records):
+    """The features of all records: encoded by the main process, read by all."""
+    try:
+        with distributed.main_process_first():
+            return cache_features(
+                model, records, config.features or manifests[0].parent / "features", log=log)
+    except ValueError as error:                              # no clip can be read
+        raise SystemExit(str(error)) from error
+
+
 def describe(config, model, checkpoint, manifest, records, views, dtype):
     """The settings of this run, as they stand in its journal and in its report."""
-    sources = [str(getattr(model.config, name)) for name in ("whisper", "instructblip", "llm")]
     return {
         "system": config.system, "model": config.model, "checkpoint": str(checkpoint),
-        "weights": weights_hash(checkpoint), "sources": sources, "dtype": dtype,
-        "merged": config.merge, "manifest": manifest, "questions": len(records),
+        "weights": weights_hash(checkpoint),
+        "sources": [str(getattr(model.config, name)) for name in PARTS], "dtype": dtype,
+        "compiled": config.compile, "merged": config.merge, "cached features": caches(config),
+        "manifest": manifest, "questions": len(records),
         "ids": short_hash(*sorted(r.id for r in records)), "views": list(views),
         "batch": config.batch, "beams": config.beams or model.config.beams,
         "repetition penalty": model.config.repetition_penalty,
         "max new tokens": model.config.max_new_tokens, "history": config.history,
-        "task": config.task, "mixture": trained_on(model, checkpoint)}
+        "task": config.task, "mixture": trained_on(model, checkpoint),
+        **answer_settings(model, records)}
 
 
 def output_file(config, checkpoint):
@@ -223,35 +247,48 @@ def save_report(out, *report):
                          "command again") from error
 
 
+@distributed.said_once()
 def main(config):
+    """Writes the predictions, unless another program writes them already."""
     config = resolve_config(config)
-    rank, world, device = distributed.init_distributed()
+    _, world, device = distributed.init_distributed()
     if world > 1:
         torch.set_num_threads(max(1, cli.cores() // world))
+    needed = config.checkpoint or config.system == "favor" and not config.random_init
+    out = output_file(config, find_checkpoint(config.checkpoint, config.model) if needed else None)
+    if out.is_dir() or out.suffix in (".json", ".md", ".parts", ".lock"):
+        raise SystemExit(f"--out {out}: wanted a file such as predictions.jsonl; the report gets "
+                         "the same name with other endings")
+    # A lock of its own: while train.py holds its folder, best/ can be scored.
+    with lock(out.with_suffix(".lock"), log):
+        run(config, out, device)
+
+
+def run(config, out, device):
+    """Answers the questions, scores the answers and writes both to `out`."""
     manifests, records = find_questions(config)
     dtype, _, why = distributed.precision(config.dtype, config.model, device)
     hub.offline(config.offline)
     try:
         model, checkpoint = load_system(
             config.system, preset(config.model, **config.sources), config.model, config.checkpoint,
-            config.sources, dtype, device, config.merge, config.compile,
-            memory.random_part if config.random_init else None)
+            config.sources, dtype, device, merge=False, compile=config.compile,
+            load=memory.random_part if config.random_init else None)
     except (FileNotFoundError, ValueError) as error:      # a part is missing or does not fit
         raise SystemExit(str(error)) from error
     manifest = ", ".join(map(str, manifests))
     log(f"{checkpoint or config.system} on {manifest}, {len(records)} questions, {device.type}, "
         f"weights {why}")
-    cache = None
-    if config.cache_features and config.model == "tiny" and config.system != "whisper":
-        with distributed.main_process_first():
-            cache = cache_features(
-                model, records, config.features or manifests[0].parent / "features", log=log)
-    views, out = views_of(config.system, config.mask, config.views), output_file(config, checkpoint)
+    views = views_of(config.system, config.mask, config.views)
     settings = describe(config, model, checkpoint, manifest, records, views, why.split()[0])
+    settings["device"] = device.type
     journal = Journal(out.with_suffix(".parts"), settings)
+    if config.merge:
+        lora.merge(model, reversible=False)
+    cache = open_cache(config, model, manifests, records) if caches(config) else None
     predictions, missing = evaluate(
         model, records, cache, views, config.batch, config.beams, config.history, journal, log)
-    if rank == 0:
+    if distributed.rank() == 0:
         save_report(out, predictions, views, missing, settings)          # in case the judge fails
         try:
             judge.ask(config, model, predictions, views, out, log)
@@ -265,9 +302,12 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings = resolve_config(cli.parse(EvalConfig, __doc__)[0])
-    if Path(settings.data) != Path(EvalConfig.data):     # one error, before the processes start
-        read_manifests(find_manifests(settings.data, settings.tasks))
+    settings = cli.parse(EvalConfig, __doc__)[0]
+    with distributed.said_once():                        # one error, before the processes start
+        settings = resolve_config(settings)
+        if Path(settings.data) != Path(EvalConfig.data):
+            read_manifests(find_manifests(settings.data, settings.tasks),
+                           metrics.unscorable)
     distributed.launch_local(settings.processes,              # each has its own copy of the weights
                              most=4 if settings.model == "tiny" else 1)
     main(settings)

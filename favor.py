@@ -18,10 +18,11 @@ Shape alphabet of the whole repository:
 Masks are bool; True marks a real vector, or a key that may be attended to.
 
 Public: FavorConfig, PRESETS, preset, synchronise, split_windows, block_causal_mask, CausalQFormer,
-diversity_loss, prompt_ids, Favor."""
+diversity_loss, prompt_ids, dialogue_ids, Favor."""
 
 import dataclasses
 import math
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from vit_qformer import FRAMES_AT_ONCE, QFormerTokenizer, VisualEncoder, to_pixe
 from whisper_enc import WhisperEncoder
 
 MODALITY_MASKS = (None, "audio", "visual", "both")         # what Sample.mask hides
+IGNORED = -100                                             # the label of a token that is not learnt
 
 
 # ---------------------------------------------------------------- configuration
@@ -75,11 +77,16 @@ class FavorConfig:
     dropout: float = 0.1
     max_positions: int = 4096               # joint vectors in one window
     encoder_dropout: float = 0.0            # of the frozen Q-Former in training (released: 0.1)
+    # dialogues
+    learn_history: bool = False             # True: all answers of a dialogue are learnt (released)
+    question_turn: str = "last"             # the frozen Q-Former reads the last question or, as
+    question_tokens: int = 128              # released, the "first"; so many tokens (released: 256)
     # LoRA (Sec. 4.2: query, key, value and the feed-forward; DIFF: official uses q, k, v, o)
     lora_r: int = 32
     lora_alpha: float = 32
     lora_dropout: float = 0.1
-    lora_targets: tuple = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
     # answering
     beams: int = 1                          # Eq. (3) is an argmax: greedy
     repetition_penalty: float = 1.0
@@ -87,42 +94,57 @@ class FavorConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        for part in SOURCES:              # a folder keeps its meaning in another working folder
+            object.__setattr__(self, part, hub.anywhere(getattr(self, part)))
         for name, allowed in (("variant", ("paper", "official")),
                               ("causal", ("past", "future", "none")),
                               ("diversity_reduction", ("mean", "sum")),
-                              ("frame_times", ("regular", "ends"))):
+                              ("frame_times", ("regular", "ends")),
+                              ("question_turn", ("last", "first"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; "
                                  f"wanted one of {', '.join(allowed)}")
-        for name in ("queries", "width", "layers", "heads", "lora_r", "fps", "max_new_tokens",
+        for name in ("queries", "width", "layers", "heads", "causal_heads", "ffn", "max_positions",
+                     "lora_r", "fps", "beams", "repetition_penalty", "max_new_tokens",
                      "image_frames"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}; wanted more than 0")
-        if self.window_frames < 0:
-            raise ValueError(f"window_frames={self.window_frames}; "
-                             "wanted frames per window, or 0 for one window")
+            if not 0 < getattr(self, name) <= LARGEST.get(name, math.inf):
+                raise ValueError(f"{name}={getattr(self, name)}; wanted more than 0"
+                                 + (f", {LARGEST[name]} at most" if name in LARGEST else ""))
+        if not 0 <= self.window_frames <= self.max_positions:
+            raise ValueError(f"window_frames={self.window_frames}; wanted frames per window, at "
+                             f"most max_positions ({self.max_positions}), or 0 for one window")
 
     @classmethod
     def from_saved(cls, saved, where):
         """The config of a favor.json, which may have the field names of an older version.
         ValueError names the file `where` and the fields that are unknown."""
+        if not isinstance(saved.get("config"), dict):
+            raise ValueError(f"{where}: no config in it; save the checkpoint again")
         values = {RENAMED.get(name, name): value for name, value in saved["config"].items()}
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        known = {field.name: field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"{where}: settings that are not known here: {unknown}; another "
                              f"version wrote it ({saved.get('commit', 'unknown commit')})")
-        return cls(**values)
+        if empty := [name for name in values if values[name] is None and name != "audio_seconds"]:
+            raise ValueError(f"{where}: {', '.join(empty)} is null; save the checkpoint again")
+        sources = {part: hub.saved_source(values[part]) for part in SOURCES
+                   if isinstance(values.get(part), str)}
+        return hub.make_config(cls, values | sources, known, where, zero=known)
 
 
+SOURCES = ("whisper", "instructblip", "llm")
+LARGEST = {"beams": 1000, "max_new_tokens": 100_000, "image_frames": 10_000}    # for the memory
 RENAMED = {"windows": "window_frames"}        # the field's old name: its name now
 OFFICIAL = {"variant": "official", "causal": "future", "mask_padding": False,
             "frame_times": "ends", "audio_seconds": 30.0, "image_frames": 60,
             "max_seconds": 60.0, "antialias": False,
             "encoder_dropout": 0.1, "beams": 5, "repetition_penalty": 1.5,
+            "learn_history": True, "question_turn": "first", "question_tokens": 256,
             "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
 VICUNA_13B = "Salesforce/instructblip-vicuna-13b"
 MINIATURE = "miniature/weights"               # beside this file, see hub.local_source
-PRESETS = {
+PRESETS = {                                   # DIFF: the default model is tiny, the paper's 13b
     "tiny": FavorConfig(
         whisper=f"{MINIATURE}/whisper", instructblip=f"{MINIATURE}/instructblip",
         llm=f"{MINIATURE}/llama", window_frames=5, queries=10, width=128, heads=4, causal_heads=4,
@@ -221,6 +243,9 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads, context_width=None, dropout=0.1):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"{heads} heads (heads or causal_heads) do not divide a width of "
+                             f"{width}; wanted a divisor of it")
         self.heads, self.dropout = heads, dropout
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(context_width or width, width)
@@ -331,25 +356,32 @@ def diversity_loss(queries, reduction="mean"):
 
 
 # ---------------------------------------------------------------- prompt and labels
-def prompt_ids(tokenizer, prompt, history=(), target=None, has_clip=True):
-    """Ids before the clip's vectors, ids behind them, and the ids to learn.
+def dialogue_ids(tokenizer, prompt, history=(), target=None, has_clip=True):
+    """Ids before the clip's vectors, and behind them a list of (ids of a question, ids of its
+    answer), one for each turn of the dialogue.
 
      <s> USER: <Img> |vectors| </Img> {question}\\nASSISTANT: | {answer}</s>
     Earlier turns of a dialogue stand between: {question}\\nASSISTANT: {answer}</s>USER: ...
-    Without a clip there is no <Img> </Img>.  Only the answer and its </s> are learnt; a target of
-    None gives [].  The segments are encoded one by one, as in the released code."""
-    turns = [*history, (prompt, None)]
+    Without a clip there is no <Img> </Img>.  A target of None gives [].  The segments are encoded
+    one by one, as in the released code, each with a word boundary before it.  DIFF: <s> USER: <Img>
+    stands before the queries, as in the released code; Eq. (3) has the whole prompt behind them."""
     before = [tokenizer.bos_id] + tokenizer.encode("USER: <Img>" if has_clip else "USER:")
-    after = []
-    for i, (question, answer) in enumerate(turns):
-        # Each segment starts with its own word boundary, so that text alone is Vicuna's
-        # "USER: {question}".
-        opening = ("</Img> " if has_clip else "") if i == 0 else "USER: "
-        after += tokenizer.encode(f"{opening}{question}\nASSISTANT:")
-        if answer is not None:
-            after += [*tokenizer.encode(answer), tokenizer.eos_id]
-    answer = [] if target is None else [*tokenizer.encode(target), tokenizer.eos_id]
-    return before, after, answer
+    turns, gap = [], tokenizer.boundary
+    for i, (question, answer) in enumerate([*history, (prompt, target)]):
+        # Text alone is Vicuna's "USER: {question}".
+        opening = ("</Img> " if has_clip else gap) if i == 0 else "USER: "
+        turns.append((tokenizer.encode(f"{opening}{question}\nASSISTANT:"),
+                      [] if answer is None else
+                      [*tokenizer.encode(gap + answer if answer else ""), tokenizer.eos_id]))
+    return before, turns
+
+
+def prompt_ids(tokenizer, prompt, history=(), target=None, has_clip=True):
+    """The same in three: ids before the clip's vectors, ids behind them, and the ids to learn: only
+    the last answer and its </s>; a target of None gives []."""
+    before, turns = dialogue_ids(tokenizer, prompt, history, target, has_clip)
+    *earlier, (question, answer) = turns
+    return before, [i for turn in earlier for part in turn for i in part] + question, answer
 
 
 # ---------------------------------------------------------------- the model
@@ -402,14 +434,31 @@ class Favor(nn.Module):
         if not (root / "favor.json").exists():
             raise FileNotFoundError(f"{root}: no favor.json; wanted a checkpoint of train.py such "
                                     "as runs/tiny/best (make one: python train.py)")
-        saved = hub.read_json(root / "favor.json")
+        saved = hub.read_object(root / "favor.json")
         if saved.get("system", "favor") != cls.system:
             raise ValueError(f"{root}: a checkpoint of --system {saved['system']}; pass that")
-        saved["config"] |= sources
-        config = FavorConfig.from_saved(saved, root / "favor.json")
+        config = dataclasses.replace(FavorConfig.from_saved(saved, root / "favor.json"), **sources)
+        cls.check_saved(config, root)
         model = cls.from_config(config, dtype, device)
         model.load_trained(root)
         return model.eval()
+
+    @staticmethod
+    def check_saved(config, root):
+        """ValueError if the trained parts in folder `root` are of other sizes than the config says:
+        before the frozen parts are loaded, and before memory is taken for a wrong size."""
+        norm = hub.open_tensors(root).get("qformer.joint_norm.weight")
+        try:
+            with torch.device("meta"):
+                qformer = CausalQFormer(config, norm.shape[-1] if norm else 2 * config.width)
+        except ValueError as error:                        # heads that do not divide the width
+            raise ValueError(f"{root / 'favor.json'}: {error}") from None
+        hub.fitting(qformer, root, prefix="qformer.")
+        adapter = lora.read(root / "lora")[0]
+        ours = (config.lora_r, config.lora_alpha, set(config.lora_targets))
+        if (theirs := (adapter.r, adapter.alpha, set(adapter.target_modules))) != ours:
+            raise ValueError(f"{root}: r, alpha and targets of LoRA are {ours} in favor.json, but "
+                             f"{theirs} in lora/adapter_config.json; both must be of one training")
 
     def aligner(self):
         """The trained parts outside the LLM as one module."""
@@ -492,8 +541,9 @@ class Favor(nn.Module):
         places = [i for i, clip in enumerate(clips) if id(clip) in patches]
         asked = [patches[id(clips[i])] for i in places]
         counts = torch.tensor([*map(len, asked)])
+        longest = min(self.config.question_tokens, self.visual.qformer.config.max_positions)
         ids, mask = (x.repeat_interleave(counts, dim=0).to(device)                # (F,T)
-                     for x in self.qformer_tokenizer([prompts[i] for i in places]))
+                     for x in self.qformer_tokenizer([prompts[i] for i in places], longest))
         vectors = self.visual.query(torch.cat(asked), ids, mask)                  # (F,V,D_v)
         return dict(zip(places, vectors.split(counts.tolist()), strict=True))
 
@@ -513,10 +563,16 @@ class Favor(nn.Module):
         samples = list(samples)
         for group in groups:
             encoded = self.encode_all([samples[i].clip for i in group],
-                                      [samples[i].prompt for i in group])
+                                      [self.question_to_see(samples[i]) for i in group])
             for i, features in zip(group, encoded, strict=True):
                 samples[i] = dataclasses.replace(samples[i], features=features, clip=None)
         return samples
+
+    def question_to_see(self, sample):
+        """The question of a Sample or Record that the visual Q-Former reads: the current one, or
+        (DIFF official) the first question of the dialogue."""
+        first = self.config.question_turn == "first" and sample.history
+        return sample.history[0][0] if first else sample.prompt
 
     def encode_sample(self, sample):
         """The same sample with its clip encoded."""
@@ -589,8 +645,18 @@ class Favor(nn.Module):
         return pieces, queries
 
     def text_ids(self, sample, has_clip):
-        """Ids before the clip's vectors, ids behind them, and the ids to learn."""
+        """Ids before the clip's vectors, ids behind them, and the ids of the answer to learn."""
         return prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target, has_clip)
+
+    def labels(self, sample, has_clip):
+        """The ids behind the clip's vectors, IGNORED in place of those that are not learnt: only
+        the last answer and its </s> are, or (DIFF official) each answer of the dialogue."""
+        _, after, answer = self.text_ids(sample, has_clip)
+        if not self.config.learn_history:
+            return [IGNORED] * len(after) + answer
+        _, turns = dialogue_ids(self.tokenizer, sample.prompt, sample.history, sample.target,
+                                has_clip)
+        return [i for question, said in turns for i in [IGNORED] * len(question) + said]
 
     # ---- sizes of a sample; train.py uses them to cut its batches and to weight the parts
     def length(self, sample):
@@ -600,7 +666,7 @@ class Favor(nn.Module):
 
     def answer_tokens(self, sample):
         """How many tokens of a sample are learnt: its answer and </s>."""
-        return len(self.text_ids(sample, True)[2])
+        return sum(label != IGNORED for label in self.labels(sample, True))
 
     def diversity_parts(self, sample):
         """How many terms this sample adds to the mean of Eq. (4): its windows; 1 with "sum"."""
@@ -608,25 +674,88 @@ class Favor(nn.Module):
 
     def window_count(self, sample):
         """W of an encoded sample; with sync=False both modalities have their own windows."""
+        return sum(math.ceil(n / (self.config.window_frames or n))
+                   for n in self.stream_frames(sample) if n)
+
+    def stream_frames(self, sample):
+        """F of an encoded sample: one number, or with sync=False one for each modality."""
         visual, audio = self.features_of(sample)
         frames = [0 if visual is None else len(visual),
                   0 if audio is None else math.ceil(len(audio) / self.audio_steps)]
-        streams = [max(frames)] if self.config.sync else frames
-        return sum(math.ceil(n / (self.config.window_frames or n)) for n in streams if n)
+        return [max(frames)] if self.config.sync else frames
+
+    # ---- samples that are longer than the LLM's positions
+    def too_long(self, sample, answer=0):
+        """Why a sample cannot be read even in part, or "": its question, one window of its clip and
+        its target, or `answer` tokens where these are more, do not fit the LLM's positions."""
+        before, after, target = self.text_ids(dataclasses.replace(sample, history=()), True)
+        answer = max(len(target), answer)
+        clip = self.config.queries * (1 if self.config.sync else 2)
+        text, positions = len(before) + len(after), self.llm.config.positions
+        return "" if text + clip + answer <= positions else (
+            f"a question of {text} tokens, {clip} vectors of a clip and {answer} tokens of an "
+            f"answer, but the LLM has {positions} positions; shorten the question or the answer")
+
+    def fit(self, sample, answer=0):
+        """-> the encoded sample, cut so that it fits the positions of the LLM, and what was left
+        out, "" for nothing.  answer: positions to keep for one that is generated.
+
+        The rule: the last windows of the clip are left out (DIFF: at most so many fit), then, next
+        to a single window, the oldest turns of the dialogue.  With one window per clip, its last
+        frames are left out that have no position in the causal Q-Former.  A warning says so.
+        Raises ValueError when the question alone is too long."""
+        whole = sample = self.encode_sample(sample)
+        most, K = self.llm.config.positions - answer, self.config.window_frames
+        kept = frames = max(self.stream_frames(sample))
+        if not K and (limit := self.most_frames()) < frames:
+            kept, sample = limit, self.first_frames(whole, limit)
+        while K and kept > K and self.length(sample) > most:
+            kept = (math.ceil(kept / K) - 1) * K
+            sample = self.first_frames(whole, kept)
+        while self.length(sample) > most and sample.history:
+            sample = dataclasses.replace(sample, history=sample.history[1:])
+        if self.length(sample) > most:
+            raise ValueError(self.too_long(sample, answer))
+        parts = []
+        if kept < frames:
+            parts.append(f"{kept} of {frames} frames ({kept / frames:.0%}) of the clip")
+        if (left := len(sample.history)) < len(whole.history):
+            parts.append(f"the last {left} of {len(whole.history)} earlier turns")
+        if not parts:
+            return sample, ""
+        where = (f"the LLM has {self.llm.config.positions}" if K else
+                 f"the causal Q-Former has {self.config.max_positions}")
+        cut = f"only {' and '.join(parts)} are read, {where} positions"
+        warnings.warn(f"{sample.prompt[:60]!r}: {cut}", stacklevel=2)
+        return sample, cut
+
+    def most_frames(self):
+        """Frames that the causal Q-Former has positions for, in one window."""
+        return self.config.max_positions // max(self.visual.n_queries, self.audio_steps)
+
+    def first_frames(self, sample, n):
+        """An encoded sample with the first n synchronised frames of its clip."""
+        visual, audio = self.features_of(sample)
+        features = Features(None if visual is None else visual[:n],
+                            None if audio is None else audio[:n * self.audio_steps])
+        return dataclasses.replace(sample, features=features)
 
     # ---- Eq. (3) to (5)
-    def llm_inputs(self, samples):
-        """-> list of (embeddings (L,D_llm), ids to learn), and the queries."""
+    def llm_inputs(self, samples, answer=0):
+        """-> list of (embeddings (L,D_llm), labels of the last of them), and the queries.
+        answer: positions to keep for one that is generated; see fit."""
         if not samples:
             raise ValueError("an empty batch; wanted a list of at least one Sample")
+        samples = [self.fit(sample, answer)[0] for sample in self.encode_batch(samples)]
         tokens, queries = self.audio_visual_tokens(samples)
         rows = []
         for sample, vectors in zip(samples, tokens, strict=True):
-            before, after, answer = self.text_ids(sample, has_clip=len(vectors) > 0)
-            ids = torch.tensor([before + after + answer], device=vectors.device)
+            has_clip = len(vectors) > 0
+            before, after, target = self.text_ids(sample, has_clip)
+            ids = torch.tensor([before + after + target], device=vectors.device)
             text = self.llm.embed(ids)[0]                                         # (T,D_llm)
             rows.append((torch.cat([text[:len(before)], vectors.to(text), text[len(before):]]),
-                         answer))
+                         self.labels(sample, has_clip)))
         return rows, queries
 
     def forward(self, samples):
@@ -648,15 +777,14 @@ class Favor(nn.Module):
                 < torch.tensor(lengths, device=embeds.device)[:, None])
         hidden = self.llm.hidden(embeds=embeds, mask=mask)                        # (B,L,D)
         # Position p predicts token p + 1; the lm_head runs only where an answer token is predicted.
-        where = [(b, n - len(answer) - 1 + i)
-                 for b, (n, (_, answer)) in enumerate(zip(lengths, rows, strict=True))
-                 for i in range(len(answer))]
-        row, column = torch.tensor(where, device=embeds.device).T
-        wanted = torch.tensor([i for _, answer in rows for i in answer], device=embeds.device)
+        where = [(b, n - len(labels) - 1 + i, label)
+                 for b, (n, (_, labels)) in enumerate(zip(lengths, rows, strict=True))
+                 for i, label in enumerate(labels) if label != IGNORED]
+        row, column, wanted = torch.tensor(where, device=embeds.device).T
         token_ce = F.cross_entropy(self.llm.lm_head(hidden[row, column]).float(), wanted,
                                    reduction="none")
         per_item = token_ce.new_zeros(len(rows)).index_add(0, row, token_ce)
-        answer_lengths = torch.tensor([len(answer) for _, answer in rows], device=embeds.device)
+        answer_lengths = row.bincount(minlength=len(rows))
         # Eq. (4): a mean over pairs and windows, or the literal sum of each clip
         mean = self.config.diversity_reduction == "mean"
         diversity = diversity_loss(queries, "mean" if mean else "sum") / (1 if mean else len(rows))
@@ -671,20 +799,21 @@ class Favor(nn.Module):
         """Answers of a batch of Samples -> list of str.  Eq. (3); greedy unless the config or
         `settings` (see Llama.generate) say otherwise.  stream(text) receives one answer in pieces,
         as they are generated."""
-        rows, _ = self.llm_inputs([dataclasses.replace(sample, target=None) for sample in samples])
+        config = self.config
+        settings = {"max_new_tokens": config.max_new_tokens, "num_beams": config.beams,
+                    "repetition_penalty": config.repetition_penalty} | settings
+        rows, _ = self.llm_inputs([dataclasses.replace(sample, target=None) for sample in samples],
+                                  settings["max_new_tokens"])
         longest = max(len(embeds) for embeds, _ in rows)
         # padded on the left
         embeds = torch.stack([F.pad(e, (0, 0, longest - len(e), 0)) for e, _ in rows])
         mask = torch.stack([torch.arange(longest, device=e.device) >= longest - len(e)
                             for e, _ in rows])
-        config = self.config
-        settings = {"max_new_tokens": config.max_new_tokens, "num_beams": config.beams,
-                    "repetition_penalty": config.repetition_penalty} | settings
         if stream is not None:
             if len(samples) != 1:
                 raise ValueError(f"stream with {len(samples)} samples; "
                                  "only a single answer can be streamed")
-            push = self.tokenizer.stream_decoder()
+            push, stream = self.tokenizer.stream_decoder(), without_leading_space(stream)
             settings |= {"stream": lambda row, token: stream(push(token))}
         ids = self.llm.generate(embeds=embeds, mask=mask, **settings)
         if stream is not None:
@@ -700,9 +829,22 @@ class Favor(nn.Module):
         return self.generate([sample], stream=stream, **settings)[0]
 
 
+def without_leading_space(stream):
+    """stream(text), for an answer whose first word starts with the space before it."""
+    begun = False
+
+    def passed_on(text):
+        nonlocal begun
+        text = text if begun else text.lstrip()
+        begun = begun or text != ""
+        stream(text)
+
+    return passed_on
+
+
 def audio_steps_per_frame(positions_hz, fps):
     """A = positions per second / frames per second: 50 / 2 = 25.  ValueError where that is no whole
-    number: sound and picture would drift apart."""
+    number: sound and picture would drift apart.  DIFF: such frame rates are refused."""
     steps = round(positions_hz / fps)
     if abs(steps * fps / positions_hz - 1) > 1e-3:
         raise ValueError(

@@ -48,14 +48,17 @@ class LlamaConfig:
     eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: tuple = ()      # or config.json's dict, which becomes sorted pairs: hashable
-    max_positions: int = 2048     # what it was trained on; only rope_scaling depends on it
+    max_positions: int = 2048     # what it was trained on; see also `positions`
     tie_embeddings: bool = False
     bos_id: int = 1
-    eos_id: int | tuple = 2
+    eos_id: int | tuple[int, ...] = 2
     head_dim: int | None = None   # None: width / heads
 
     def __post_init__(self):
         if self.head_dim is None:
+            if self.width % self.heads:
+                raise ValueError(f"width {self.width}, {self.heads} heads; wanted a multiple of "
+                                 "them, or head_dim")
             object.__setattr__(self, "head_dim", self.width // self.heads)
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError(f"heads {self.heads}, kv_heads {self.kv_heads}, head_dim "
@@ -63,30 +66,42 @@ class LlamaConfig:
         object.__setattr__(self, "rope_scaling",
                            fast.checked_scaling(self.rope_scaling, self.max_positions))
 
+    @property
+    def positions(self):
+        """How long a text may be: max_positions, or what rope_scaling makes of them."""
+        rope = dict(self.rope_scaling)
+        original = rope.get("original_max_position_embeddings", self.max_positions)
+        return max(self.max_positions, int(original * rope.get("factor", 1)))
+
     @classmethod
     def from_folder(cls, root):
         """From config.json. The generation_config.json beside a LLaMA's adds its end tokens: chat
         models of LLaMA-3 may name the end of a turn only there."""
-        hf, more = hub.read_json(root / "config.json"), root / "generation_config.json"
+        hf, more = hub.model_config(root, "llama", "text_config"), root / "generation_config.json"
         if "text_config" not in hf and more.exists():
-            both = hf.get("eos_token_id"), hub.read_json(more).get("eos_token_id")
+            both = hf.get("eos_token_id"), hub.read_object(more).get("eos_token_id")
             ends = [i for ids in both if ids is not None for i in as_tuple(ids)]
-            hf["eos_token_id"] = list(dict.fromkeys(ends)) or None
-        return cls.from_dict(hf)
+            hf["eos_token_id"] = [i for n, i in enumerate(ends) if i not in ends[:n]] or None
+        return cls.from_dict(hf, root / "config.json")
 
     @classmethod
-    def from_dict(cls, hf):
-        """From a Hub config.json, old style (rope_theta and rope_scaling) or new (rope_parameters),
-        a LLaMA's own or the text_config inside an InstructBLIP's. Fields that it leaves out are
-        LLaMA-1 7B's. Raises ValueError for a model that is no plain LLaMA."""
+    def from_dict(cls, hf, where="config.json"):
+        """From a Hub config.json, the file `where`, old style (rope_theta and rope_scaling) or new
+        (rope_parameters), a LLaMA's own or the text_config inside an InstructBLIP's. Fields that it
+        leaves out are LLaMA-1 7B's. Raises ValueError for a model that is no plain LLaMA, and for a
+        number that is none or too large."""
         inside = "text_config" in hf
         hf = hf.get("text_config", hf)
-        scaling = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-        theta = scaling.pop("rope_theta", None) or hf.get("rope_theta") or cls.rope_theta
+        scaling = isinstance(hf, dict) and (hf.get("rope_scaling") or hf.get("rope_parameters"))
+        if not isinstance(hf, dict) or not isinstance(scaling or {}, dict):
+            raise ValueError(f"{where}: text_config or rope_scaling is {scaling or hf!r:.80}; "
+                             "wanted an object {...}")
+        scaling = dict(scaling or {})
+        theta = first(scaling.pop("rope_theta", None), hf.get("rope_theta"), cls.rope_theta)
         original = "original_max_position_embeddings"
         if hf.get(original):                  # the one beside rope_scaling wins over the one inside
             scaling[original] = hf[original]
-        rotated = scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
+        rotated = first(scaling.get("partial_rotary_factor"), hf.get("partial_rotary_factor"), 1)
         unsupported = [f"{key}={got!r} (wanted {wanted!r})" for key, got, wanted in [
             ("model_type", hf.get("model_type", "llama"), "llama"),
             ("partial_rotary_factor", rotated, 1),
@@ -94,17 +109,16 @@ class LlamaConfig:
             ("attention_bias", hf.get("attention_bias", False), False),
             ("mlp_bias", hf.get("mlp_bias", False), False)] if got != wanted]
         if unsupported:
-            raise ValueError(f"config.json: unsupported {', '.join(unsupported)}; "
-                             "use a plain LLaMA")
+            raise ValueError(f"{where}: unsupported {', '.join(unsupported)}; use a plain LLaMA")
         names = dict(HUB_NAMES)
         if inside:                # InstructBLIP's text_config has had wrong ones (0 and 1)
             del names["bos_id"], names["eos_id"]
-        ours = {name: hf[theirs] for name, theirs in names.items() if hf.get(theirs) is not None}
-        ours["kv_heads"] = ours.get("kv_heads") or ours.get("heads", cls.heads)
-        if isinstance(ours.get("eos_id"), list):
-            ends = tuple(ours["eos_id"])
-            ours["eos_id"] = ends if len(ends) > 1 else ends[0]
-        return cls(**ours, rope_theta=theta, rope_scaling=scaling)
+        ends = [] if hf.get("eos_token_id") is None else as_tuple(hf["eos_token_id"])
+        given = hf | {"eos_token_id": list(ends) if len(ends) > 1 else (*ends, None)[0],
+                      "rope_theta": theta, "num_key_value_heads": first(
+                          hf.get("num_key_value_heads"), hf.get("num_attention_heads"), cls.heads)}
+        return hub.make_config(cls, given, names | {"rope_theta": "rope_theta"}, where,
+                               zero=("bos_id", "eos_id"), rope_scaling=scaling)
 
     def to_dict(self):
         """As a Hub config.json, which any library reads."""
@@ -114,9 +128,14 @@ class LlamaConfig:
             "rope_theta": self.rope_theta, "rope_scaling": dict(self.rope_scaling) or None}
 
 
+def first(*values):
+    """The first of `values` that is not None."""
+    return next(value for value in values if value is not None)
+
+
 def as_tuple(ids):
     """One id or several -> a tuple."""
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
 
 # ---- the decoder --------------------------------------------------------------------------------
@@ -298,7 +317,8 @@ class Llama(nn.Module):
         LoRA adapters are left out: merge them first, or save them with lora.save."""
         tensors = {name: tensor.to(dtype or tensor.dtype)
                    for name, tensor in self.named_parameters() if ".lora_" not in name}
-        hub.save_folder(folder, tensors, self.config.to_dict())
+        tied = self.lm_head.weight is self.model.embed_tokens.weight      # lora.inject unties them
+        hub.save_folder(folder, tensors, replace(self.config, tie_embeddings=tied).to_dict())
 
     def embed(self, ids):
         """ids (B,T) -> (B,T,D)."""
@@ -500,6 +520,7 @@ def pick_token(scores, temperature, top_p, generator):
 
 class Tokenizer:
     """LLaMA's sentencepiece model. It gives ids of the text alone: nothing adds <s> or </s>."""
+    boundary = ""      # what a segment of a prompt needs before it so that it starts a new word
 
     def __init__(self, path):
         from sentencepiece import SentencePieceProcessor  # imported here: ids alone need none
@@ -521,8 +542,10 @@ class Tokenizer:
         for name, kind in (("tokenizer.model", Tokenizer), ("tokenizer.json", JsonTokenizer)):
             if (root / name).is_file():
                 return kind(root / name)
-        raise FileNotFoundError(f"{root}: neither tokenizer.model nor tokenizer.json; copy one of "
-                                "them there from the LLM's repo")
+        if (root / "config.json").exists():
+            hub.model_config(root, "llama", "text_config")           # refuses another model by name
+        raise FileNotFoundError(f"{root}: neither tokenizer.model nor tokenizer.json"
+                                f"{hub.foreign(root)}; copy one of them there from the LLM's repo")
 
     def encode(self, text):
         """Ids of `text`. Each call starts with a word boundary, even in mid-sentence, because the
@@ -555,8 +578,9 @@ class Tokenizer:
 
 
 class JsonTokenizer(Tokenizer):
-    """The same from a tokenizer.json: LLaMA-3's byte-level BPE, which adds no word boundaries.
-    The ids that begin and end a text come from config.json and generation_config.json."""
+    """The same from a tokenizer.json: LLaMA-2's, or byte-level BPE (LLaMA-3, SmolLM2), where the
+    boundary before a word is a space of the text and nothing adds it. The ids that begin and end
+    a text come from config.json and generation_config.json."""
 
     def __init__(self, path):
         from tokenizers import Tokenizer as Pieces
@@ -570,6 +594,8 @@ class JsonTokenizer(Tokenizer):
         self.pieces.no_padding()
         self.pieces.encode_special_tokens = True      # "<|eot_id|>" inside a text is spelt out
         self.vocab_size = 1 + max(self.pieces.get_vocab().values())
+        first = self.pieces.encode("a", add_special_tokens=False).tokens[0]
+        self.boundary = "" if first.startswith(("▁", "Ġ")) else " "
         config = LlamaConfig.from_folder(root)
         ends = as_tuple(config.eos_id)
         if wrong := {config.bos_id, *ends} - self.pieces.get_added_tokens_decoder().keys():

@@ -10,22 +10,45 @@
    Public: LoraConfig, LoraLinear, inject, layers, merge, unmerge, save, load."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
 from runtime import hub
 from runtime.fast import stacked_down
 
 PREFIX = "base_model.model."              # what peft puts before a module's own name
-# Settings of an adapter_config.json that would change the formula above: refused unless unset.
-UNSUPPORTED = ("use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out",
-               "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication",
-               "modules_to_save", "exclude_modules", "target_parameters", "trainable_token_indices")
+READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "peft_type", "bias",
+        "init_lora_weights"}
+# Settings of an adapter_config.json that change nothing in the formula above: where an adapter
+# comes from, how it began, how it is held, and numbers that act only with a setting below.
+HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+            "peft_version", "runtime_config", "eva_config", "corda_config", "loftq_config",
+            "lora_ga_config", "layers_pattern", "megatron_core", "qalora_group_size"}
+# Beginnings that leave the base model's weights as they are. The others move a part of them into
+# the adapter, so that it does not fit the weights as published.
+BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+# Settings that ask for another formula: refused unless they are unset.
+UNSUPPORTED = {
+    "use_rslora": "it scales by alpha / sqrt(r)", "use_dora": "it learns the length of W's columns",
+    "use_qalora": "it pools the input", "use_bdlora": "its A and B are block-diagonal",
+    "lora_bias": "its B has a bias", "fan_in_fan_out": "its W is transposed",
+    "rank_pattern": "some layers have another r", "alpha_pattern": "some layers have another alpha",
+    "layers_to_transform": "only some layers are adapted",
+    "layer_replication": "layers are repeated",
+    "modules_to_save": "whole modules are replaced", "exclude_modules": "some modules are left out",
+    "target_parameters": "parameters outside linear layers are adapted",
+    "trainable_token_indices": "rows of the embeddings are replaced",
+    "ensure_weight_tying": "tied layers share an adapter",
+    "alora_invocation_tokens": "it acts only behind certain tokens",
+    "arrow_config": "the input chooses among adapters",
+    "kasa_config": "it changes the base's weights", "velora_config": "its gradients are others",
+    "monteclora_config": "its weights are drawn anew",
+    "megatron_config": "it belongs to Megatron's layers"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +102,8 @@ def layers(model):
 
 def inject(model, config):
     """Replaces every nn.Linear whose name ends as in config.target_modules by a LoraLinear, freezes
-    the rest of `model` and returns it. ValueError lists the linear layers if none is named so."""
+    the rest of `model` and returns it. An lm_head that is tied to the embeddings gets a weight of
+    its own. ValueError lists the linear layers if none is named so."""
     if layers(model):
         raise ValueError(f"{type(model).__name__} already holds {len(layers(model))} adapters; "
                          "inject once, or build the model anew")
@@ -94,7 +118,11 @@ def inject(model, config):
         raise ValueError(f"{type(model).__name__} has no nn.Linear named {absent}; "
                          f"choose target_modules among {sorted(linears)}")
     model.requires_grad_(False)
+    users = Counter(id(parameter) for module in model.modules()
+                    for parameter in module._parameters.values())
     for name, base in found.items():
+        if users[id(base.weight)] > 1:     # tied to another layer, which a merge would change, too
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, LoraLinear(base, config).train(base.training))
     return model
@@ -154,29 +182,53 @@ def save(model, folder, base_model=None):
 
 
 def read_config(path):
-    """peft's adapter_config.json -> LoraConfig; ValueError where it asks for another formula."""
-    theirs = hub.read_json(path)
-    odd = {key: theirs[key] for key in UNSUPPORTED if theirs.get(key)}
-    odd |= {key: theirs[key] for key, wanted in [("peft_type", "LORA"), ("bias", "none")]
-            if theirs.get(key, wanted) != wanted}
-    if not isinstance(theirs.get("target_modules"), list):
-        odd["target_modules"] = theirs.get("target_modules")
+    """peft's adapter_config.json -> LoraConfig. ValueError where it asks for another formula, or
+    holds a setting that is not known here and not unset (null, false or empty)."""
+    theirs = hub.read_object(path)
+    odd = {key: UNSUPPORTED.get(key, "not known here, it may change what is computed")
+           for key, value in theirs.items() if key not in HARMLESS | READ and not (
+               value is None or value is False or value in ("", [], {}))}
+    start, kind = theirs.get("init_lora_weights"), theirs.get("peft_type", "LORA")
+    if (start.lower() if isinstance(start, str) else start) not in BEGINNINGS:
+        odd["init_lora_weights"] = "it has moved a part of the base's weights into the adapter"
+    if kind != "LORA":
+        odd["peft_type"] = "another method"
+    if theirs.get("bias", "none") != "none":
+        odd["bias"] = "it trains biases"
+    targets = theirs.get("target_modules")
+    if not isinstance(targets, list) or not targets or not all(
+            isinstance(name, str) and name for name in targets):
+        odd["target_modules"] = "wanted a list of the names of linear layers"
     if odd:
-        raise ValueError(f"{path}: unsupported {odd}; wanted plain LoRA: peft_type LORA, no bias, "
-                         "target_modules a list of names, extensions off; train or export it so")
-    return LoraConfig(theirs["r"], theirs["lora_alpha"], theirs.get("lora_dropout", 0.0),
-                      tuple(sorted(theirs["target_modules"])))
+        texts = [f"{key} {theirs.get(key)!r:.80} ({why})" for key, why in odd.items()]
+        raise ValueError(f"{path}: unsupported {', '.join(texts)}; wanted plain LoRA, W + alpha/r "
+                         "B A in all layers of these names; train or export it so")
+    if lacking := [key for key in ("r", "lora_alpha") if theirs.get(key) is None]:
+        raise ValueError(f"{path}: no {', '.join(lacking)}; save the adapter again")
+    return hub.make_config(LoraConfig, {"lora_dropout": 0.0} | theirs, {
+        "r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}, path, zero=("dropout",),
+        target_modules=tuple(sorted(targets)))
+
+
+def read(folder):
+    """A peft folder -> its LoraConfig and {name: Stored}; no numbers are read yet."""
+    folder = Path(folder)
+    config, path = read_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: missing; convert adapter_model.bin to safetensors once")
+    theirs = hub.stored_tensors(path)
+    if odd := [f"{name} {list(t.shape)}" for name, t in theirs.items()
+               if ".lora_A." in name and t.shape[:1] != (config.r,)]:
+        raise ValueError(f"{path}: r is {config.r} in adapter_config.json, but there are "
+                         f"{hub.listed(odd, 3)}; both files must be of one adapter")
+    return config, theirs
 
 
 @torch.no_grad()
 def load(model, folder):
     """Reads a peft folder into `model`; adapters are injected first if there are none. Raises
     ValueError that lists what is missing, unknown or of another shape."""
-    folder = Path(folder)
-    config, path = read_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: missing; convert adapter_model.bin to safetensors once")
-    theirs = load_file(path)
+    path, (config, theirs) = Path(folder) / "adapter_model.safetensors", read(folder)
     if not layers(model):
         inject(model, config)
     for name, layer in layers(model).items():
@@ -187,15 +239,14 @@ def load(model, folder):
         if layer.merged:
             raise ValueError(f"{folder}: {name} is merged; call lora.unmerge(model) before loading")
     wanted = adapter_tensors(model)
-    problems = [f"{label}: {', '.join(names[:8])}{' …' if len(names) > 8 else ''} ({len(names)})"
-                for label, names in [
-                    ("missing", sorted(wanted.keys() - theirs)),
-                    ("unknown", sorted(theirs.keys() - wanted)),
-                    ("wrong shape", sorted(n for n in wanted.keys() & theirs
-                                           if wanted[n].shape != theirs[n].shape))] if names]
+    problems = [f"{label}: {hub.listed(names, 8)}" for label, names in [
+        ("missing", wanted.keys() - theirs), ("unknown", theirs.keys() - wanted),
+        ("wrong shape", [n for n in wanted.keys() & theirs if wanted[n].shape != theirs[n].shape]),
+        ("wrong dtype", [n for n, t in theirs.items()
+                         if not hub.same_kind(t.dtype, torch.float32)])] if names]
     if problems:
         raise ValueError(f"{path}: adapters do not fit {type(model).__name__}; "
                          + "; ".join(problems))
     for name, parameter in wanted.items():
-        parameter.copy_(theirs[name])
+        hub.fill(parameter, theirs[name])
     return model

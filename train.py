@@ -1,7 +1,8 @@
 """Trains FAVOR: audio projection, causal Q-Former, LLM projection and LoRA; all else is frozen.
 
      python train.py                               the tiny preset on the miniature, made first
-     torchrun --nproc_per_node 2 train.py          the same loss curve, with any number of processes
+     torchrun --nproc_per_node 2 train.py          the same loss curve with any number of processes,
+                                                   but for the noise of dropout (7b, 13b)
      torchrun --nproc_per_node 8 train.py --model 7b --data asr.jsonl vqa.jsonl:0.5 --out runs/7b
      torchrun ... --model 13b --shard --recompute  for GPUs that cannot hold 13B each
      python train.py --no-sync --out runs/no-sync  an ablation: each switch of the method is a flag
@@ -183,11 +184,13 @@ class TrainConfig:
         return [Path(path) for path, _ in self.manifests] == [Path(MINIATURE)]
 
 
-# what may differ when a run goes on: nothing here changes what is learnt
-RESUMABLE = ("out", "processes", "threads", "test", "log_every", "show", "keep", "save_every",
-             "max_skips", "workers", "tensorboard", "wandb", "micro_batch", "micro_tokens",
-             "micro_frames", "shard", "recompute", "compile", "cache_features", "features",
-             "offline")
+# What may differ when a run goes on: nothing here changes what is learnt, except that the noise of
+# dropout depends on the number of processes and on how a batch is cut.  Of --data the content is
+# compared (checkpoint.compare_data), not where it lies.
+RESUMABLE = ("data", "out", "processes", "threads", "test", "log_every", "show", "keep",
+             "save_every", "max_skips", "workers", "tensorboard", "wandb", "micro_batch",
+             "micro_tokens", "micro_frames", "shard", "recompute", "compile", "cache_features",
+             "features", "offline")
 
 
 def dry_run(config):
@@ -225,6 +228,7 @@ class Run:
     run_log: object
     skipped: object
     facts: dict                # of every checkpoint: settings, commit, mixture
+    data: list                 # of each manifest: hash, weight, records; None on other processes
     first: int = 0             # steps done before this start
     best: float = math.inf     # lowest held-out cross-entropy
     val_ce: float | None = None
@@ -256,7 +260,8 @@ def build(config, kind, dtype, device, found):
     if config.start_from and not found:
         model.load_trained(config.start_from)
     if found:
-        model.load_trained(found[0])
+        with checkpoint.reading(found[0]):
+            model.load_trained(found[0])
     if config.recompute:
         distributed.checkpoint_activations(model)
     if config.compile:
@@ -292,18 +297,18 @@ def learning_rate(config, step):
     return config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def prepare(config, argv, device):
+def prepare(config, argv, out, device):
     """Data, model, feature cache, optimiser and log; restored if a stopped run continues."""
-    out, kind = Path(config.out or f"runs/{config.model}"), SYSTEMS[config.system]
-    out.mkdir(parents=True, exist_ok=True)
+    kind = SYSTEMS[config.system]
     found = checkpoint.resume(out, dataclasses.asdict(config), RESUMABLE)
     dtype, autocast, why = distributed.precision(config.dtype, config.model, device)
-    try:
-        corpus = read_data(config, kind)
-        with distributed.one_rank_at_a_time() if config.shard else nullcontext():
-            model = build(config, kind, dtype, device, found)
-    except (FileNotFoundError, ValueError) as error:         # what is missing or does not fit
-        raise SystemExit(str(error)) from error
+    corpus, data = read_data(config, kind), None
+    with distributed.main_process_first():
+        if distributed.rank() == 0:
+            data = content_of(config, corpus)
+            checkpoint.compare_data(out, found, data, log)
+    with distributed.one_rank_at_a_time() if config.shard else nullcontext():
+        model = build(config, kind, dtype, device, found)
     # at most 400 held-out questions, of all tasks: a manifest is often sorted by task
     chosen = np.random.default_rng(0).permutation(len(corpus.held_out))[:400]
     cached = config.model == "tiny" if config.cache_features is None else config.cache_features
@@ -315,10 +320,15 @@ def prepare(config, argv, device):
     log(f"{len(corpus.train)} training questions, {len(corpus.held_out)} held out; {config.steps} "
         f"steps of {config.batch} on {world} x {device.type}; frozen weights {why}, trained ones "
         "float32")
+    if config.warmup >= config.steps:
+        most = max(learning_rate(config, step) for step in range(config.steps))
+        log(f"--warmup {config.warmup} does not end before the run, --steps {config.steps}: the "
+            f"learning rate reaches {most:.1e} instead of --lr {config.lr:.1e}")
     optimiser, at = make_optimiser(model, config), {"step": 0, "best": math.inf, "nonfinite": 0}
     if found:
         at = found[1]
-        distributed.load_optimiser_state(optimiser, at["optimiser"])
+        with checkpoint.reading(found[0]):
+            distributed.load_optimiser_state(optimiser, at["optimiser"])
         log(f"going on from {found[0]}, step {at['step']}")
     facts = facts_of(config, argv, out, corpus, model, at["step"])
     peak = None if dtype == torch.float32 else flops.peak_flops(device)
@@ -330,8 +340,14 @@ def prepare(config, argv, device):
     ddp = model if world == 1 or config.shard else DistributedDataParallel(model)
     skipped = loader.SkippedLog(out / "skipped.jsonl", at["step"], main_process, log)
     return Run(out, device, autocast, corpus, corpus.records(corpus.held_out[chosen]), model,
-               ddp, cache, optimiser, run_log, skipped, facts, at["step"], at["best"],
+               ddp, cache, optimiser, run_log, skipped, facts, data, at["step"], at["best"],
                nonfinite=at["nonfinite"])
+
+
+def content_of(config, corpus):
+    """[hash, weight, records] of each manifest: what a run that goes on must find again."""
+    return [[checkpoint.short_hash(index.path), weight, len(index)]
+            for index, (_, weight) in zip(corpus.indices, config.manifests, strict=True)]
 
 
 def facts_of(config, argv, out, corpus, model, first_step):
@@ -392,7 +408,14 @@ def encode_share(model, items, config, device):
     all processes run equally many micro-batches, as each needs the others' weights; under DDP each
     process runs at least one."""
     readable = [item for item in items if item.sample is not None]
-    samples = model.encode_batch([item.sample for item in readable])
+    for item, sample in zip(
+            readable, model.encode_batch([item.sample for item in readable]), strict=True):
+        item.sample, item.reason = None, model.too_long(sample)
+        if not item.reason:                       # cut here, so that the sizes below are the LLM's
+            item.sample, cut = model.fit(sample)
+            item.cut = "; ".join(filter(None, (item.cut, cut)))
+    readable = [item for item in readable if not item.reason]
+    samples = [item.sample for item in readable]
     seen = [sample.features.visual for sample in samples]
     rows = [(item.task, sample, model.length(sample), 0 if frames is None else len(frames))
             for item, sample, frames in zip(readable, samples, seen, strict=True)]
@@ -421,6 +444,7 @@ def train(run, config, stop):
         with clock.waiting():
             items = next(batches)
         # Each rank and step has a seed of its own, so that dropout is the same after a stop, too.
+        # With another number of processes it is other noise.
         torch.manual_seed((config.seed * config.steps + step) * world + rank)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -448,12 +472,14 @@ def train(run, config, stop):
         due = not stopped and (done % config.val_every == 0 or done == config.steps)
         if due:
             with clock.aside():
-                run.val_ce = row["val_ce"] = validate(run, config, row)
+                run.val_ce = row["val_ce"] = validate(run, config)
         log_step(run, config, row, everyone, done, clock)                                # log
         with clock.aside():
             if due and config.show and (rank == 0 or config.shard):
                 log_samples(model, run.held_out[:config.show], run.cache, config.mask or None)
-            save(run, config, done, due, due or stopped)
+            # With nothing held out, the batch's own loss chooses best/.
+            save(run, config, done, row["ce"] if run.val_ce is None else run.val_ce,
+                 due, due or stopped)
         if stopped:
             return stopped
     return ""
@@ -495,11 +521,11 @@ def check_step(run, config, row, everyone, done):
 
 # ---------------------------------------------------------------- validate, log, save
 @torch.no_grad()
-def validate(run, config, row):
+def validate(run, config):
     """Mean cross-entropy per answer token on the held-out questions, of which each process has its
-    share; without any, the batch's own."""
+    share; None when there is none that can be read."""
     if not run.held_out:
-        return row["ce"]
+        return None
     model, rank, world = run.model, distributed.rank(), distributed.world()
     model.eval()
     mine, total, count = run.held_out[rank::world], 0.0, 0
@@ -514,7 +540,7 @@ def validate(run, config, row):
             count += losses["tokens"]
     model.train()
     total, count = distributed.all_reduce_sum([total, count], run.device)
-    return total / max(count, 1)
+    return total / count if count else None
 
 
 def val_batch(config, world):
@@ -552,7 +578,7 @@ def log_step(run, config, row, everyone, done, clock):
         run.model, **work, encoded=run.cache is not None)
     run.run_log.log_step({name: value for name, value in row.items() if value is not None}, clips,
                      sum(work["llm_tokens"]), operations, waited, seconds)
-    if "val_ce" in row:
+    if row.get("val_ce") is not None:
         run.run_log.log_event("validation", ce=row["val_ce"])
 
 
@@ -564,12 +590,12 @@ def mean_cosine(config, row, clips, windows):
     return row["diversity"] * clips / (max(windows, 1) * pairs)
 
 
-def save(run, config, done, validated, last):
-    """best/ after a validation that was better than all before, last/ when due, and snapshots.  All
-    processes call it: sharded parts are gathered."""
+def save(run, config, done, score, validated, last):
+    """best/ after a validation with a score lower than all before, last/ when due, and snapshots.
+    All processes call it: sharded parts are gathered."""
     folders, best_before = [], run.best
-    if validated and run.val_ce is not None and run.val_ce < run.best:
-        run.best = run.val_ce
+    if validated and score is not None and score < run.best:
+        run.best = score
         folders.append("best")
     folders += ["last"] * bool(last)
     if config.save_every and done % config.save_every == 0:
@@ -577,7 +603,7 @@ def save(run, config, done, validated, last):
     if not folders:
         return
     state = {"step": done, "best": run.best, "nonfinite": run.nonfinite,
-             "config": dataclasses.asdict(config),
+             "config": dataclasses.asdict(config), "data": run.data,
              "optimiser": distributed.full_optimiser_state(run.optimiser) if last else None}
     with distributed.full_parameters(run.model):
         for folder in folders if distributed.rank() == 0 else ():
@@ -606,6 +632,7 @@ def save_curve(run):
 
 
 # ---------------------------------------------------------------- the program
+@distributed.said_once()
 def main(config, argv):
     """One process of the run, from the first step that is left to the last."""
     # Checked before the processes meet: one that still joins when the first one ends would fail
@@ -614,40 +641,49 @@ def main(config, argv):
         raise SystemExit(
             f"--batch {config.batch} for {world} processes; wanted at least a sample for each")
     rank, world, device = distributed.init_distributed()
-    started = time.time()
     torch.set_num_threads(
         config.threads or (1 if config.model == "tiny" else max(1, cli.cores() // world)))
     torch.manual_seed(config.seed)
     hub.offline(config.offline)
-    run = prepare(config, argv, device)
+    out = Path(config.out or f"runs/{config.model}")
+    with checkpoint.lock(out / "train.lock", log):
+        learn(config, argv, out, device)
+        if rank == 0 and config.test:
+            test(config, out, world)
+
+
+def learn(config, argv, out, device):
+    """Trains, and leaves best/ in `out`; all processes disconnect."""
+    started = time.time()
+    try:
+        run = prepare(config, argv, out, device)
+    except (FileNotFoundError, ValueError) as error:         # what is missing or does not fit
+        raise SystemExit(str(error)) from error
     with checkpoint.StopSignal() as stop, loader.worker_errors():
         stopped = train(run, config, stop)
     run.run_log.close()
     if stopped:
-        log(f"{stopped}: saved step {run.run_log.at} in {run.out}/last; the same command goes on "
+        log(f"{stopped}: saved step {run.run_log.at} in {out}/last; the same command goes on "
             "there")
         distributed.shutdown(run.ddp)
         sys.exit(128 + signal.Signals[stopped])
     if run.skipped.rows:
         log(str(run.skipped))
-    if rank == 0:
+    if distributed.rank() == 0:
         save_curve(run)
     if not run.unsaved:
-        log(f"{run.out}/best: answers with  python demo.py CLIP QUESTION --checkpoint "
-            f"{run.out}/best   ({runlog.duration(time.time() - started)} of training)")
+        log(f"{out}/best: answers with  python demo.py CLIP QUESTION --checkpoint "
+            f"{out}/best   ({runlog.duration(time.time() - started)} of training)")
     distributed.shutdown(run.ddp)                      # after this each process is its own main one
     if run.unsaved:
-        raise SystemExit(f"{run.out}/{run.unsaved} could not be saved, the disk was full; make "
+        raise SystemExit(f"{out}/{run.unsaved} could not be saved, the disk was full; make "
                          "room and run the same command again")
-    if rank == 0 and config.test:
-        out, run = run.out, None                       # eval.py needs the memory that it holds
-        torch.cuda.empty_cache()
-        test(config, out, world)
 
 
 def test(config, out, world):
     """The table of eval.py on <data>/test.jsonl with best/, by a program of its own: training needs
     nothing of the benchmark."""
+    torch.cuda.empty_cache()                           # eval.py needs the memory that training held
     manifest = find_manifest(config.manifests[0][0], "train").parent / "test.jsonl"
     if not manifest.exists():
         return
@@ -670,14 +706,15 @@ if __name__ == "__main__":
     settings, _ = cli.parse(TrainConfig, __doc__)
     if settings.dry_run:
         sys.exit(dry_run(settings))
-    try:                                 # what is missing is said once, before processes start
-        if settings.start_from:
-            checkpoint.find_checkpoint(settings.start_from)
-        for path, _ in () if settings.on_miniature else settings.manifests:
-            Index.of(find_manifest(path, "train"))
-        runlog.check_wandb(settings.wandb)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))
+    with distributed.said_once():        # what is missing is said before processes start
+        try:
+            if settings.start_from:
+                checkpoint.find_checkpoint(settings.start_from)
+            for path, _ in () if settings.on_miniature else settings.manifests:
+                Index.of(find_manifest(path, "train"))
+            runlog.check_wandb(settings.wandb)
+        except (FileNotFoundError, ValueError) as error:
+            sys.exit(str(error))
     distributed.launch_local(settings.processes,      # each has its own copy of the weights
                              most=min(4, settings.batch) if settings.model == "tiny" else 1)
     main(settings, sys.argv[1:])

@@ -41,6 +41,11 @@ class ViTConfig:
     patch_size: int = 14
     eps: float = 1e-6
 
+    def __post_init__(self):
+        check_heads(self)
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size {self.patch_size} exceeds image_size {self.image_size}")
+
     @property
     def n_patches(self):
         """Without CLS: (224 / 14)^2 = 256."""
@@ -60,27 +65,80 @@ class QFormerConfig:
     encoder_width: int = 1408
     eps: float = 1e-12
 
+    def __post_init__(self):
+        check_heads(self)
+
+
+def check_heads(config):
+    """ValueError unless the heads share the width evenly."""
+    if config.width % config.heads:
+        raise ValueError(f"width {config.width}, {config.heads} heads; wanted a multiple of them")
+
 
 def read_config(root):
     """InstructBLIP's config.json -> (ViTConfig, QFormerConfig, n_queries). The Hub's is abridged
-    (its vision_config is one line), so absent fields take the defaults above."""
-    config = hub.read_json(root / "config.json")
-    vision, qformer = config.get("vision_config") or {}, config.get("qformer_config") or {}
+    (its vision_config is one line), so absent fields take the defaults above. ValueError for what
+    is not built here, also in the settings of its image processor."""
+    path = root / "config.json"
+    config = hub.model_config(root, "instructblip")
+    vision, qformer = ({} if config.get(name) is None else config[name]
+                       for name in ("vision_config", "qformer_config"))
     for name, part in (("vision_config", vision), ("qformer_config", qformer)):
-        if part.get("hidden_act", "gelu") != "gelu":
-            raise ValueError(f"{root}: {name}.hidden_act is {part['hidden_act']!r}; only 'gelu' "
-                             "(all published InstructBLIPs) is built here")
+        if not isinstance(part, dict) or part.get("hidden_act", "gelu") != "gelu":
+            raise ValueError(f"{path}: {name} is {part!r:.80}; wanted an object {{...}} whose "
+                             "hidden_act is 'gelu' (all published InstructBLIPs)")
     shared = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
               "ffn": "intermediate_size", "eps": "layer_norm_eps"}     # ours: the Hub's
-    vit_names = shared | {"image_size": "image_size", "patch_size": "patch_size"}
-    qformer_names = shared | {
+    vit = hub.make_config(ViTConfig, vision, shared | {
+        "image_size": "image_size", "patch_size": "patch_size"}, f"{path}: vision_config")
+    qformer = {"encoder_hidden_size": vit.width} | qformer
+    qformer = hub.make_config(QFormerConfig, qformer, shared | {
         "vocab_size": "vocab_size", "max_positions": "max_position_embeddings",
         "cross_attention_frequency": "cross_attention_frequency",
-        "encoder_width": "encoder_hidden_size"}
-    vit = ViTConfig(**{ours: vision[hubs] for ours, hubs in vit_names.items() if hubs in vision})
-    qformer = QFormerConfig(**{"encoder_width": vit.width} | {
-        ours: qformer[hubs] for ours, hubs in qformer_names.items() if hubs in qformer})
-    return vit, qformer, config.get("num_query_tokens", 32)
+        "encoder_width": "encoder_hidden_size"}, f"{path}: qformer_config")
+    if qformer.encoder_width != vit.width:
+        raise ValueError(f"{path}: qformer_config's encoder_hidden_size {qformer.encoder_width} is "
+                         f"not vision_config's hidden_size {vit.width}")
+    queries = config.get("num_query_tokens", 32)
+    if type(queries) is not int or not 0 < queries <= hub.LARGEST_SIZE:
+        raise ValueError(f"{path}: num_query_tokens is {queries!r:.80}; wanted a whole number from "
+                         f"1 to {hub.LARGEST_SIZE}")
+    other = root / "processor_config.json"
+    if other.exists() and hub.read_object(other).get("num_query_tokens", queries) != queries:
+        raise ValueError(f"{other}: num_query_tokens is another one than {queries} in {path}; both "
+                         "files must be of one model")
+    check_processor(root, vit.image_size)
+    return vit, qformer, queries
+
+
+def check_processor(root, size):
+    """ValueError if InstructBLIP's image processor, where its settings are in the folder, does
+    something else than preprocess(frames, size)."""
+    built = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+             "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+             "do_center_crop": False, "do_pad": False, "size": {"height": size, "width": size}}
+    settings, places = hub.processor(root, "image_processor", (*built, "image_processor_type"))
+    if isinstance(settings.get("size"), int):                        # how it was written once
+        settings["size"] = dict.fromkeys(("height", "width"), settings["size"])
+    kind = settings.pop("image_processor_type", "BlipImageProcessor")
+    odd = [key for key, value in settings.items() if not same(value, built[key])]
+    if not str(kind).startswith("BlipImageProcessor"):               # also ...Fast and ...Pil
+        raise ValueError(f"{places['image_processor_type']}: image_processor_type is {kind!r:.80}; "
+                         "wanted BlipImageProcessor")
+    if odd:
+        raise ValueError(f"{places[odd[0]]}: {odd[0]} is {settings[odd[0]]!r:.80}; only "
+                         f"{built[odd[0]]} is built here: frames are resized to {size} x {size} of "
+                         "vision_config's image_size, normalised with CLIP's mean and deviation")
+
+
+def same(value, wanted):
+    """Whether a JSON value is `wanted`, numbers to 1e-6."""
+    if isinstance(wanted, tuple):
+        return isinstance(value, list) and len(value) == len(wanted) and all(
+            map(same, value, wanted))
+    if isinstance(wanted, float):
+        return isinstance(value, float | int) and abs(value - wanted) < 1e-6
+    return value == wanted
 
 
 class Norm(nn.LayerNorm):
@@ -276,7 +334,7 @@ class VisualEncoder(nn.Module):
     def from_pretrained(cls, source, dtype=None, device=None):
         """An InstructBLIP on the Hub or in a local folder -> frozen encoder in eval mode. Its
         language model and its projection stay unread."""
-        root = hub.folder(source, files=(), tensors=OUR_TENSORS)
+        root = hub.folder(source, files=hub.PROCESSOR_FILES, tensors=OUR_TENSORS)
         encoder = hub.load_module(lambda: cls(*read_config(root)), root, dtype, device,
                                   only=OUR_TENSORS, rename=(("vision_model.", "vit."),))
         return encoder.requires_grad_(False)
@@ -342,16 +400,27 @@ class QFormerTokenizer:
     def from_pretrained(cls, source):
         """From <source>/qformer_tokenizer/vocab.txt, else from the tokenizer.json beside it."""
         root = hub.folder(source, ("qformer_tokenizer/*",), tensors=()) / "qformer_tokenizer"
-        if (root / "vocab.txt").exists():
-            pieces = (root / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        if (root / "vocab.txt").is_file():
+            try:
+                pieces = (root / "vocab.txt").read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{root / 'vocab.txt'}: not UTF-8 ({error}); download it again"
+                                 ) from None
             if missing := [piece for piece in SPECIAL if piece not in pieces]:
                 raise ValueError(f"{root / 'vocab.txt'}: no {', '.join(missing)}; wanted the "
                                  "vocabulary of bert-base-uncased")
             return cls(BertWordPieceTokenizer(str(root / "vocab.txt")))
-        if (root / "tokenizer.json").exists():
-            return cls(Tokenizer.from_file(str(root / "tokenizer.json")))
-        raise FileNotFoundError(f"{root}: neither vocab.txt nor tokenizer.json; copy the folder "
-                                "qformer_tokenizer of the InstructBLIP repo")
+        if (root / "tokenizer.json").is_file():
+            try:
+                return cls(Tokenizer.from_file(str(root / "tokenizer.json")))
+            except Exception as error:        # the library raises nothing more specific
+                raise ValueError(f"{root / 'tokenizer.json'}: not readable ({error}); download it "
+                                 "again") from None
+        if (root.parent / "config.json").exists():
+            hub.model_config(root.parent, "instructblip")            # refuses another model by name
+        raise FileNotFoundError(f"{root}: neither vocab.txt nor tokenizer.json"
+                                f"{hub.foreign(root.parent)}; copy the folder qformer_tokenizer of "
+                                "the InstructBLIP repo")
 
     def __call__(self, texts, max_length=128):
         """List of B texts -> ids (B,T) long, mask (B,T) bool, padded on the right; T <= max_length

@@ -24,6 +24,10 @@ from runtime import hub
 
 SAMPLE_RATE = 16000                   # Hz
 CHUNKS_AT_ONCE = 8                    # 8 * 30 s = 4 min: bounds the memory of encode()
+SPECTRUM = ("n_fft", "hop_length", "feature_size", "n_samples", "chunk_length", "nb_max_frames")
+# Settings of transformers' WhisperFeatureExtractor with the values that encode() stands for.
+PREPARATION = {"feature_extractor_type": "WhisperFeatureExtractor", "sampling_rate": SAMPLE_RATE,
+               "padding_side": "right", "padding_value": 0.0, "dither": 0.0, "do_normalize": False}
 FP16_LIMIT = 65504 - 1000             # fp16 ends at 65504; Whisper's residual stream can get there
 
 
@@ -50,28 +54,41 @@ class WhisperConfig:
         """Encoder positions per second: 16000 / (2 * 160) = 50."""
         return self.sample_rate // (2 * self.hop)
 
+    def __post_init__(self):
+        if self.width % self.heads or self.width % 2:
+            raise ValueError(f"width {self.width}, {self.heads} heads; wanted a width that is even "
+                             "and a multiple of the heads")
+
     @classmethod
     def from_folder(cls, root):
-        """From config.json and, where there is one, preprocessor_config.json."""
-        model = hub.read_json(root / "config.json")
-        extra = root / "preprocessor_config.json"
-        audio = hub.read_json(extra) if extra.exists() else {}
-        config = cls(
-            n_mels=model.get("num_mel_bins", cls.n_mels),
-            width=model.get("d_model", cls.width),
-            layers=model.get("encoder_layers", cls.layers),
-            heads=model.get("encoder_attention_heads", cls.heads),
-            ffn=model.get("encoder_ffn_dim", cls.ffn),
-            max_source_positions=model.get("max_source_positions", cls.max_source_positions),
-            sample_rate=audio.get("sampling_rate", cls.sample_rate),
-            n_fft=audio.get("n_fft", cls.n_fft),
-            hop=audio.get("hop_length", cls.hop))
-        if audio.get("feature_size", config.n_mels) != config.n_mels:
-            raise ValueError(f"{extra}: feature_size {audio['feature_size']}, but config.json has "
-                             f"num_mel_bins {config.n_mels}; both files must be of one model")
+        """From config.json and, where there is one, preprocessor_config.json or
+        processor_config.json. ValueError for settings that are not built here."""
+        model = hub.model_config(root, "whisper")
+        audio, places = hub.processor(root, "feature_extractor", (*SPECTRUM, *PREPARATION))
+        for key, wanted in PREPARATION.items():
+            if audio.get(key, wanted) != wanted:
+                raise ValueError(f"{places[key]}: {key} is {audio[key]!r:.80}; only {wanted!r} "
+                                 "(all published Whispers) is built here")
         if model.get("activation_function", "gelu") != "gelu":
-            raise ValueError(f"{root}: activation_function {model['activation_function']!r}; only "
-                             "'gelu' (all published Whispers) is built here")
+            raise ValueError(f"{root}: activation_function {model['activation_function']!r:.80}; "
+                             "only 'gelu' (all published Whispers) is built here")
+        where = " + ".join(map(str, (root / "config.json", *dict.fromkeys(places.values()))))
+        config = hub.make_config(cls, model | audio, {
+            "n_mels": "num_mel_bins", "width": "d_model", "layers": "encoder_layers",
+            "heads": "encoder_attention_heads", "ffn": "encoder_ffn_dim",
+            "max_source_positions": "max_source_positions", "n_fft": "n_fft", "hop": "hop_length"},
+            where)
+        # What follows from these settings may also stand there, and must agree.
+        samples = config.chunk_samples
+        for key, wanted in (("feature_size", config.n_mels), ("n_samples", samples),
+                            ("chunk_length", samples / SAMPLE_RATE),
+                            ("nb_max_frames", samples // config.hop)):
+            if audio.get(key, wanted) != wanted:
+                raise ValueError(
+                    f"{places[key]}: {key} {audio[key]!r:.80}, but {wanted:g} follows from "
+                    f"config.json's num_mel_bins {config.n_mels} and max_source_positions "
+                    f"{config.max_source_positions} and hop_length {config.hop}; all files must be "
+                    "of one model")
         return config
 
 
@@ -191,7 +208,7 @@ class WhisperEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, source, dtype=None, device=None):
         """Hub repo id or local folder -> frozen encoder in eval mode; a decoder is left unread."""
-        root = hub.folder(source, files=("preprocessor_config.json",),
+        root = hub.folder(source, files=hub.PROCESSOR_FILES,
                           tensors=("model.encoder.", "encoder."))
         config = WhisperConfig.from_folder(root)
         encoder = hub.load_module(lambda: cls(config), root, dtype, device,

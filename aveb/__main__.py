@@ -119,7 +119,7 @@ def main(argv=None):
             manifest = prepare(args.set, args.root, args.split, args.media, args.out, args.sample,
                                args.hours, args.seed, **options_of(args, parser))
             return int(args.check and check(manifest, args.workers) > 0)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0

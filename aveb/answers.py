@@ -3,16 +3,12 @@
      records --sorted, cut into batches that never change--> batch k belongs to process k mod world
        --model.generate, once per view--> a line of the journal --all processes--> predictions
 
-   The journal is written while answers are made; a run that was killed answers only the batches
-   that the journal lacks.  A batch holds the same questions however many processes there are and
-   however often the run was killed, so its answers are the same to the bit.
-   Public: evaluate, views_of, find_manifests, read_manifests; Journal,
-   answer_all."""
+   The journal (aveb/journal.py) is written while answers are made; a run that was killed answers
+   only the batches that the journal lacks.  A batch holds the same questions however many processes
+   there are and however often the run was killed, so its answers are the same to the bit.
+   Public: evaluate, views_of, find_manifests, read_manifests, answer_all."""
 
 import dataclasses
-import json
-import shutil
-import time
 from collections import Counter
 from itertools import zip_longest
 from pathlib import Path
@@ -20,11 +16,11 @@ from pathlib import Path
 import torch
 
 import data
+from aveb.journal import Journal
 from aveb.tasks import VIEWS
 from runtime import distributed
 from runtime.cli import Progress
 from runtime.feature_cache import readable_samples
-from runtime.hub import read_jsonl
 
 
 # ---------------------------------------------------------------- questions
@@ -49,9 +45,13 @@ def find_manifests(path, tasks):
         raise SystemExit(str(error)) from error
 
 
-def read_manifests(manifests):
-    """All records.  SystemExit if two of them have the same id."""
-    records = [r for file in manifests for r in data.read_manifest(file)]
+def read_manifests(manifests, check=lambda record: ""):
+    """All records.  SystemExit names file and line of one that is wrong, or of which check(record)
+    says so, and the id that two manifests hold."""
+    try:
+        records = [r for file in manifests for r in data.read_manifest(file, check)]
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     twice = [key for key, n in Counter(r.id for r in records).items() if n > 1]
     if twice:
         raise SystemExit(f"{', '.join(map(str, manifests))}: id {twice[0]!r} is in two of them; "
@@ -77,55 +77,6 @@ def evaluate(model, records, cache, views=tuple(VIEWS), batch=128, beams=0, hist
                     **({"options": list(r.options)} if r.options else {})}
                    for r in records if r.id in answers]
     return predictions, Counter(r.task for r in records if r.id not in answers)
-
-
-# ---------------------------------------------------------------- the journal
-class Journal:
-    """Lines {"id", "prompt", "answers": {view: text}, "references"} or {"id", "skipped": reason} in
-    a folder, written while they are made.  Every start of every process has a file of its own,
-    whose first line holds the settings.  folder None: nothing is written.  SystemExit if the folder
-    holds answers of other settings."""
-
-    def __init__(self, folder, settings=None):
-        self.folder, self.lines, self.file = folder and Path(folder), {}, None
-        if not self.folder:
-            return
-        for path in sorted(self.folder.glob("*.jsonl")):
-            self._read(path, settings)
-        distributed.all_gather_object(None)            # all have read before anyone writes
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.folder / f"{time.time_ns()}-{distributed.rank()}.jsonl", "w")
-        self._write([{"settings": settings}])
-
-    def _read(self, path, settings):
-        lines = list(read_jsonl(path))             # without a last line that a kill cut off
-        then = lines[0]["settings"] if lines else settings
-        if then != settings:
-            different = {k: (then.get(k), settings.get(k)) for k in {*then, *settings}
-                         if then.get(k) != settings.get(k)}
-            raise SystemExit(f"{self.folder} holds answers of a run with other settings, (then, "
-                             f"now): {different}; choose another --out or remove the folder")
-        self.lines |= {line["id"]: line for line in lines[1:]}
-
-    def _write(self, lines):
-        self.file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self.file.flush()
-
-    def add(self, lines):
-        self.lines |= {line["id"]: line for line in lines}
-        if self.file:
-            self._write(lines)
-
-    def holds(self, records):
-        return all(r.id in self.lines for r in records)
-
-    def remove(self):
-        """Deletes the folder, when the answers stand in the report."""
-        if self.file:
-            self.file.close()
-            distributed.all_gather_object(None)
-            if distributed.rank() == 0:
-                shutil.rmtree(self.folder)
 
 
 # ---------------------------------------------------------------- answering

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from aveb.text import canonical
+
 ORDERS = 4                                     # n-grams of one to four words
 
 
@@ -38,7 +40,7 @@ def package_folder():
 def tokenise(answers, references):
     """Answers and each one's list of references -> the same as tuples of tokens: lower case,
     without punctuation.  The tokeniser runs once for all of them."""
-    lines = [" ".join(caption.split()) for caption in (
+    lines = [" ".join(canonical(caption).split()) for caption in (
         *answers, *(reference for group in references for reference in group))]
     # pycocoevalcap's wrapper loses count at an empty line, so these stay here.
     tokens = _tokens_of(tuple(dict.fromkeys(line for line in lines if line)))
@@ -97,8 +99,6 @@ def cider_d(answers, references):
     """Tokens -> CIDEr-D of each record.  An n-gram's weight is taken from the references of the
     records at hand, so a part of a set has other weights, and with one record all are 0."""
     package_folder()
-    if not any(any(group) for group in references):
-        raise CannotRun("no words in the references")
     from pycocoevalcap.cider.cider import Cider
     return Cider().compute_score(*_by_record(answers, references))[1]
 

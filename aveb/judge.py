@@ -6,15 +6,21 @@
      python -m aveb.judge predictions.jsonl --task avsd --judge file:verdicts.jsonl  reads verdicts
 
 The paper's judge is "ChatGPT" without a version: a score means little without its judge's name.
-A server's key comes from FAVOR_JUDGE_KEY (or OPENAI_API_KEY) and from nowhere else.  Replies are
-cached when they arrive: a run that was cut off goes on, and the same run again asks nothing.
+A server's key comes from FAVOR_JUDGE_KEY (or OPENAI_API_KEY) and from nowhere else.  It travels
+over https, or to a server on this machine, which is reached without a proxy.  Replies are cached
+when they arrive: a run that was cut off goes on, and the same run again asks nothing.
 verdicts.jsonl: lines {"key" or "id", "verdict": "Yes" or "No"}, with "key" as in the prompts.
 
-Public: Judge, OwnJudge, JudgeError, prompt_of, write_prompts, read_verdicts, report."""
+Public: Judge, OwnJudge, JudgeError, check, ask, prompt_of, write_prompts, read_verdicts,
+report."""
 
 import argparse
+import base64
 import email.utils
 import hashlib
+import html
+import http.client
+import ipaddress
 import json
 import os
 import random
@@ -23,7 +29,9 @@ import sys
 import threading
 import time
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import urllib.error
+import urllib.request
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -31,7 +39,7 @@ from urllib.parse import urlsplit
 from aveb.text import label_match
 from runtime import cli
 from runtime.cli import Progress
-from runtime.hub import read_jsonl
+from runtime.hub import is_offline, read_jsonl
 
 TEMPLATES = {  # Sun et al. 2023 (arXiv 2310.05863), Appendix B, word for word
     "avsd": "Given the question “{question}”, is the answer “{answer}” equivalent to the answer "
@@ -43,6 +51,7 @@ WAYS = ("", "url", "self", "none")                # besides file:VERDICTS; "": n
 LONGEST = 1000            # characters of a question, reference or answer that the judge is shown
 QUIET = 120.0             # s; a server that wants a longer pause ends the run, another goes on
 GIVE_UP = 5               # so many prompts without an answer one after the other end the run
+LONGEST_REPLY = 1 << 20   # bytes of a reply that are read
 KEYS = "FAVOR_JUDGE_KEY or OPENAI_API_KEY"
 QUOTES = dict.fromkeys(map(ord, '"`´ʹʺˮ“”„‟‘’‚‛«»‹›′″‴‵‶‷〃〝〞〟❛❜❝❞'), "'")
 BRACKETS = str.maketrans("<>[]", "()()")          # no <|im_end|>, </s> or [INST] of a chat template
@@ -80,7 +89,7 @@ def decided(said):
     return {"yes": True, "no": False}.get(word[0].lower() if word else "")
 
 
-class JudgeError(RuntimeError):
+class JudgeError(ValueError):
     """Asking again would not help; the message says what to set."""
 
 
@@ -100,6 +109,56 @@ def _read_cache(path):
             if isinstance(row.get("key"), str) and isinstance(row.get("said"), str)}
 
 
+class _Redirect(urllib.request.HTTPRedirectHandler):
+    """Sends the prompt again to the address that a server names, but not the key."""
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        if urlsplit(url).scheme in ("http", "https"):
+            return urllib.request.Request(url, request.data, HEADERS)
+
+
+HEADERS = {"Content-Type": "application/json", "User-Agent": "favor"}
+
+
+def is_loopback(host):
+    """Whether a host's name means this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def within(seconds, function, *args):
+    """function(*args), or TimeoutError after so many seconds.  Sockets only limit the pause between
+    two bytes, and a slow server sends one now and then; so a thread of its own waits for it, and is
+    left behind."""
+    outcome = Future()
+
+    def run():
+        try:
+            outcome.set_result(function(*args))
+        except BaseException as error:
+            outcome.set_exception(error)               # raised by result()
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result(seconds)
+
+
+def _masks(secret):
+    """Regular expression for a key as it is, and as JSON, an address, HTML or base64 write it."""
+    def ways(c):
+        code = f"{ord(c):02x}"
+        return "|".join((
+            re.escape(c), rf"\\{{1,4}}(?:{re.escape(c)}|u00{code}|x{code})", f"%(?:25)*{code}",
+            f"&(?:amp;)*(?:#0*{ord(c)}|#x0*{code}|{re.escape(html.escape(c)[1:-1])});"))
+    found = ["".join(f"(?:{ways(c)})" for c in secret), secret.encode().hex()]
+    for shift in range(3):                             # where the key stands in what was encoded
+        code = base64.b64encode(b" " * shift + secret.encode()).decode()
+        whole = code[(0, 2, 3)[shift]:(shift + len(secret)) * 8 // 6]
+        if len(whole) > 5:
+            found += [re.escape(whole), re.escape(whole.translate(str.maketrans("+/", "-_")))]
+    return re.compile("|".join(found), re.IGNORECASE)
+
+
 @dataclass
 class Judge:
     """Asks `model` at `url`, several prompts at a time.  After verdicts(): asked (requests),
@@ -109,14 +168,19 @@ class Judge:
     model: str
     cache: str = "runs/judge.jsonl"
     budget: int = 10_000                  # most requests of this run, repeated ones included
-    timeout: float = 30.0                 # s for one request
+    timeout: float = 30.0                 # s for one request, from its start to the whole reply
     workers: int = 4
     attempts: int = 6
     pause: float = 1.0                    # s before the second attempt, then twice as long each
 
     def __post_init__(self):
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        try:
+            parts = urlsplit(self.url)
+            wrong = (parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+                     or "@" in parts.netloc or not re.fullmatch("[!-~]+", self.url))
+        except ValueError:                        # a port that is no number, half an IPv6 address
+            wrong = True
+        if wrong:
             raise JudgeError("--judge-url: wanted an address like http://127.0.0.1:8000/v1, "
                              f"without a key (set {KEYS} for that)")
         if not self.model:
@@ -124,11 +188,20 @@ class Judge:
         path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
         self.endpoint = parts._replace(path=path + "/chat/completions").geturl()
         self._secret = os.environ.get("FAVOR_JUDGE_KEY", "").strip()
-        if parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1"):
+        self.local = is_loopback(parts.hostname)
+        if self._secret and parts.scheme == "http" and not self.local:
+            raise JudgeError(
+                "--judge-url: FAVOR_JUDGE_KEY would be readable on its way over http; use https, "
+                f"or a tunnel (ssh -N -L 8000:localhost:{parts.port or 80} {parts.hostname}) and "
+                "http://127.0.0.1:8000/v1, or unset the key")
+        if parts.scheme == "https" or self.local:
             self._secret = self._secret or os.environ.get("OPENAI_API_KEY", "").strip()
         if not re.fullmatch("[!-~]*", self._secret):    # else the header's error would print it
             raise JudgeError(f"{KEYS} holds characters that no key has; set it again")
-        self._replies, self._client = _read_cache(Path(self.cache)), None
+        self._masks = _masks(self._secret) if self._secret else None
+        self._opener = urllib.request.build_opener(
+            _Redirect, urllib.request.ProxyHandler({} if self.local else None))
+        self._replies = _read_cache(Path(self.cache))
         self._lock, self._halt = threading.Lock(), threading.Event()
 
     def verdicts(self, rows, view="both"):
@@ -203,38 +276,58 @@ class Judge:
 
     def _request(self, prompt):
         """-> the judge's reply.  _Trouble or JudgeError, without the key in their messages."""
-        from huggingface_hub import InferenceClient
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-        # Without any key the client would send the user's own Hugging Face token.
-        self._client = self._client or InferenceClient(
-            base_url=self.endpoint, api_key=self._secret or "none", timeout=self.timeout)
+        self.refuse_offline(is_offline())
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}],
+                "temperature": 0, "max_tokens": 3}
+        request = urllib.request.Request(self.endpoint, json.dumps(body).encode(), HEADERS)
+        request.add_unredirected_header("Authorization", f"Bearer {self._secret or 'none'}")
         try:
-            reply = self._client.chat_completion([{"role": "user", "content": prompt}],
-                                                 model=self.model, temperature=0, max_tokens=3)
-            return self._without_key(reply.choices[0].message.content[:200])
-        except OfflineModeIsEnabled:
-            raise JudgeError("the judge is not asked, as --offline or HF_HUB_OFFLINE forbids it; "
-                             "run python -m aveb.judge without it") from None
-        except HfHubHTTPError as error:
-            self._explain(error.response)
-        except Exception as error:            # refused, timed out, cut off, or no chat completion
+            status, headers, text = within(self.timeout, self._fetch, request)
+            if status < 300:
+                return self._without_key(json.loads(text)["choices"][0]["message"]["content"])[:200]
+        except TimeoutError:
+            raise _Trouble(f"no whole reply in {self.timeout:g} s", None, True) from None
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError,
+                RecursionError) as error:         # refused, cut off, or no chat completion
             raise _Trouble(self._without_key(f"{type(error).__name__}: {error}"), None, True
                            ) from None
+        self._explain(status, headers, self._without_key(text))
 
-    def _explain(self, response):
+    def _fetch(self, request):
+        """-> status, headers and text of the reply."""
+        deadline, raw = time.monotonic() + self.timeout, b""
+        try:
+            response = self._opener.open(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            response = error                              # which is a reply, too
+        with response:
+            while (part := response.read1(LONGEST_REPLY)) and len(raw) < LONGEST_REPLY:
+                raw += part
+                if time.monotonic() > deadline:           # nobody waits any more
+                    break
+            return response.status, response.headers, raw.decode("utf-8", errors="replace")
+
+    def refuse_offline(self, offline):
+        """JudgeError if the server is another machine and no connection may be opened."""
+        if offline and not self.local:
+            raise JudgeError("the judge is not asked, as --offline or HF_HUB_OFFLINE forbids it; "
+                             "run python -m aveb.judge without it, or ask a server on this machine")
+
+    def _explain(self, status, headers, text):
         """Raises _Trouble if another attempt or another prompt may help, otherwise JudgeError."""
-        status, text = response.status_code, self._without_key(response.text)
         why = f"HTTP {status}: {' '.join(text.split())[:200]}"
         if (status in (408, 425, 429) or status >= 500) and "insufficient_quota" not in text:
-            raise _Trouble(why, _retry_after(response.headers.get("Retry-After")), True) from None
+            raise _Trouble(why, _retry_after(headers.get("Retry-After")), True)
         if status in (400, 413, 422):         # may be this one prompt: too long, or filtered
-            raise _Trouble(why, None, False) from None
+            raise _Trouble(why, None, False)
         remedy = {401: f"set {KEYS}", 403: f"set {KEYS}", 429: "look at the account's quota"}.get(
             status, "look at --judge-url (it mostly ends in /v1) and --judge-model")
-        raise JudgeError(f"{self.endpoint}: {why}; {remedy}. Replies so far are cached") from None
+        raise JudgeError(f"{self.endpoint}: {why}; {remedy}. Replies so far are cached")
 
     def _without_key(self, text):
-        return text.replace(self._secret, "***") if self._secret else text
+        if not isinstance(text, str):
+            raise TypeError(f"the reply holds a {type(text).__name__}, wanted a text")
+        return self._masks.sub("***", text) if self._masks else text
 
 
 class OwnJudge:
@@ -274,19 +367,35 @@ def read_rows(path):
 
 def write_prompts(path, rows, views=("both",)):
     """What a judge would be asked about the answers, a line {"id", "key", "prompt"} each -> path,
-    number of lines.  ValueError where the file holds verdicts."""
-    if path.exists() and '"verdict"' in path.read_text():
-        raise ValueError(f"{path}: holds verdicts; move it away first")
+    number of lines.  JudgeError where the file holds verdicts."""
+    if path.exists() and b'"verdict"' in path.read_bytes():
+        raise JudgeError(f"{path}: holds verdicts; move it away first")
     asked = {key_of(prompt): {"id": row["id"], "key": key_of(prompt), "prompt": prompt}
              for view in views for row in rows if (prompt := prompt_of(row, view))}
-    path.write_text("".join(json.dumps(line) + "\n" for line in asked.values()))
+    path.write_text("".join(json.dumps(line) + "\n" for line in asked.values()), "utf-8")
     return path, len(asked)
+
+
+def _verdicts(path):
+    """{key or id: verdict} of a file.  JudgeError if there is none, or two of them differ."""
+    said = {}
+    try:
+        for line in read_rows(path):
+            name, verdict = line.get("key") or line.get("id"), line.get("verdict")
+            if said.setdefault(name, verdict) != verdict:
+                raise ValueError(f"{path}: two verdicts for {name!r}, {said[name]!r} and "
+                                 f"{verdict!r}; leave one")
+    except (OSError, ValueError, TypeError) as error:          # TypeError: a key that is a list
+        raise JudgeError(f"--judge file: {error}") from None
+    if not any(verdict is not None for verdict in said.values()):
+        raise JudgeError(f'{path}: no line has a verdict; add "verdict": "Yes" or "No" to them')
+    return said
 
 
 def read_verdicts(path, rows, view="both"):
     """-> True, False or None for each row. A line's key says which answer was judged; its id is
     believed only where it has no key."""
-    said = {line.get("key") or line.get("id"): line.get("verdict") for line in read_rows(path)}
+    said = _verdicts(path)
     keys = [p and key_of(p) for p in (prompt_of(row, view) for row in rows)]
     found = [False if key is None else said.get(key, said.get(row["id"]))
              for key, row in zip(keys, rows, strict=True)]
@@ -304,11 +413,27 @@ def report(task, judge, verdicts):
     return f"{task}: {text}, n {n}, not judged {len(verdicts) - n}, judge: {judge}"
 
 
+def _way(config):
+    return config.judge or ("url" if config.judge_url else "")
+
+
+def check(config):
+    """Looks at the judge of an EvalConfig before anything is answered.  SystemExit if it could not
+    be asked: a wrong address, no file of verdicts, a cache that cannot be written."""
+    try:
+        if _way(config) == "url":
+            Judge(config.judge_url, config.judge_model).refuse_offline(config.offline)
+        elif _way(config).startswith("file:"):
+            _verdicts(_way(config).removeprefix("file:"))
+    except (JudgeError, OSError) as error:
+        raise SystemExit(f"the judge cannot be asked: {error}") from error
+
+
 def ask(config, model, predictions, views, out, log=print):
     """Adds row["verdicts"] = {view: True, False or None} and row["judge"] = its name to the rows of
     the tasks that are judged by the way that config.judge names (see EvalConfig)."""
     rows = [row for row in predictions if "judged" in row["meta"].get("metrics", ())]
-    way = config.judge or ("url" if config.judge_url else "")
+    way = _way(config)
     if not rows or not way:
         return
     if way == "none":
@@ -376,7 +501,7 @@ def main(argv=None):
         for row in rows:
             prompt_of(row, args.view)                             # says what a line lacks
         return _judged(args, rows)
-    except (ValueError, OSError, JudgeError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"python -m aveb.judge: {error}")
 
 

@@ -18,12 +18,15 @@ import numpy as np
 from aveb import captions
 from aveb.tasks import ERROR_RATES
 from aveb.text import (
+    canonical,
     edit_distance,
     label_match,
     leave_one_out,
     lenient_choice,
     normalise,
     plain_words,
+    textvqa_words,
+    unquoted_vqa_words,
     vqa_words,
     without_chat,
     word_match,
@@ -139,9 +142,8 @@ def metric(name, key="answer"):
 
 
 def default_metrics(task):
-    """The metrics of records that name none: word error rate or exact match (the miniature's
-    answers are normalised words)."""
-    return ("wer_basic",) if task in ERROR_RATES else ("exact",)
+    """The metrics of records that name none: both word error rates or exact match."""
+    return ("wer_basic", "wer") if task in ERROR_RATES else ("exact",)
 
 
 def unknown_metrics(record):
@@ -151,6 +153,17 @@ def unknown_metrics(record):
         return f"meta.metrics is {names!r}, wanted a list of names"
     unknown = [name for name in names if name not in METRICS]
     return f"no metric {unknown[0]!r}; there are {', '.join(METRICS)}" if unknown else ""
+
+
+def unscorable(record):
+    """Why no answer to a record could be scored, or none could be right; "" if all is well."""
+    if record.target is None and not record.refs:
+        return "neither target nor refs to score against"
+    right, chosen = (record.refs or (record.target,))[0], record.meta.get("metrics") or ()
+    if record.options and {"choice", "choice_lenient"} & set(chosen) and (
+            plain_words(right) not in map(plain_words, record.options)):
+        return f"the right answer {right!r} is none of the options {list(record.options)}"
+    return unknown_metrics(record)
 
 
 def score(rows, view="answer"):
@@ -180,18 +193,29 @@ def by_type(rows):
 
 
 def _error_rate(rows, words, note):
-    """Corpus word error rate against the first reference."""
-    answers = [without_chat(row["answer"]) for row in rows]
-    stripped = sum(a != row["answer"] for a, row in zip(answers, rows, strict=True))
-    counts = word_error_rate(answers, [row["references"][0] for row in rows], words)
+    """Corpus word error rate against the first reference.  An answer is compared as it is and
+    without its chat prefix or quotes, and the smaller number of errors counts: so a word that the
+    reference has is never taken from the answer, and an answer equal to it has no errors."""
+    answers = [canonical(row["answer"]) for row in rows]
+    references = [canonical(row["references"][0]) for row in rows]
+    counts = word_error_rate(answers, references, words)
+    bare = list(map(without_chat, answers))
+    chatty = [i for i, answer in enumerate(answers) if bare[i] != answer]
+    fewer = word_error_rate([bare[i] for i in chatty], [references[i] for i in chatty], words)
+    stripped = int((fewer[:, 0] < counts[chatty, 0]).sum())
+    counts[chatty] = np.minimum(counts[chatty], fewer)
     kept = counts[counts[:, 1] > 0]
     if not len(kept):
         raise captions.CannotRun("no words in the references")
     notes = [note, f"{stripped} answers without their chat prefix or quotes" if stripped else "",
-             f"{len(rows) - len(kept)} empty references left out" if len(kept) < len(rows) else ""]
+             left_out(len(rows) - len(kept))]
     return bootstrap(kept, lambda sums: sums[..., 0] / sums[..., 1], better="lower",
                      note=", ".join(filter(None, notes)),
                      per_record=[100 * e / n if n else None for e, n in counts])
+
+
+def left_out(n):
+    return f"{n} empty references left out" if n else ""
 
 
 @metric("wer")
@@ -206,53 +230,82 @@ def wer_basic(rows):
     return _error_rate(rows, normalise, "norm=basic")
 
 
-def _tokens(rows):
-    """-> tokens of the answers, of their references."""
-    return captions.tokenise([row["answer"] for row in rows], [row["references"] for row in rows])
+def caption_metric(name):
+    """Registers a function of (answers, references), tokens of captions, that returns a Score.
+    Records whose references have no words are left out and counted in the note."""
+    def register(function):
+        @functools.wraps(function)
+        def run(rows):
+            answers, references = captions.tokenise([row["answer"] for row in rows],
+                                                    [row["references"] for row in rows])
+            kept = [i for i, group in enumerate(references) if any(group)]
+            if not kept:
+                raise captions.CannotRun("no words in the references")
+            result = function(tuple(answers[i] for i in kept), tuple(references[i] for i in kept))
+            own = dict(zip(kept, result.per_record or (), strict=False))
+            notes = filter(None, (result.note, left_out(len(rows) - len(kept))))
+            return dataclasses.replace(
+                result, note=", ".join(notes),
+                per_record=own and [own.get(i) for i in range(len(rows))])
+        return metric(name)(run)
+    return register
 
 
-@metric("cider")
-def cider(rows):
-    """CIDEr-D x 100.  Score whole sets: the weights of the words come from the set."""
-    return mean_score(captions.cider_d(*_tokens(rows)), unit="x100")
+def _cider(answers, references):
+    if len(set(references)) < 2:
+        raise captions.CannotRun("needs two records with different references: it weighs a word by "
+                                 "how few records have it")
+    return captions.cider_d(answers, references)
 
 
-def _bleu(rows, order):
-    return bootstrap(captions.bleu_counts(*_tokens(rows)),
-                     lambda sums: captions.bleu(sums)[..., order - 1], unit="x100")
+@caption_metric("cider")
+def cider(answers, references):
+    """CIDEr-D x 100.  Score whole sets: the weights of the words come from the set.  An answer
+    equal to its only reference has 1000 if it has four words or more, 250 a word below that, and
+    less where all records have its words."""
+    return mean_score(_cider(answers, references), unit="x100")
 
 
-@metric("bleu1")
-def bleu1(rows):
+def _bleu(answers, references, order):
+    defined = any(len(text.split()) >= order for group in references for text in group)
+    return bootstrap(captions.bleu_counts(answers, references),
+                     lambda sums: captions.bleu(sums)[..., order - 1], unit="x100",
+                     note="" if defined else f"not defined: no reference has {order} words")
+
+
+@caption_metric("bleu1")
+def bleu1(answers, references):
     """BLEU-1 x 100 of the whole set, brevity by the closest reference."""
-    return _bleu(rows, 1)
+    return _bleu(answers, references, 1)
 
 
-@metric("bleu4")
-def bleu4(rows):
-    """BLEU-4 x 100 of the whole set, brevity by the closest reference."""
-    return _bleu(rows, 4)
+@caption_metric("bleu4")
+def bleu4(answers, references):
+    """BLEU-4 x 100 of the whole set, brevity by the closest reference.  Where no reference has
+    four words it is not defined: COCO's constants give about 0, and the note says so."""
+    return _bleu(answers, references, 4)
 
 
-@metric("meteor")
-def meteor(rows):
+@caption_metric("meteor")
+def meteor(answers, references):
     """METEOR 1.5 x 100 of the whole set."""
-    value, sampled = captions.meteor(*_tokens(rows), resamples)
+    value, sampled = captions.meteor(answers, references, resamples)
     low, high = np.percentile(sampled, (2.5, 97.5))
-    return Score(100 * value, 100 * float(low), 100 * float(high), len(rows), unit="x100")
+    return Score(100 * value, 100 * float(low), 100 * float(high), len(answers), unit="x100")
 
 
-@metric("spice")
-def spice(rows):
-    """SPICE x 100, the mean over records."""
-    return mean_score(captions.spice(*_tokens(rows)), unit="x100")
+@caption_metric("spice")
+def spice(answers, references):
+    """SPICE x 100, the mean over records.  A caption without an object ("running fast") has no
+    parts to compare and scores 0, also against itself."""
+    return mean_score(captions.spice(answers, references), unit="x100")
 
 
-@metric("spider")
-def spider(rows):
+@caption_metric("spider")
+def spider(answers, references):
     """SPIDEr x 100: the mean of SPICE (0..1) and CIDEr-D (0..10)."""
-    tokens = _tokens(rows)
-    return mean_score((captions.spice(*tokens) + captions.cider_d(*tokens)) / 2, unit="x100")
+    return mean_score((captions.spice(answers, references) + _cider(answers, references)) / 2,
+                      unit="x100")
 
 
 def _share(name, right):
@@ -274,7 +327,9 @@ def _exact(row):
 
 
 def _vqa_equal(row):
-    """Equality after the VQA evaluation's processing: InstructBLIP's accuracy on GQA."""
+    """Equality after the VQA evaluation's processing (vqaEval.py), as InstructBLIP's accuracy on
+    GQA.  GQA's own eval.py compares the strings as they are, without any processing: on its
+    answers, which are lower-case words, only articles and number words make a difference."""
     return any(vqa_words(row["answer"]) == vqa_words(r) for r in row["references"])
 
 
@@ -290,7 +345,8 @@ def _choice_lenient(row):
 
 def _label(row):
     """The answer has all content words of the sound's class; not comparable with `judged`."""
-    return label_match(row["answer"], row["meta"].get("label") or row["references"][0])
+    return label_match(row["answer"], row["meta"].get("label") or row["references"][0]) or (
+        _exact(row))
 
 
 _share("word_match", _any_word_match)
@@ -301,45 +357,57 @@ choice = _share("choice", _choice)
 choice_lenient = _share("choice_lenient", _choice_lenient)
 
 
-def _hits(row, contained):
-    """How many of the human answers the answer hits, after the VQA evaluation's processing."""
-    if contained:
-        return sum(word_match(row["answer"], r, vqa_words) for r in row["references"])
-    said = vqa_words(row["answer"])
-    return sum(bool(said) and vqa_words(r) == said for r in row["references"])
+def _hits(row, same):
+    """How many of the human answers the answer hits, by same(answer, human answer)."""
+    return sum(same(row["answer"], reference) for reference in row["references"])
 
 
-def _soft(row):
-    return min(1, _hits(row, True) / 3)
+def _contained(answer, reference):
+    return word_match(answer, reference, unquoted_vqa_words)
+
+
+def _equal(answer, reference):
+    return unquoted_vqa_words(answer) == unquoted_vqa_words(reference)
+
+
+def _textvqa_equal(answer, reference):
+    return textvqa_words(answer) == textvqa_words(reference)
+
+
+def _thirds(row, same):
+    """A third for each human answer hit, 1 at most; of fewer than three all must be hit."""
+    return min(1, _hits(row, same) / min(3, len(row["references"])))
 
 
 def _official(row):
-    return leave_one_out(_hits(row, False), len(row["references"]))
+    return leave_one_out(_hits(row, _textvqa_equal), len(row["references"]))
 
 
 @metric("textvqa_soft")
 def textvqa_soft(rows):
-    """The paper's: a third for each human answer hit, 1 at most; a hit is contained."""
-    return mean_score([_soft(row) for row in rows], note="hit=contained")
+    """The paper's: a third for each human answer hit, 1 at most; a hit is contained, after the VQA
+    evaluation's processing and without quotes."""
+    return mean_score([_thirds(row, _contained) for row in rows], note="hit=contained")
 
 
 @metric("textvqa_official")
 def textvqa_official(rows):
-    """TextVQA's own: equality, mean over leaving one human answer out."""
+    """TextVQA's own (TextVQAAccuracyEvaluator of mmf): equality after its processing, in which
+    "'red'" keeps its single quotes, mean over leaving one human answer out."""
     return mean_score([_official(row) for row in rows], note="hit=equal, leave-one-out")
 
 
 @metric("textvqa_equal")
 def textvqa_equal(rows):
     """As textvqa_soft, but a hit is equal."""
-    return mean_score([min(1, _hits(row, False) / 3) for row in rows], note="hit=equal")
+    return mean_score([_thirds(row, _equal) for row in rows], note="hit=equal")
 
 
 @metric("isqa")
 def isqa(rows):
     """The mean over spoken questions of both sources: textvqa_soft of TextVQA's, word_match of
     GQA's (paper Appendix B: "the same measurement")."""
-    return mean_score([_soft(row) if row["meta"].get("source") == "textvqa"
+    return mean_score([_thirds(row, _contained) if row["meta"].get("source") == "textvqa"
                        else float(_any_word_match(row)) for row in rows],
                       note="textvqa_soft, word_match")
 

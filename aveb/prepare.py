@@ -67,6 +67,10 @@ def prepare(name, root, split=None, media=(), out=None, sample=None, hours=None,
     """Official files -> path of the manifest (default: <set>-<split>.jsonl here).  sample, hours,
     seed: as in subset; options: those of the set's reader."""
     files, records, reported = Files(name, root, split, media), [], time.time()
+    out = Path(out or f"{name}-{files.split}.jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)          # before the long reading
+    if out.is_dir():
+        raise ValueError(f"{out}: a folder; wanted the name of the manifest to write")
     for record in files.records(**options):
         records.append(record)
         if time.time() - reported > 10:
@@ -74,13 +78,14 @@ def prepare(name, root, split=None, media=(), out=None, sample=None, hours=None,
             log(f"reading {files.annotation.name}: {len(records)} records")
     log(f"{name} {files.split}: {len(records)} records; media files: {files.count('found')} found, "
         f"{files.count('missing')} missing, {files.count('empty')} empty")
+    if files.doubles:
+        log(f"{len(files.doubles)} clips are there as several files; the first of each is taken, "
+            f"as in {files.doubles[0]}")
     if files.dropped:
         log(f"left out: {files.report_dropped()}")
     if sample or hours:
         records = subset(records, sample, seed, hours)
         log(f"sampled with seed {seed}: {len(records)} records")
-    out = Path(out or f"{name}-{files.split}.jsonl")
-    out.parent.mkdir(parents=True, exist_ok=True)
     data.write_manifest(out, records)
     log(f"{out}: {len(records)} records, ids {ids_hash(records)}")
     return out
@@ -118,14 +123,12 @@ def check(manifest, workers=None, log=print):
     """Decodes every clip of a manifest on all cores -> number of clips that cannot be read.
     Results are written to <manifest>.check.jsonl while they come, so only new or changed files are
     read."""
-    records, results_file = data.read_manifest(manifest), Path(f"{manifest}.check.jsonl")
-    for record in records:
-        if wrong := metrics.unknown_metrics(record):
-            raise ValueError(f"{manifest}: {record.id}: {wrong}")
+    records = data.read_manifest(manifest, metrics.unknown_metrics)
+    results_file = Path(f"{manifest}.check.jsonl")
     keys = {record.id: clip_key(record) for record in records}
     clips = {keys[record.id]: record for record in reversed(records)}          # the first of each
     results = {key: row for row in read_jsonl(results_file)
-               if (key := row.pop("clip", "")) in clips}
+               if isinstance(key := row.pop("clip", ""), str) and key in clips and _whole(row)}
     todo = [key for key in dict.fromkeys(keys.values()) if key not in results]
     workers = min(workers or cli.cores(), 1 + len(todo) // 16)   # a worker takes seconds to start
     if results:
@@ -133,7 +136,8 @@ def check(manifest, workers=None, log=print):
     write_text(results_file, "".join(_line(key, row) for key, row in results.items()))
     jobs = cli.parallel(check_clip, [clips[key] for key in todo], workers,
                         torch.set_num_threads, (1,))
-    with results_file.open("a") as file, Progress("checking", len(todo), "clip") as progress:
+    with (results_file.open("a", encoding="utf-8") as file,
+          Progress("checking", len(todo), "clip") as progress):
         for key, row in zip(todo, jobs, strict=True):
             results[key] = row
             file.write(_line(key, row))
@@ -141,6 +145,13 @@ def check(manifest, workers=None, log=print):
             progress.add()
     report(records, keys, results, log)
     return sum("error" in row for row in results.values())
+
+
+def _whole(row):
+    """Whether a line of the results is as check_clip made it; else its clip is read again."""
+    return isinstance(row.get("error"), str) or (
+        {"picture", "sound"} <= row.keys() and isinstance(row.get("warnings"), list)
+        and isinstance(row.get("seconds"), (int, float)))
 
 
 def _line(key, row):
@@ -155,6 +166,8 @@ def report(records, keys, results, log=print):
     odd = [text for row in good for text in row["warnings"]]
     log(f"{len(records)} records about {len(results)} clips, ids {ids_hash(records)}: "
         f"{len(broken)} broken ({lost} records)")
+    if bare := sum(record.target is None for record in records):
+        log(f"{bare} records have no target: train.py would refuse them")
     for reason in broken[:SHOWN]:
         log(f"  broken: {reason}")
     if len(broken) > SHOWN:

@@ -300,7 +300,7 @@ def main(argv=None):
             make_isqa(sources, args.out, args.n, args.seed, args.engine, args.voice)
         else:
             make_avm(sources, args.out, args.n, args.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
 
 

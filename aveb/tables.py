@@ -62,10 +62,11 @@ def table(predictions, views, missing=None):
 def table_rows(task, rows, views, missing, part=""):
     """The table's row for each metric of these predictions."""
     scores = {view: metrics.score(rows, view) for view in views}
-    chances, real, lines = [row["meta"].get("chance") for row in rows], is_real(rows), []
+    chances, lines = [row["meta"].get("chance") for row in rows], []
+    named = is_real(rows) or len(scores[views[0]]) > 1       # one metric: its unit is enough
     for name, first in scores[views[0]].items():
-        unit = name if real else {"wer_basic": "WER %", "exact": "%"}.get(name, name)
-        label = (f"{task}: {part}" + (f", {name}" if real else "") if part
+        unit = name if named else {"wer_basic": "WER %", "exact": "%"}.get(name, name)
+        label = (f"{task}: {part}" + (f", {name}" if named else "") if part
                  else f"**{task}** {unit} {getattr(first, 'arrow', '')}".rstrip())
         is_accuracy = name not in ("wer", "wer_basic", "answer_length")
         chance = (f"{100 * sum(chances) / len(rows):.1f}" if is_accuracy and None not in chances

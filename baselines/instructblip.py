@@ -35,7 +35,8 @@ class InstructBlip(Favor):
         nn.Module.__init__(self)
         # One "window" per frame, of as many vectors as the Q-Former has queries; no diversity loss.
         self.config = dataclasses.replace(config, queries=visual.n_queries, diversity=0.0,
-                                          encoder_dropout=0.0, lora_targets=())
+                                          encoder_dropout=0.0, lora_targets=(), window_frames=1,
+                                          sync=True, learn_history=False)
         self.tokenizer, self.qformer_tokenizer = tokenizer, qformer_tokenizer
         self.visual, self.language_projection, self.llm = visual, projection, llm
         self.requires_grad_(False)
@@ -65,6 +66,10 @@ class InstructBlip(Favor):
                 hub.load_into(projection, root, prefix="language_projection.")
             model = cls(config, visual, projection, llm, tokenizer, qformer_tokenizer)
         return (model.to(device) if device else model).eval()
+
+    @staticmethod
+    def check_saved(config, root):
+        """Nothing to check: the trained parts are of InstructBLIP's sizes, not of the config's."""
 
     def aligner(self):
         """What is fine-tuned, under the Hub's names."""
@@ -106,17 +111,14 @@ class InstructBlip(Favor):
         vit = self.visual.vit.config
         return torch.empty(FRAMES, vit.n_patches + 1, vit.width, device="meta"), None
 
-    def window_count(self, sample):
-        image, _ = self.features_of(sample)
-        return 0 if image is None else len(image)
-
     def text_ids(self, sample, has_clip):
         """Ids of [vectors | </s> prompt | answer </s>]: InstructBLIP's first token is </s>, and it
         has no template.  Earlier turns of a dialogue stand before the question."""
         turns = [f"{question} {answer}" for question, answer in sample.history]
         prompt = self.tokenizer.encode(" ".join([*turns, sample.prompt]))
         answer = [] if sample.target is None else [
-            *self.tokenizer.encode(sample.target), self.tokenizer.eos_id]
+            *self.tokenizer.encode(self.tokenizer.boundary + sample.target if sample.target else
+                                   ""), self.tokenizer.eos_id]
         return [], [self.tokenizer.eos_id, *prompt], answer
 
     def audio_visual_tokens(self, samples):

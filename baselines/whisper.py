@@ -4,12 +4,14 @@
      ids (B,T) --embed, positions--> (B,T,D) --blocks: x + self attention over the tokens so far,
        x + cross attention over the sound, x + mlp--> norm --embed_tokens transposed--> (B,T,vocab)
      transcribe: <|startoftranscript|><|en|><|transcribe|><|notimestamps|> --greedy, beams--> text
+     more than 30 s: window after window, each from the last time stamp of the one before it
 
    B chunks, P positions (1500 per chunk), T tokens, D width, N beams; S samples.
    Parameter names are the Hub's after "model.decoder.", so state_dict() is the published layout.
    Public: WhisperBaseline, Whisper, WhisperDecoder, WhisperDecoderConfig, WhisperTokenizer."""
 
 import dataclasses
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,15 @@ from whisper_enc import Norm, SelfAttention, WhisperEncoder, checked_audio, log_
 CHUNKS_AT_ONCE = 8                    # 8 x 30 s, each with all its beams: bounds the memory
 ENGLISH_ONLY_VOCAB = 51864            # whisper-*.en: its tokenizer may know <|en|>, unused
 
+# Long recordings, Sec. 4.5 of Whisper's paper: a window whose text loops or is a guess is decoded
+# again by sampling at the next temperature.  DIFF for long sound: one sample each, Whisper's own
+# code takes the best of five.
+TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+MOST_COMPRESSED = 2.4                 # bytes of the text / bytes after zlib: above it, it loops
+LEAST_LOGPROB = -1.0                  # mean log-probability of the ids: below it, it is a guess
+NO_SPEECH = 0.6                       # probability of "no speech" that makes a guess silence
+FORGET = 0.5                          # above this temperature the text is no context for later ones
+
 
 @dataclass(frozen=True)
 class WhisperDecoderConfig:
@@ -40,14 +51,14 @@ class WhisperDecoderConfig:
 
     @classmethod
     def from_folder(cls, root):
-        model = hub.read_json(root / "config.json")
+        model = hub.model_config(root, "whisper")
         if not model.get("tie_word_embeddings", True):
             raise ValueError(f"{root}: tie_word_embeddings is false; only an output head that is "
                              "embed_tokens (all published Whispers) is built here")
         theirs = {"vocab_size": "vocab_size", "width": "d_model", "layers": "decoder_layers",
                   "heads": "decoder_attention_heads", "ffn": "decoder_ffn_dim",
                   "max_target_positions": "max_target_positions"}
-        return cls(**{ours: model[key] for ours, key in theirs.items() if key in model})
+        return hub.make_config(cls, model, theirs, root / "config.json")
 
 
 # ---- decoder ------------------------------------------------------------------------------------
@@ -169,7 +180,8 @@ class WhisperTokenizer:
 class Whisper(nn.Module):
     """Encoder, decoder and tokenizer. settings, as in the Hub's generation_config.json:
     suppress_tokens are never produced (special ids, "[", "♪"), begin_suppress_tokens not as the
-    first id (the end, a lone space), is_multilingual false makes the prefix an English-only one."""
+    first id (the end, a lone space), is_multilingual false makes the prefix an English-only one,
+    max_initial_timestamp_index is the latest first time stamp, in steps of 0.02 s."""
 
     def __init__(self, encoder, decoder, tokenizer, settings):
         super().__init__()
@@ -183,6 +195,8 @@ class Whisper(nn.Module):
         if max(self.prefix) >= vocab:
             raise ValueError(f"the tokenizer's {names} are {self.prefix}, but the decoder knows "
                              f"{vocab} ids; take both from one model")
+        self.first_time = self.prefix[-1] + 1         # <|0.00|>; others follow, one every 0.02 s
+        self.latest_start = self.first_time + settings.get("max_initial_timestamp_index", 50)
         never = settings.get("suppress_tokens") or []
         first = never + (settings.get("begin_suppress_tokens") or [])
         self.register_buffer("banned", torch.stack([               # (2,vocab): first step, others
@@ -205,26 +219,102 @@ class Whisper(nn.Module):
 
     @torch.no_grad()
     def transcribe(self, audios, beams=1, max_new_tokens=None):
-        """List of B waveforms (S,), 16 kHz, of any length -> list of B texts, English. What is
-        longer than 30 s is cut into chunks of 30 s, and their texts are joined with a space.
-        max_new_tokens: for each chunk; None: as many as there are positions (444)."""
+        """List of B waveforms (S,), 16 kHz, of any length -> list of B texts, English.
+        max_new_tokens: for each window of 30 s; None: all that the positions leave room for."""
         audios, config = [checked_audio(audio) for audio in audios], self.encoder.config
         for index, audio in enumerate(audios):
             if audio.ndim != 1 or len(audio) == 0:
                 raise ValueError(f"audio {index} has shape {tuple(audio.shape)}; wanted (S,), mono "
                                  "and not empty; leave out what has no sound")
-        chunks = [(index, chunk) for index, audio in enumerate(audios)
-                  for chunk in audio.split(config.chunk_samples)]
-        texts = [[] for _ in audios]
-        for start in range(0, len(chunks), CHUNKS_AT_ONCE):
-            owners, parts = zip(*chunks[start:start + CHUNKS_AT_ONCE], strict=True)
-            mel = torch.cat([log_mel_spectrogram(
-                part.to(self.banned.device), config.chunk_samples, config.n_fft, config.hop,
-                config.n_mels, config.sample_rate) for part in parts])         # (B,M,2P)
-            ids = self.generate(self.encoder(mel), beams, max_new_tokens)
+        short = [i for i, audio in enumerate(audios) if len(audio) <= config.chunk_samples]
+        texts = ["" if i in short else self.transcribe_long(audio, beams, max_new_tokens)
+                 for i, audio in enumerate(audios)]
+        for start in range(0, len(short), CHUNKS_AT_ONCE):
+            owners = short[start:start + CHUNKS_AT_ONCE]
+            mel = torch.cat([self._log_mel(audios[i], config.chunk_samples) for i in owners])
+            ids = self.generate(self.encoder(mel), beams, max_new_tokens)      # of (B,M,2P)
             for owner, new in zip(owners, ids, strict=True):
-                texts[owner].append(self.tokenizer.decode(new))
-        return [" ".join(filter(None, parts)) for parts in texts]
+                texts[owner] = self.tokenizer.decode(new)
+        return texts
+
+    def _log_mel(self, audio, samples):
+        """(S,) padded to so many samples -> (1,M,samples/hop)."""
+        config = self.encoder.config
+        return log_mel_spectrogram(audio.to(self.banned.device), samples, config.n_fft, config.hop,
+                                   config.n_mels, config.sample_rate)
+
+    @torch.no_grad()
+    def transcribe_long(self, audio, beams=1, max_new_tokens=None):
+        """A waveform (S,) of more than 30 s -> its text, by windows of 30 s with time stamps.  Each
+        starts where the last whole segment of the one before it ended, and is told the text so
+        far; the loudest point of the whole recording sets the floor of its spectrogram."""
+        if self.first_time >= self.decoder.config.vocab_size:
+            raise ValueError("this Whisper knows no time stamps, which sound of over 30 s needs; "
+                             "take a published one or shorter clips")
+        config, size = self.encoder.config, self.encoder.config.chunk_samples
+        frames, size = len(audio) // config.hop, size // config.hop            # of 10 ms
+        mel = self._log_mel(audio, len(audio) + config.chunk_samples)[..., :frames]
+        generator = torch.Generator(mel.device).manual_seed(0)
+        spoken, context, seek = [], [], 0
+        while seek < frames:
+            window = mel[..., seek:seek + size]                                # (1,M,<=2P)
+            encoded = self.encoder(F.pad(window, (0, size - window.shape[2])))
+            ids, temperature = self._decode_window(encoded, context, beams, max_new_tokens,
+                                                   generator)
+            segments, ended = self._segments(ids)
+            kept = [i for segment in segments if self._has_words(segment) for i in segment]
+            seek += 2 * ended or window.shape[2]                # two frames every 0.02 s
+            spoken += kept
+            context = [] if temperature > FORGET else context + kept
+        return self.tokenizer.decode(spoken)
+
+    def _decode_window(self, encoded, context, beams, max_new_tokens, generator):
+        """encoded (1,P,D), ids so far -> new ids with time stamps, none in silence, and the
+        temperature that they were found at."""
+        most, prefix = self.decoder.config.max_target_positions, self.prefix[:-1]
+        if context:
+            context = [self.tokenizer.ids["<|startofprev|>"], *context[-(most // 2 - 1):]]
+        steps = most // 2 if max_new_tokens is None else max_new_tokens
+        steps = min(steps, most - len(context) - len(prefix))
+        if steps < 1 or beams < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}, beams={beams}; wanted at least 1")
+        prompt, attempts = torch.tensor([context + prefix], device=encoded.device), []
+        for temperature in TEMPERATURES:
+            cache = self.decoder.listen(encoded)
+            logits = self.decoder(prompt, cache)                               # (1,T,vocab)
+            # What Whisper expects behind <|startoftranscript|> may be that nobody speaks.
+            silence = logits[0, len(context)].float().softmax(-1)[self.first_time - 2]
+            if beams > 1 and not temperature:
+                (ids,), (score,) = self._beam_search(logits[:, -1], cache, steps, beams, times=True)
+            else:
+                (ids,), (score,) = self._greedy(logits[:, -1], cache, steps, True, temperature,
+                                                generator)
+            if score < LEAST_LOGPROB and silence > NO_SPEECH:
+                return [], temperature
+            text = self.tokenizer.decode(ids).encode()
+            loops = len(text) > MOST_COMPRESSED * len(zlib.compress(text))
+            if not loops and score >= LEAST_LOGPROB:
+                return ids, temperature
+            attempts.append((loops, ids))
+        # DIFF: where all attempts at long sound repeat themselves, so does the speaker, and the
+        # first is the best; Whisper's own code takes the last in any case.
+        return attempts[0][1] if all(loops for loops, _ in attempts) else ids, temperature
+
+    def _segments(self, ids):
+        """New ids of a window -> those of each whole segment, and where the next window starts, in
+        steps of 0.02 s; 0: behind this one.  A segment ends with a time stamp, and where one more
+        follows, another segment starts.  What follows the last pair was cut off by the end of
+        the window and is heard again, unless a time stamp ends it."""
+        times = [i >= self.first_time for i in ids]
+        cuts = [k for k in range(1, len(ids)) if times[k - 1] and times[k]]
+        whole = not cuts or times[-2:] == [False, True]
+        ended = 0 if whole else ids[cuts[-1] - 1] - self.first_time
+        parts = [ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
+        return parts if whole else parts[:-1], ended
+
+    def _has_words(self, segment):
+        """Words that take no time at all are made up: their two time stamps are the same."""
+        return self.tokenizer.decode(segment) and (len(segment) < 2 or segment[0] != segment[-1])
 
     @torch.no_grad()
     def generate(self, encoded, beams=1, max_new_tokens=None):
@@ -238,31 +328,69 @@ class Whisper(nn.Module):
         cache = self.decoder.listen(encoded)
         logits = self.decoder(prefix, cache)[:, -1]                            # (B,vocab)
         if beams == 1:
-            return self._greedy(logits, cache, steps)
-        return self._beam_search(logits, cache, steps, beams)
+            return self._greedy(logits, cache, steps)[0]
+        return self._beam_search(logits, cache, steps, beams)[0]
 
-    def _greedy(self, logits, cache, steps):
+    def _allowed(self, scores, new, times):
+        """scores (R,vocab) of what may follow the new ids (R,T), -inf for what must not.  With
+        `times` these are Whisper's rules for time stamps: one at the start, at most 1 s; then one
+        or, unless the text ends, two equal or growing ones after each piece of text; and always one
+        where all of them together are likelier than the likeliest word."""
+        scores = scores.masked_fill(self.banned[min(new.shape[1], 1)], -torch.inf)
+        if not times:
+            return scores
+        first, end = self.first_time, self.tokenizer.end_id
+        scores[:, first - 1] = -torch.inf                                      # <|notimestamps|>
+        for row, ids in zip(scores, new.tolist(), strict=True):
+            past = [i for i in ids if i >= first]
+            if not ids:
+                row[:first] = row[self.latest_start + 1:] = -torch.inf
+            elif ids[-1] >= first:
+                paired = len(ids) == 1 or ids[-2] >= first
+                row[first:] = -torch.inf if paired else row[first:]
+                row[:end] = row[:end] if paired else -torch.inf
+                row[first:past[-1]] = -torch.inf
+            elif past:
+                row[first:past[-1] + 1] = -torch.inf
+        logprobs = scores.float().log_softmax(-1)                              # (R,vocab)
+        likelier = logprobs[:, first:].logsumexp(-1) > logprobs[:, :first].amax(-1)
+        scores[:, :first].masked_fill_(likelier[:, None], -torch.inf)
+        return scores
+
+    def _greedy(self, logits, cache, steps, times=False, temperature=0.0, generator=None):
+        """-> new ids of each row and their mean log-probability; above temperature 0 sampled."""
         end, new = self.tokenizer.end_id, logits.new_empty(len(logits), 0, dtype=torch.long)
+        total, lengths = 0.0, 0
         for step in range(steps):
             logits = self.decoder(new[:, -1:], cache)[:, -1] if step else logits
-            best = logits.masked_fill(self.banned[min(step, 1)], -torch.inf).argmax(-1)
-            new = torch.cat((new, best[:, None]), dim=1)
+            scores, on = self._allowed(logits, new, times), ~(new == end).any(dim=1)
+            if temperature:
+                best = torch.multinomial((scores.float() / temperature).softmax(-1), 1,
+                                         generator=generator)                  # (B,1)
+            else:
+                best = scores.argmax(-1, keepdim=True)
+            if times:
+                total = total + on * scores.float().log_softmax(-1).gather(1, best)[:, 0]
+                lengths = lengths + on
+            new = torch.cat((new, best), dim=1)
             if (new == end).any(dim=1).all():
                 break
-        return [row[:row.index(end)] if end in row else row for row in new.tolist()]
+        rows = [row[:row.index(end)] if end in row else row for row in new.tolist()]
+        return rows, (total / lengths).tolist() if times else None
 
-    def _beam_search(self, logits, cache, steps, count):
-        """The best sum of log-probabilities / length; llama.Beams has the rules."""
+    def _beam_search(self, logits, cache, steps, count, times=False):
+        """-> ids with the best sum of log-probabilities / length of each row, and that quotient;
+        llama.Beams has the rules."""
         B, vocab = logits.shape
         rows = torch.arange(B * count, device=logits.device).view(B, count)    # a chunk's N beams
         cache.reorder(rows.flatten() // count)
         logits = logits[rows.flatten() // count]                               # (B*N,vocab)
         sums = logits.new_full((B, count), -1e9, dtype=torch.float)
         sums[:, 0] = 0.0                  # all beams are the same prefix: only the first may branch
+        new = rows.new_empty(B * count, 0)
         chunks = [Beams(count, 1.0, [self.tokenizer.end_id]) for _ in range(B)]
         for step in range(steps):
-            scores = logits.float().log_softmax(-1) + sums.view(-1, 1)
-            scores = scores.masked_fill(self.banned[min(step, 1)], -torch.inf)
+            scores = self._allowed(logits.float().log_softmax(-1), new, times) + sums.view(-1, 1)
             best, index = scores.view(B, -1).topk(2 * count, dim=1)            # half may be ends
             beam, token = index // vocab, index % vocab                        # (B,2*N)
             last = step + 1 == steps
@@ -272,9 +400,12 @@ class Whisper(nn.Module):
                 break
             on = torch.tensor(on, device=index.device)                         # (B,N)
             sums, token = best.gather(1, on), token.gather(1, on).view(-1, 1)
-            cache.reorder((beam.gather(1, on) + rows[:, :1]).flatten())
+            order = (beam.gather(1, on) + rows[:, :1]).flatten()
+            cache.reorder(order)
+            new = torch.cat((new[order], token), dim=1)
             logits = self.decoder(token, cache)[:, -1]
-        return [chunk.answers[0][1] for chunk in chunks]
+        scores, ids = zip(*(chunk.answers[0] for chunk in chunks), strict=True)
+        return list(ids), list(scores)
 
 
 class WhisperBaseline(nn.Module):

@@ -200,7 +200,7 @@ class Running:
 
     def _next(self):
         command = self.commands.pop(0)
-        with open(self.file, "a") as output:
+        with open(self.file, "a", encoding="utf-8") as output:
             output.write(f"$ {shlex.join(command)}\n")
             output.flush()
             # In a session of its own, so that Ctrl-C reaches this program, which stops the jobs.
@@ -218,7 +218,7 @@ class Running:
 
     def tail(self, lines=15):
         """The last lines of its output."""
-        return "\n".join(self.file.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(self.file.read_text("utf-8", errors="replace").splitlines()[-lines:])
 
     def stop(self, seconds=60):
         """Waits for the end after SIGTERM, on which train.py saves its state; then kills it."""
@@ -434,7 +434,8 @@ def main(config):
             log("\n".join(shlex.join(command) for command in job.commands))
         return 0
     for number in (signal.SIGTERM, signal.SIGINT):               # ends run_jobs through its finally
-        signal.signal(number, lambda got, _: sys.exit(128 + got))
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda got, _: sys.exit(128 + got))
     started = time.time()
     if not all(job.finished() for job in jobs):
         if lacking := figures.no_figures(config.out):             # not only after some hours

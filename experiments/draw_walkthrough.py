@@ -32,7 +32,7 @@ PAGE = DOCS / "walkthrough.md"
 def run_page():
     """Runs the page as a doctest -> (number of failed lines, number of lines), its variables. Every
     difference is printed."""
-    test = doctest.DocTestParser().get_doctest(PAGE.read_text(), {}, PAGE.name, str(PAGE), 0)
+    test = doctest.DocTestParser().get_doctest(PAGE.read_text("utf-8"), {}, PAGE.name, str(PAGE), 0)
     with contextlib.chdir(DOCS.parent):                        # the presets' paths start there
         results = doctest.DocTestRunner(verbose=False).run(test, clear_globs=False)
     return results, test.globs

@@ -135,7 +135,7 @@ class Results:
     @classmethod
     def read(cls, folder):
         """The Results of <folder>/results.jsonl; FileNotFoundError if it is not there."""
-        lines = (Path(folder) / "results.jsonl").read_text().splitlines()
+        lines = (Path(folder) / "results.jsonl").read_text("utf-8").splitlines()
         return cls([json.loads(line) for line in lines])
 
     @property

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aveb.tasks import ERROR_RATES
 from miniature.scenes import SCENES, TASKS, TEST_CLIPS, TRAIN_CLIPS, WEIGHTS
 from miniature.world import VIDEO_FPS
 from runtime import cli
@@ -69,6 +70,8 @@ def records_of(job):
         meta = {key: extras[key] for key in ("chance", "type", "one_window") if key in extras}
         if split == "train":
             meta["weight"] = WEIGHTS.get(f"{task}-{extras.get('type')}", WEIGHTS[task])
+        elif task in ERROR_RATES:
+            meta["metrics"] = ["wer_basic"]              # its answers are normalised words
         records.append(Record(
             id=f"{split}-{scene}-{index:05d}-{k}", task=task, prompt=prompt,
             target=target, refs=(target,),

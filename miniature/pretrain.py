@@ -553,7 +553,8 @@ def pretrain_instructblip(vit_steps=1500, steps=2500, joint_steps=2000, batch=64
     folder, vocabulary = TINY / "instructblip", qformer_vocabulary()
     if RANK == 0:
         (folder / "qformer_tokenizer").mkdir(parents=True, exist_ok=True)
-        (folder / "qformer_tokenizer" / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+        (folder / "qformer_tokenizer" / "vocab.txt").write_text(
+            "\n".join(vocabulary) + "\n", "utf-8")
     barrier()
     tokenizer = QFormerTokenizer.from_pretrained(folder)
     qformer = QFormerConfig(width=96, layers=4, heads=4, ffn=384, vocab_size=len(vocabulary),
@@ -645,7 +646,7 @@ def save_instructblip(encoder, projection=None):
                            "cross_attention_frequency": q.cross_attention_frequency,
                            "encoder_hidden_size": q.encoder_width, "hidden_act": "gelu",
                            "layer_norm_eps": q.eps},
-        "text_config": json.loads((TINY / "llama" / "config.json").read_text())})
+        "text_config": json.loads((TINY / "llama" / "config.json").read_text("utf-8"))})
 
 
 PARTS = {"llama": pretrain_llama, "whisper": pretrain_whisper,

@@ -74,4 +74,4 @@ def make_voices(folder=VOICES):
             write_opus(folder / name, np.concatenate(pieces))
             index[voice] = {"split": split, "file": name, "words": words}
             print(f"{name}: {len(words)} words, {at / RATE:.1f} s")
-    (folder / "index.json").write_text(json.dumps(index) + "\n")
+    (folder / "index.json").write_text(json.dumps(index) + "\n", "utf-8")

@@ -198,7 +198,7 @@ def sound(rng, name):
 @functools.cache
 def voices(split):
     """{voice: its entry in the committed bank's index}; test voices are never heard in training."""
-    index = json.loads((VOICES / "index.json").read_text())
+    index = json.loads((VOICES / "index.json").read_text("utf-8"))
     return {voice: entry for voice, entry in sorted(index.items()) if entry["split"] == split}
 
 

@@ -57,9 +57,9 @@ def parse(cls, doc, argv=None):
     doc: the docstring of the program's module, which --help shows; argv: the words, by default
     those of the program.  A wrong word, and a ValueError of the dataclass itself, end the program
     as usage errors."""
-    parser = argparse.ArgumentParser(prog=_program(), description=description(doc),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)         # --step must not mean --steps
+    parser = _Parser(prog=_program(), description=description(doc),
+                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                     allow_abbrev=False)                         # --step must not mean --steps
     documentation, hints, groups = _documentation(cls), typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         group, text = documentation[field.name]
@@ -78,6 +78,14 @@ def parse(cls, doc, argv=None):
         return cls(**given), set(given)
     except ValueError as error:
         parser.error(str(error))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Prints on the first process of a machine only, because all have the same command line."""
+
+    def _print_message(self, message, file=None):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            super()._print_message(message, file)
 
 
 def description(doc):

@@ -6,7 +6,8 @@ The main process (rank 0) writes files and prints.  The second half of this file
 over the GPUs of several processes (PyTorch's FSDP2).
 
 Public: launch_local, environment_ranks, init_distributed, shutdown, precision, rank, world,
-local_world, log, main_process_first, one_rank_at_a_time, all_reduce_sum, all_gather_object;
+local_world, log, said_once, main_process_first, one_rank_at_a_time, all_reduce_sum,
+all_gather_object;
 checkpoint_activations, shard, accumulating, grad_norm_and_clip, full_parameters,
 full_optimiser_state, load_optimiser_state, fingerprint."""
 
@@ -37,6 +38,9 @@ from runtime import cli
 # stands here because all programs import this file.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}      # the network interface that only this machine sees
+listening = None           # launch_local's socket, at which the main process waits for the others
+
 
 def launch_local(wanted=0, most=4):
     """Starts this command line `wanted` - 1 more times, as torchrun would, so that a run on a CPU
@@ -52,14 +56,13 @@ def launch_local(wanted=0, most=4):
     wanted = wanted or min(cli.cores(), most)
     if "WORLD_SIZE" in os.environ or torch.cuda.is_available() or wanted == 1:
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # PyTorch would listen on all of the machine's addresses, so that anyone could join.
+    global listening
+    listening = socket.create_server(("127.0.0.1", 0), backlog=wanted)
     os.environ |= {"WORLD_SIZE": str(wanted), "RANK": "0", "LOCAL_RANK": "0",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if sys.platform == "linux":
-        # The machine's name may resolve to an address that cannot be reached.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listening.getsockname()[1])}
+    if sys.platform in LOOPBACK:
+        os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK[sys.platform]
     for rank in map(str, range(1, wanted)):
         subprocess.Popen([sys.executable, *sys.orig_argv[1:]], stdin=subprocess.PIPE, env={
             **os.environ, "RANK": rank, "LOCAL_RANK": rank, "PARENT_HOLDS_STDIN": "yes"})
@@ -82,7 +85,11 @@ def init_distributed():
     if world > 1:
         # The timeout is long, because all wait while the main process makes clips and features.
         # When a process dies, torchrun or gloo ends the others at once.
-        store, rank, world = next(dist.rendezvous("env://"))
+        if listening:
+            store = dist.TCPStore(*listening.getsockname(), world, is_master=True,
+                                  wait_for_workers=False, master_listen_fd=listening.detach())
+        else:
+            store, rank, world = next(dist.rendezvous("env://"))
         # The prefix hides what an earlier start left in torchrun's store (--max-restarts): the
         # addresses there belong to processes that have ended.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -143,13 +150,36 @@ def shutdown(model=None):
 
 
 @contextmanager
+def said_once():
+    """In the block, a sentence that ends the program (SystemExit) is printed by the first process
+    of a machine.  The others, which have met the same error, end silently."""
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.code, str) and environment_ranks()[2] > 0:
+            raise SystemExit(1) from None
+        raise
+
+
+@contextmanager
 def main_process_first():
-    """The main process runs the block first, to make files for example; then the others run it."""
+    """The main process runs the block first, to make files for example; then the others run it.  If
+    it fails there, they end."""
     if rank() > 0:
-        dist.barrier()
-    yield
-    if rank() == 0 and world() > 1:
-        dist.barrier()
+        _wait_for(False)
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if rank() == 0:
+            _wait_for(failed)
+
+
+def _wait_for(failed):
+    """Waits for all processes.  SystemExit when another one has failed; that one says why."""
+    if any(all_gather_object(failed)) and not failed:
+        raise SystemExit(1)
 
 
 def all_reduce_sum(values, device="cpu"):
@@ -206,10 +236,13 @@ def one_rank_at_a_time():
     """One process after the other runs the block.  Around loading and `shard`, so that the memory
     of a machine holds at most one whole model."""
     for turn in range(world()):
-        if turn == rank():
-            yield
-        if world() > 1:
-            dist.barrier()
+        failed = turn == rank()
+        try:
+            if turn == rank():
+                yield
+                failed = False
+        finally:
+            _wait_for(failed)
 
 
 def shard(model, device):
@@ -290,11 +323,22 @@ def full_optimiser_state(optimiser):
 
 
 def load_optimiser_state(optimiser, state):
-    """Loads the result of full_optimiser_state, also that of a run with other processes."""
+    """Loads the result of full_optimiser_state, also that of a run with other processes.  Raises
+    ValueError when it is not the state of AdamW with these parameters."""
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    optimiser.load_state_dict(state | {"state": {
+    moments, groups = state.get("state"), optimiser.state_dict()["param_groups"]
+    if not isinstance(moments, dict) or moments.keys() - {*range(len(parameters))}:
+        raise ValueError(f"the optimiser's state is not one of {len(parameters)} parameters")
+    for i, of in moments.items():
+        shape = tuple(parameters[i].shape)
+        for name, wanted in (("exp_avg", shape), ("exp_avg_sq", shape), ("step", ())):
+            t = of.get(name) if isinstance(of, dict) else None
+            if not isinstance(t, torch.Tensor) or t.shape != wanted or not t.isfinite().all():
+                raise ValueError(f"the optimiser's {name} of parameter {i} is not {wanted} finite "
+                                 f"numbers, but {t if t is None else tuple(t.shape)}")
+    optimiser.load_state_dict({"param_groups": groups, "state": {      # settings: this run's own
         i: {name: _rows_of(t, parameters[i]) for name, t in of.items()}
-        for i, of in state["state"].items()}})
+        for i, of in moments.items()}})
 
 
 def fingerprint(model):

@@ -201,12 +201,17 @@ def checked_scaling(fields, max_positions):
     Raises ValueError for an unknown type and for a missing field."""
     fields = {key: value for key, value in dict(fields or ()).items() if value is not None}
     kind = fields.get("rope_type", fields.get("type", "default"))
-    if kind not in ROPE_REQUIRED:
+    if not isinstance(kind, str) or kind not in ROPE_REQUIRED:
         raise ValueError(f"config.json: unsupported rope_type={kind!r} "
                          f"(wanted {', '.join(ROPE_REQUIRED)}); use another LLaMA")
     if kind == "default":
         return ()
     pairs = {key: fields[key] for key in ROPE_REQUIRED[kind] + ROPE_OPTIONAL if key in fields}
+    for key, value in pairs.items():
+        if not isinstance(value, int | float) or not 0 <= value < 1e30 or (
+                value == 0 and ("factor" in key or "original" in key)):
+            raise ValueError(f"config.json: rope_scaling's {key} is {value!r:.80}; wanted a number "
+                             "above 0")
     if kind in ("llama3", "yarn"):
         original = pairs.setdefault("original_max_position_embeddings", max_positions)
         if kind == "yarn" and max_positions != original:
@@ -214,6 +219,9 @@ def checked_scaling(fields, max_positions):
     if missing := [key for key in ROPE_REQUIRED[kind] if key not in pairs]:
         raise ValueError(f"config.json: rope_type={kind!r} without {', '.join(missing)}; "
                          "add it to rope_scaling (rope_parameters)")
+    if kind == "llama3" and pairs["low_freq_factor"] >= pairs["high_freq_factor"]:
+        raise ValueError(f"config.json: low_freq_factor {pairs['low_freq_factor']} is not below "
+                         f"high_freq_factor {pairs['high_freq_factor']}; correct rope_scaling")
     return tuple(sorted((pairs | {"rope_type": kind}).items()))
 
 

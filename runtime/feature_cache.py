@@ -2,59 +2,118 @@
 
      records --grouped by clip--> decode; ViT and Whisper once; Q-Former once per prompt --> fp16
      Record --size and time of its files, start, end--> key of the clip --prompt--> key of both
-     FOLDER/<fingerprint of encoders and clip options>/<time>-<rank>.bin       the numbers
+     FOLDER/<fingerprint of encoders and clip options>/probe.safetensors    what the encoders do
+                                                      /<time>-<rank>.bin       the numbers
                                                       /<time>-<rank>.jsonl     a line per entry:
-       {"clip": KEY, "image": false, "picture": true, "at": [offset, S, D_a]}  its sound, if any
-       {"seen": KEY, "at": [offset, F, V, D_v]}    {"clip": KEY, "skipped": why}  not readable
+       {"clip": KEY, "image": false, "picture": true, "at": [offset, S, D_a], "crc": n}  its sound
+       {"seen": KEY, "at": [offset, F, V, D_v], "crc": n}    {"clip": KEY, "skipped": why}
 Nothing is ever rewritten: each process that writes has a pack (the two files) of its own, and the
 numbers are on disk before the line that names them.  So a run may be killed at any moment (at most
 8 clips per worker are lost), and the next one continues with what is missing.  Manifests that share
 clips share their features.
 Size: a frame of 0.5 s takes V*D_v + A*D_a numbers: 3.8 kB in the tiny preset, 113 kB at full size.
 
-Public: FeatureCache, cache_features, readable_samples."""
+Public: FeatureCache, cache_features, readable_samples; bits_hash, source_hash."""
 
+import ast
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 import os
+import re
 import shutil
 import time
-from functools import partial
+import zlib
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
-from data import Features, Sample, load_or_skip, report_skipped
-from runtime import cli, distributed, hub
+from data import Clip, Features, Record, Sample, load_clip, load_or_skip, report_skipped
+from runtime import cli, distributed, hub, media
 from runtime.log import in_words
 from runtime.media import MediaError, probe
 
+# ---------------------------------------------------------------- what features depend on
+# A small film with sound, which comes with the code, and a question about it.
+PROBE = Record("probe", "", "What is seen and heard?", start=0.5, end=1.5,
+               video=str(hub.REPOSITORY / "miniature" / "demo.mp4"))
+
 
 def fingerprint(model, clip_options):
-    """Hash of everything that features depend on apart from the clip: the system, the options of
-    data.load_clip, size and time of the encoders' files, and a few values of every weight, which
-    distinguish random weights and other dtypes."""
-    parts = [model.system, sorted(clip_options.items()), model.config.audio_seconds]
+    """-> name, probe: all that features depend on apart from the clip.  The name is a hash of the
+    system, the options of data.load_clip, the code that decodes (one film does not show what it
+    does with odd files), size and time of the encoders' files, and all frozen weights.  The probe,
+    {part: tensor}, shows what the encoders' code does with PROBE; see same_probe."""
+    parts = [model.system, sorted(clip_options.items()), model.config.audio_seconds,
+             source_hash(media, load_clip), bits_hash(frozen_weights(model))]
     for source in (model.config.whisper, model.config.instructblip):
         root = Path(hub.local_source(source))
         files = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns]
                  for f in sorted(root.rglob("*")) if f.is_file()]
         parts.append(files or source)                  # the name of a repo on the Hub
-    whole = hashlib.sha256(json.dumps(parts).encode())
-    for p in frozen_weights(model):
-        few = p.detach().flatten()[::max(1, p.numel() // 16)].float().cpu().numpy()
-        whole.update(f"{p.dtype} {[*p.shape]}".encode() + few.tobytes())
-    return whole.hexdigest()[:16]
+    return digest(parts).hex(), probe_features(model, clip_options)
+
+
+def probe_features(model, clip_options):
+    """{part: fp32 tensor} of PROBE and, as a still image, of its first frame."""
+    clip = load_clip(PROBE, **clip_options | {"max_seconds": None})
+    still = Clip(None if clip.frames is None else clip.frames[:1], is_image=True)
+    found = {}
+    for name, shown in (("film", clip), ("still", still)):
+        features = model.encode(shown, [PROBE.prompt])[0]
+        found |= {f"{name} {part}": vectors.detach().float().cpu().contiguous()
+                  for part, vectors in vars(features).items() if torch.is_tensor(vectors)}
+    return found
+
+
+def same_probe(one, other, dtype):
+    """Whether the features of two probes differ by no more than rounding does on another device or
+    with another number of threads.  A part may differ by this share of its mean absolute value:
+    in fp32 we measured 5e-7; sixteen bits round by 0.4 % in each of many layers."""
+    share = 1e-4 if dtype == torch.float32 else 2e-2
+    return one.keys() == other.keys() and all(
+        x.shape == other[part].shape
+        and (x - other[part]).abs().mean() <= share * other[part].abs().mean()
+        for part, x in one.items())
 
 
 def frozen_weights(model):
-    """The frozen parameters of the encoders, without InstructBLIP's Q-Former, which learns."""
-    parts = [getattr(model, name, None) for name in ("whisper", "visual")]
-    return [p for part in parts if part is not None for p in part.parameters()
-            if not p.requires_grad]
+    """{name: frozen parameter} of the encoders, without InstructBLIP's Q-Former, which learns."""
+    return {name: p for name, p in model.named_parameters()
+            if not p.requires_grad and not name.startswith("llm.")}
+
+
+def dtype_of(model):
+    """The number format of the frozen encoders."""
+    return next(iter(frozen_weights(model).values())).dtype
+
+
+def bits_hash(tensors):
+    """{name: tensor} -> hash of all their bits, 32 hex digits, wherever they lie.  Each 8 bytes are
+    multiplied by an odd number of their own and summed modulo 2^64: 1.5 GB/s on a core, and no
+    single change of 8 bytes goes unnoticed."""
+    odd = torch.randint(-2**62, 2**62, (2**16,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    sums, factors = [], {}
+    for tensor in tensors.values():
+        data = tensor.detach().contiguous().flatten().view(torch.uint8)
+        words = torch.nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
+        factor = factors.setdefault(words.device, odd.to(words.device))
+        parts = [(part * factor[:len(part)]).sum() for part in words.split(len(odd))]
+        sums.append(torch.stack(parts).tolist())
+    return digest([[name, str(tensor.dtype), [*tensor.shape], of] for (name, tensor), of in zip(
+        tensors.items(), sums, strict=True)]).hex()
+
+
+@lru_cache
+def source_hash(*things):
+    """Hash of the code of modules or functions, 32 hex digits; comments do not count."""
+    return digest([ast.unparse(ast.parse(inspect.getsource(thing))) for thing in things]).hex()
 
 
 class FeatureCache:
@@ -66,6 +125,7 @@ class FeatureCache:
         self.model, self.log, self.full = model, log, False
         self.clip_options = {**model.clip_options(), **(clip_options or {})}
         self.by_prompt = model.system == "favor"   # InstructBLIP caches the ViT's output only
+        self.first_turn = model.config.question_turn == "first"      # see Favor.question_to_see
         # A place is (pack, offset, *shape), or in memory the array itself.
         self.clips = {}      # key -> (place of its sound or None, is_image, has a picture), or
         #                             the reason why it cannot be read
@@ -74,13 +134,27 @@ class FeatureCache:
         self.stamps, self.packs, self.files, self.writing = {}, [], {}, None
         self.folder = None if folder is None else Path(os.path.abspath(folder))
         if self.folder:
-            self.home = self.folder / fingerprint(model, self.clip_options)
+            name, self.probe = fingerprint(model, self.clip_options)
+            self.home = self._find_home(name)
             for path in sorted(self.home.glob("*.jsonl")):
                 self._read_index(path)
 
     def __getstate__(self):
         """For the workers of a DataLoader, which read but do not encode."""
-        return {**vars(self), "model": None, "log": print, "files": {}, "writing": None}
+        return {**vars(self), "model": None, "log": print, "files": {}, "writing": None,
+                "probe": None}
+
+    def _find_home(self, name):
+        """The folder of this fingerprint: of those with this name the one with this probe."""
+        for path in sorted(self.folder.glob(f"{name}-*/probe.safetensors")):
+            try:
+                there = load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise SystemExit(f"{path}: damaged ({error}); remove the folder {path.parent}, "
+                                 "and its features are made anew") from None
+            if same_probe(self.probe, there, dtype_of(self.model)):
+                return path.parent
+        return self.folder / f"{name}-{bits_hash(self.probe)[:8]}"
 
     # ---- keys
     def _stamp(self, path):
@@ -96,7 +170,8 @@ class FeatureCache:
         """-> key of the clip and key of clip and prompt, 16 bytes each."""
         files = [path and self._stamp(path) for path in (record.image, record.video, record.audio)]
         clip = digest(*files, float(record.start or 0), record.end and float(record.end))
-        return clip, digest(clip.hex(), record.prompt if self.by_prompt else None)
+        prompt = record.history[0][0] if self.first_turn and record.history else record.prompt
+        return clip, digest(clip.hex(), prompt if self.by_prompt else None)
 
     def _has(self, clip, seen):
         entry = self.clips.get(clip)
@@ -129,29 +204,38 @@ class FeatureCache:
         off does no harm; all processes share the page cache anyway."""
         if isinstance(place, np.ndarray):
             return torch.from_numpy(place)
-        pack, offset, *shape = place
+        pack, offset, crc, *shape = place
+        path = self.packs[pack]
         if pack not in self.files:
-            self.files[pack] = open(self.packs[pack], "rb", buffering=0)
+            self.files[pack] = open(path, "rb", buffering=0)
         numbers = np.empty(shape, np.float16)
-        if os.preadv(self.files[pack].fileno(), [numbers], offset) != numbers.nbytes:
-            raise OSError(f"{self.packs[pack]}: shorter than it was; remove it and its .jsonl")
+        read = os.preadv(self.files[pack].fileno(), [numbers], offset)
+        if read != numbers.nbytes or checksum(numbers) != crc:
+            raise SystemExit(f"{path}: damaged, the numbers from byte {offset} on are not those "
+                             f"that were written; remove it and {path.with_suffix('.jsonl').name}, "
+                             "and its features are made anew")
         return torch.from_numpy(numbers)
 
     # ---- packs
     def _read_index(self, path):
-        """Enters the lines of a pack, except those that a kill or a full disk cut off: broken JSON,
-        and lines whose numbers are not all in the pack."""
-        lines = path.read_bytes().split(b"\n")
+        """Enters the lines of a pack, except those that a kill or a full disk cut off: broken JSON
+        at the end, and lines whose numbers are not all in the pack."""
         pack = path.with_suffix(".bin")
-        size = pack.stat().st_size if pack.exists() else 0         # taken after reading the lines
         self.packs.append(pack)
-        for text in lines:
-            with contextlib.suppress(ValueError):                  # the last line may be cut off
-                line = json.loads(text)
+        try:
+            lines = hub.grown_lines(path)
+            size = pack.stat().st_size if pack.is_file() else 0    # taken after reading the lines
+            for number, line in lines:
+                if not well_formed(line):
+                    raise ValueError(f"{path}: line {number} is damaged")
                 offset, *shape = line.get("at") or (0, 0)
                 if offset + 2 * math.prod(shape) <= size:
-                    place = (len(self.packs) - 1, offset, *shape) if line.get("at") else None
+                    place = ((len(self.packs) - 1, offset, line["crc"], *shape)
+                             if line.get("at") else None)
                     self._enter(line, place)
+        except ValueError as error:
+            raise SystemExit(f"{error}; remove {path} and {pack.name}, and their features are made "
+                             "anew") from None
 
     def _enter(self, line, place):
         if "seen" in line:
@@ -177,6 +261,9 @@ class FeatureCache:
     def _append(self, line, numbers):
         if self.writing is None or self.writing[0] != os.getpid():     # a fork needs its own pack
             self.home.mkdir(parents=True, exist_ok=True)
+            if self.probe and not (self.home / "probe.safetensors").exists():
+                with hub.atomic(self.home / "probe.safetensors") as temporary:
+                    temporary.write_bytes(save(self.probe))
             path = self.home / f"{time.time_ns()}-{distributed.rank()}.bin"
             self.writing = (os.getpid(), len(self.packs), open(path, "xb"),
                             open(path.with_suffix(".jsonl"), "xb"))
@@ -184,9 +271,10 @@ class FeatureCache:
         _, pack, data, index = self.writing
         place = None
         if numbers is not None:
-            place = (pack, data.tell(), *numbers.shape)
-            line = line | {"at": place[1:]}
-            data.write(np.ascontiguousarray(numbers).data)
+            numbers = np.ascontiguousarray(numbers)
+            place = (pack, data.tell(), checksum(numbers), *numbers.shape)
+            line = line | {"at": [place[1], *numbers.shape], "crc": place[2]}
+            data.write(numbers.data)
             data.flush()
         index.write(json.dumps(line).encode() + b"\n")
         index.flush()
@@ -250,12 +338,12 @@ class FeatureCache:
         """Yields each job with the result of _encode."""
         model, options, start = self.model, self.clip_options, ()
         if workers is None:
-            on_cpu = next(model.visual.parameters()).device.type == "cpu"
+            on_cpu = next(model.parameters()).device.type == "cpu"
             workers = cli.cores() if on_cpu and len(jobs) > 200 else 1
         encode = partial(_encode, worker=(model, options, True))
         if workers > 1:
-            encode, start = _encode, (type(model), model.config, frozen_weights(model)[0].dtype,
-                                      options, fingerprint(model, options))
+            encode, start = _encode, (type(model), model.config, dtype_of(model), options,
+                                      fingerprint(model, options))
         with contextlib.closing(cli.parallel(encode, jobs, workers, _start_worker, start)) as made:
             yield from zip(jobs, made, strict=True)
 
@@ -301,6 +389,28 @@ def digest(*parts):
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
 
 
+def checksum(numbers):
+    """CRC of an array's shape and of its bytes."""
+    return zlib.crc32(numbers.data, zlib.crc32(str(numbers.shape).encode()))
+
+
+def well_formed(line):
+    """Whether a line of an index has the fields and types that a FeatureCache writes."""
+    def whole(*numbers):
+        return all(type(n) is int and n >= 0 for n in numbers)
+    key = line.get("seen", line.get("clip"))
+    if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{32}", key):
+        return False
+    if "skipped" in line:
+        return isinstance(line["skipped"], str)
+    at, crc, cut = line.get("at"), line.get("crc"), line.get("cut", "")
+    if at is None and "seen" in line or at is not None and not (
+            isinstance(at, list) and len(at) == (4 if "seen" in line else 3) and whole(crc, *at)):
+        return False
+    return "seen" in line or (isinstance(cut, str) and all(
+        isinstance(line.get(name), bool) for name in ("image", "picture")))
+
+
 def half(x):
     """Tensor or None -> fp16 array or None."""
     return None if x is None else torch.as_tensor(x).detach().half().cpu().numpy()
@@ -313,7 +423,9 @@ def _start_worker(system, config, dtype, clip_options, expected):
     global _worker
     torch.set_num_threads(1)                                # there are as many processes as cores
     model = system.from_config(config, dtype)
-    _worker = (model, clip_options, fingerprint(model, clip_options) == expected)
+    name, probe = fingerprint(model, clip_options)
+    same = name == expected[0] and same_probe(probe, expected[1], dtype)
+    _worker = (model, clip_options, same)
 
 
 def _encode(job, worker=None):
@@ -329,7 +441,7 @@ def _encode(job, worker=None):
         return (), None, False, skipped[0][1], ""
     if not with_sound:
         clip.audio = None
-    features = model.encode(clip, [record.prompt for record in rows])
+    features = model.encode(clip, [model.question_to_see(record) for record in rows])
     return ([half(f.visual) for f in features], half(features[0].audio), clip.is_image, None,
             clip.cut)
 
@@ -353,8 +465,14 @@ def readable_samples(model, records, cache, mask=None, skipped=None):
             skipped.append((record.id, why))
         elif features is None:
             clip = load_or_skip(record, skipped, **clip_options)
-        if features is not None or clip is not None:
-            read.append(record)
-            samples.append(Sample(record.prompt, record.target, clip, features, record.history,
-                                  mask))
+        if features is None and clip is None:
+            continue
+        sample = Sample(record.prompt, record.target, clip, features, record.history, mask)
+        # Whisper reads no question, so its baseline has no such method.
+        if hasattr(model, "too_long") and (
+                why := model.too_long(sample, model.config.max_new_tokens)):
+            skipped.append((record.id, why))
+            continue
+        read.append(record)
+        samples.append(sample)
     return read, samples

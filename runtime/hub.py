@@ -6,18 +6,25 @@ modules.
      small files: written atomically, read with errors that name the file
 
 A source holds config.json beside model.safetensors, or shards with model.safetensors.index.json.
-Import is strict both ways: a tensor we miss and a tensor we do not know are errors that name them.
-Public: folder, local_source, offline, is_offline, open_tensors, load_into, load_module,
-save_tensors, save_folder; atomic, write_text, write_json, read_json, read_jsonl, markdown_table."""
+Import is strict both ways: a tensor we miss and a tensor we do not know are errors that name them,
+and so are numbers that are not finite. Files come from strangers: nothing in them is run, and sizes
+are checked before memory is taken.
+Public: folder, Repo, anywhere, saved_source, local_source, offline, is_offline, stored_tensors,
+open_tensors, fill, load_into, load_module, save_tensors, save_folder; model_config, processor,
+make_config; atomic, write_text, write_json, read_json, read_object, read_jsonl, grown_lines,
+markdown_table."""
 
+import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args, get_origin
 
 from safetensors import SafetensorError, safe_open
 
@@ -25,9 +32,17 @@ REPOSITORY = Path(__file__).parent.parent
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE = "pytorch_model.bin"
 CONVERT = "python -m tools.convert"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 SMALL_FILES = ("*.json", "tokenizer.model", "qformer_tokenizer/*")
 # Buffers that old exporters wrote and that every loader recomputes.
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "position_ids", "proj_out.weight")
+# What other programs' models consist of: pattern of a file name, whose it is.
+FOREIGN = (("*.gguf", "GGUF, llama.cpp's"), ("model.bin", "CTranslate2's"), ("*.onnx", "ONNX"),
+           ("adapter_config.json", "an adapter's, not a model's"), ("*.msgpack", "Flax's"),
+           ("*.h5", "TensorFlow's"), ("consolidated.*", "Meta's original"))
+LARGEST_JSON = 32 * 2 ** 20       # bytes; read into Python it takes up to 20 times as much
+LARGEST_SIZE = 2 ** 24            # of any width or count in a config
+MOST_LAYERS = 256                 # as each costs time before its weights can be missed
 # Bytes of each shard, counted from names, shapes and dtype: errors report a download's size.
 PUBLISHED = {
     "openai/whisper-tiny": (151_061_672,),
@@ -59,9 +74,12 @@ def folder(source, files=SMALL_FILES, tensors=("",), config="config.json"):
     tensors whose names start with one of `tensors` (() = no weights). A broken connection is
     resumed; after a kill the finished files are still there.
     Raises OSErrors that name what is missing, its size, the reason, and the remedy."""
-    path, repo = Path(source).expanduser(), str(source)
-    if path.is_dir():
-        return path
+    path, repo = Path(source).expanduser(), source if isinstance(source, Repo) else str(source)
+    if not isinstance(source, Repo) and path.exists():
+        if path.is_dir():
+            return path
+        raise FileNotFoundError(f"{source}: no folder; wanted the folder that holds {config} and "
+                                "model.safetensors")
     if path.is_absolute() or repo.startswith(".") or repo.count("/") != 1:
         raise FileNotFoundError(
             f"{source}: no such folder; wanted a folder in the Hub's layout ({config} + "
@@ -81,12 +99,39 @@ def folder(source, files=SMALL_FILES, tensors=("",), config="config.json"):
     return root
 
 
+class Repo(str):
+    """The id of a Hub repo that a checkpoint names. It never means a folder, even if the working
+    folder happens to hold one of that name."""
+
+
+def anywhere(source):
+    """What a user calls a part -> a name of it that holds in every working folder. What exists here
+    becomes an absolute path. Parts of the miniature, which are named relative to this repository,
+    and Hub repos keep their names."""
+    if isinstance(source, Repo) or _ours(source):
+        return source
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else str(source)
+
+
+def saved_source(source):
+    """The name of a part in a favor.json -> the same, as a Repo where it is owner/name: in another
+    working folder than that of the training a folder of this name is another one."""
+    likely = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    return Repo(source) if likely and not _ours(source) else source
+
+
 def local_source(source):
     """A part of the miniature, named relative to this repository, -> its path, so that it is found
     from any working folder; tiny/ is the old name of miniature/weights/. Other sources are returned
     as they are."""
-    name = re.sub(r"^tiny/", "miniature/weights/", str(source))
-    return REPOSITORY / name if (REPOSITORY / name).is_dir() else source
+    return _ours(re.sub(r"^tiny/", "miniature/weights/", str(source))) or source
+
+
+def _ours(source):
+    """Path of a part of the miniature in this repository; None for all other sources."""
+    path = REPOSITORY / str(source)
+    return path if str(source).startswith("miniature/weights/") and path.is_dir() else None
 
 
 def _fetch(repo, wanted, alone=False):
@@ -102,6 +147,9 @@ def _fetch(repo, wanted, alone=False):
         known = _known_failure(error, repo, wanted)
         if known is None:
             raise
+        if isinstance(repo, Repo) and isinstance(known, FileNotFoundError) and Path(repo).exists():
+            known = FileNotFoundError(f"{known}. The checkpoint does not mean the folder "
+                                      f"{Path(repo).resolve()}; to take it, name it: ./{repo}")
         raise known from error
 
 
@@ -174,10 +222,15 @@ def shard_name(i, n):
 def weight_map(path):
     """{tensor name: shard} of an index file; ValueError if it has none."""
     index = read_json(path)
-    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+    places = isinstance(index, dict) and index.get("weight_map")
+    if not isinstance(places, dict) or not places:
         raise ValueError(f"{path}: no weight_map in it; wanted {{tensor name: shard}}; download or "
                          "save the file again")
-    return index["weight_map"]
+    for name, shard in places.items():
+        if not isinstance(shard, str) or not re.fullmatch(r"(?!\.+$)[\w.+ -]{1,200}", shard):
+            raise ValueError(f"{path}: places {name} in {shard!r:.80}; wanted the name of a file "
+                             "that lies beside it")
+    return places
 
 
 def what_instead(path, pickles=True):
@@ -194,6 +247,8 @@ def what_instead(path, pickles=True):
     if pickles and start.startswith((b"PK\x03\x04", b"\x80")):
         return (f"a pickle under the name of safetensors; rename it to {BIN_SINGLE} and convert "
                 f"its folder: {CONVERT} FOLDER OUT")
+    if start.startswith(b"GGUF"):
+        return "a GGUF file of llama.cpp's; take the model's safetensors"
     return ""
 
 
@@ -212,14 +267,17 @@ class Stored:
             return file.get_tensor(self.name)
 
 
-def _stored(path):
+def stored_tensors(path):
     """{tensor name: Stored} of one safetensors file, in the file's order; no numbers are read yet.
     ValueError states what is wrong with the file."""
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:        # checks every offset and size
             views = {name: file.get_tensor(name) for name in file.offset_keys()}
             return {name: Stored(path, name, t.dtype, tuple(t.shape)) for name, t in views.items()}
-    except SafetensorError as error:
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    except (SafetensorError, AttributeError, RuntimeError) as error:     # the last two: torch's
         what = (what_instead(path)
                 or f"truncated or damaged ({error}); delete it and download it again")
         raise ValueError(f"{path}: {what}") from None
@@ -236,11 +294,19 @@ def _layout(root):
     if (root / INDEX).exists():
         return weight_map(root / INDEX)
     if (root / SINGLE).exists():
-        return dict.fromkeys(_stored(root / SINGLE), SINGLE)
+        return dict.fromkeys(stored_tensors(root / SINGLE), SINGLE)
     if any(root.glob("pytorch_model*.bin")):
         raise FileNotFoundError(f"{root}: .bin files only, no {SINGLE}; convert them once: "
                                 f"{CONVERT} {root} {root}-safetensors")
-    raise FileNotFoundError(f"{root}: no {SINGLE} and no {INDEX}; download or save it again")
+    raise FileNotFoundError(f"{root}: no {SINGLE} and no {INDEX}{foreign(root)}; download or save "
+                            "it again")
+
+
+def foreign(root):
+    """', but model.bin (CTranslate2's)': files of another program's model in a folder; or ""."""
+    found = [f"{path.name} ({whose})" for pattern, whose in FOREIGN
+             for path in sorted(root.glob(pattern))[:1]]
+    return f", but {', '.join(found)}" if found else ""
 
 
 def open_tensors(root, wanted=lambda name: True):
@@ -252,7 +318,7 @@ def open_tensors(root, wanted=lambda name: True):
         if not (root / shard).exists():
             raise FileNotFoundError(
                 f"{root / shard}: listed in {INDEX} but missing; download it again")
-        stored = _stored(root / shard)
+        stored = stored_tensors(root / shard)
         lost = [name for name, place in layout.items() if place == shard and name not in stored]
         if lost:
             raise ValueError(f"{root / shard}: lacks {listed(lost)} that {INDEX} places there; "
@@ -267,44 +333,69 @@ def open_tensors(root, wanted=lambda name: True):
 
 def load_module(make, root, dtype=None, device=None, **options):
     """make() -> a module with the weights of folder `root`, in eval mode. It is built on the device
-    "meta", so that no time and memory goes to weights that are replaced.
+    "meta", so that no time and memory goes to weights that are replaced, or do not fit.
     dtype None: fp32; device None: CPU; options: see load_into."""
     import torch  # not above, because some programs read small files only and start without it
     with torch.device("meta"):
         module = make()
+    fitting(module, root, **options)
     module = module.to(dtype or torch.float32).to_empty(device=device or "cpu")
     if hasattr(module, "tie_weights"):           # to_empty made two tensors of one
         module.tie_weights()
     return load_into(module, root, **options).eval()
 
 
-def load_into(module, root, prefix="", rename=(), rows=None, only=("",)):
-    """Copies the tensors of folder `root` whose names start with `prefix` into `module`, one at a
-    time, in the module's dtype and on its device. The host needs memory for the largest tensor
-    beside the module, not more (test_hub.py).
+def load_into(module, root, **options):
+    """Copies the tensors of folder `root` into `module`, one at a time, in the module's dtype and
+    on its device. The host needs memory for the largest tensor beside the module, not more
+    (test_hub.py).
 
-    prefix: str, or a tuple of which the first that occurs in the file counts ("" matches all).
+    prefix: str, or a tuple of which the first that occurs in the file counts ("" matches all);
+            only names that start with it are read.
     rename: (theirs, ours) substring pairs, applied in order after the prefix is cut.
     rows:   {our name: n} reads only the first n rows (of padded vocabularies).
     only:   prefixes of the names to read, without cutting them; the rest of the file is ignored.
-    Raises ValueError that lists missing tensors, unknown tensors and wrong shapes."""
+    Raises ValueError that lists missing tensors, unknown tensors, wrong shapes and dtypes, or names
+    a tensor that holds NaN or infinity."""
+    targets = module.state_dict(keep_vars=True)       # parameters and the buffers that are saved
+    for ours, stored in fitting(module, root, **options).items():
+        fill(targets[ours], stored)
+    return module
+
+
+def fitting(module, root, prefix="", rename=(), rows=None, only=("",)):
+    """{our name: Stored} of what load_into copies; no numbers are read yet."""
     root, layout = Path(root), _layout(Path(root))
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
     prefix = next((p for p in prefixes if any(n.startswith(p) for n in layout)), prefixes[0])
     tensors = open_tensors(root, lambda name: name.startswith(prefix) and name.startswith(
         tuple(only)) and not name.endswith(NOT_WEIGHTS))
-    targets = module.state_dict(keep_vars=True)       # parameters and the buffers that are saved
-    found, problems = _match(targets, tensors, prefix, rename, rows or {})
+    found, problems = _match(module.state_dict(keep_vars=True), tensors, prefix, rename, rows or {})
     if problems:
         raise ValueError(f"{root}: weights do not fit {type(module).__name__}; "
                          + "; ".join(problems))
+    return found
+
+
+def fill(target, stored):
+    """Copies a Stored, or its first rows, into the tensor `target`. ValueError names it if there
+    are NaN or infinity in it, or numbers that become infinite in the target's dtype."""
     import torch
+    value = stored()
+    value = value[:len(target)] if value.shape != target.shape else value
     with torch.no_grad():
-        for ours, stored in found.items():
-            target, value = targets[ours], stored()
-            value = value[:len(target)] if value.shape != target.shape else value      # `rows`
-            target.copy_(value.to(target.device))     # there in the file's dtype, then in ours
-    return module
+        target.copy_(value.to(target.device))     # there in the file's dtype, then in ours
+    if not is_finite(target):
+        what = (f"numbers too large for {target.dtype}; load it in another dtype"
+                if is_finite(value) else "NaN or infinity; download or save it again")
+        raise ValueError(f"{stored.path}: {stored.name} holds {what}")
+
+
+def is_finite(tensor):
+    """Whether all numbers of a tensor are finite: in one pass, without a copy."""
+    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+        return True
+    return all(math.isfinite(end) for end in tensor.detach().aminmax())       # NaN becomes both
 
 
 def _match(targets, tensors, prefix, rename, rows):
@@ -324,13 +415,21 @@ def _match(targets, tensors, prefix, rename, rows):
             shape = (min(shape[0], rows[ours]), *shape[1:])
         if shape != target.shape:
             wrong_shape.append(f"{theirs} {list(shape)}, wanted {list(target.shape)}")
-        if tensor.dtype.is_floating_point != target.dtype.is_floating_point:
+        if not same_kind(tensor.dtype, target.dtype):
             wrong_dtype.append(f"{theirs} {tensor.dtype}, wanted {target.dtype}")
     tied = {id(targets[name]) for name in found}      # two names of one tensor: one is enough
     missing = [name for name, target in targets.items() if id(target) not in tied]
     return found, [f"{label}: {listed(names)}" for label, names in [
         ("missing", missing), ("unknown", unknown), ("wrong shape", wrong_shape),
         ("wrong dtype", wrong_dtype)] if names]
+
+
+def same_kind(dtype, wanted):
+    """Whether numbers of `dtype` mean the same in `wanted`: floats from floats, whole numbers from
+    whole numbers. Floats of 8 bits and fewer mean nothing without their scales."""
+    if wanted.is_floating_point:
+        return dtype.is_floating_point and dtype.itemsize > 1
+    return not dtype.is_floating_point and not dtype.is_complex
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -356,6 +455,90 @@ def save_folder(root, tensors, config):
     save_tensors(root / SINGLE, tensors)
     (root / INDEX).unlink(missing_ok=True)       # of older shards: it would be read instead
     write_json(root / "config.json", config)
+
+
+# ---- configs ------------------------------------------------------------------------------------
+
+def model_config(root, kind, inside=None):
+    """config.json of the model folder `root`, a dict. ValueError if its model_type is not `kind`,
+    or if it names none and the folder holds another program's model. A config with the key `inside`
+    may be of any type: the caller checks the part that stands there."""
+    root, known = Path(root), Path(root) / "config.json"
+    config = read_object(known) if known.exists() else {}
+    if "model_type" not in config and not any(root.glob("*.safetensors*")) and foreign(root):
+        raise ValueError(f"{root}: no {SINGLE}{foreign(root)}; wanted a model in the Hub's layout "
+                         f"whose model_type is {kind!r}")
+    check_file(known)
+    got = config.get("model_type", kind)
+    if got != kind and inside not in config:
+        raise ValueError(f"{known}: model_type is {got!r:.80}; wanted {kind!r}; pass the folder of "
+                         "another model")
+    return config
+
+
+def processor(root, part, keys):
+    """Settings of a model's input: those of `keys` that preprocessor_config.json names, or
+    processor_config.json in its object `part`, where transformers 5 writes them. -> {key: value}
+    and {key: path of its file}. ValueError where the two contradict each other."""
+    settings, places = {}, {}
+    for name in PROCESSOR_FILES:
+        path = Path(root) / name
+        if not path.exists():
+            continue
+        found = read_object(path)
+        found = found if name.startswith("pre") else found.get(part) or {}
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: {part} is {found!r:.80}; wanted a JSON object {{...}}")
+        for key in keys:
+            if found.get(key) is None:
+                continue
+            if key in settings and settings[key] != found[key]:
+                raise ValueError(f"{path}: {key} {found[key]!r:.80}, but {places[key]} has "
+                                 f"{settings[key]!r:.80}; remove the one that the model was not "
+                                 "trained with")
+            settings[key], places[key] = found[key], path
+    return settings, places
+
+
+def make_config(kind, found, names, where, zero=(), **ready):
+    """The dataclass `kind` from the JSON object `found` of the file `where`. names: {field: key in
+    the file}; a key that is absent or null leaves the field's default. Numbers must be finite and
+    above 0; those of the fields in `zero` may be 0. ready: further fields, checked by the caller.
+    ValueError names the file and the key."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: {found!r:.80}; wanted a JSON object {{...}}")
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    values = {ours: found[key] for ours, key in names.items() if found.get(key) is not None}
+    for name, value in values.items():
+        least, most = 1 - (name in zero), MOST_LAYERS if name == "layers" else LARGEST_SIZE
+        if wanted := _unlike(value, types[name], least, most):
+            raise ValueError(f"{where}: {names[name]} is {value!r:.80}; wanted {wanted}")
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    try:
+        return kind(**values, **ready)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _unlike(value, kind, least, most):
+    """"" if a JSON value is of the type `kind` of a dataclass's field, otherwise what is wanted."""
+    parts = [part for part in get_args(kind) if part not in (type(None), Ellipsis)]
+    if get_origin(kind) is tuple:
+        fits = isinstance(value, list) and not any(
+            _unlike(item, parts[0], 0, most) for item in value)
+        wanted = f"a list of {parts[0].__name__}"
+    elif parts:                                            # one of several types
+        wanted = [_unlike(value, part, least, most) for part in parts]
+        fits, wanted = "" in wanted, " or ".join(wanted)
+    elif kind is int:
+        fits, wanted = type(value) is int and least <= value <= most, (
+            f"a whole number from {least} to {most}")
+    elif kind is float:
+        fits = type(value) in (int, float) and least * 1e-30 <= value < 1e30
+        wanted = "a number above 0" if least else "a number of 0 or more"
+    else:
+        fits, wanted = isinstance(value, kind), f"a {kind.__name__}"
+    return "" if fits else wanted
 
 
 # ---- small files --------------------------------------------------------------------------------
@@ -385,17 +568,46 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def check_file(path):
+    """FileNotFoundError if there is no such file, ValueError if it is a folder, a pipe, or another
+    thing from which nobody can read a file: opening a pipe would wait for ever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: a folder, pipe or device; wanted a file")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: missing; wanted a model folder in the Hub's layout")
+
+
 def read_json(path):
     """The JSON value in `path`. FileNotFoundError or ValueError names the file if it is missing or
-    broken."""
+    broken. A key that stands twice in one object is an error, because readers disagree on it."""
+    check_file(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: missing; wanted a model folder in the Hub's layout") from None
-    except ValueError as error:
+        if (size := os.stat(path).st_size) > LARGEST_JSON:
+            raise ValueError(f"{size} bytes; wanted {LARGEST_JSON} at most")
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: not valid JSON ({error}); download or save the file again") from None
+
+
+def _once(pairs):
+    """Pairs of a JSON object -> dict; ValueError for a key that is there twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return values
+
+
+def read_object(path):
+    """read_json of a file that holds an object -> dict."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}; wanted a JSON object {{...}}")
+    return value
 
 
 def read_jsonl(path):
@@ -407,10 +619,31 @@ def read_jsonl(path):
         for line in file:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
                 yield row
+
+
+def grown_lines(path):
+    """The JSON objects of a file that grows line by line -> list of (line number, dict).  Lines at
+    its end that a kill or a full disk cut off are left out.  ValueError says what else is wrong
+    with the file."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    rows, broken = [], 0
+    for number, text in enumerate(lines, start=1):
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):             # also bytes that are no text
+            broken = broken or number
+            continue
+        if broken or not isinstance(row, dict):
+            raise ValueError(f"{path}: line {broken or number} is damaged")
+        rows.append((number, row))
+    return rows
 
 
 def markdown_table(header, rows):

@@ -25,8 +25,8 @@ from runtime.log import JsonLines, rows_until
 
 @dataclass
 class TrainItem:
-    """Sample number g of the run, or the reason why there is none.  cut: what max_seconds left out
-    of its clip."""
+    """Sample number g of the run, or the reason why there is none.  cut: what max_seconds or
+    the LLM's positions left out of its clip."""
     g: int
     id: str
     task: str
@@ -186,11 +186,12 @@ def skip_rows(train_items, step):
 
 class SkippedLog:
     """skipped.jsonl: a row {"step", "id", "reason"} for each sample that could not be read, and
-    {"step", "id", "cut"} for each that max_seconds cut.  Rows of an earlier start after step
+    {"step", "id", "cut"} for each that was cut.  Rows of an earlier start after step
     `first_step` are removed, because those steps run again.  str(): a summary for the log."""
 
     def __init__(self, path, first_step, main_process, log=print):
-        self.path, self.rows = Path(path), list(rows_until(path, first_step))
+        self.path, self.rows = Path(path), [row for row in rows_until(path, first_step)
+                                            if isinstance(row.get("id"), str)]
         self.file = JsonLines(self.path, log, first_step) if main_process else None
 
     def add(self, rows):
@@ -205,5 +206,6 @@ class SkippedLog:
         examples = "; ".join(f"{name}: {why}" for name, why in [*clips.items()][:3])
         text = f"skipped {len(lost)} samples of {len(clips)} clips that cannot be read"
         text += f": {examples}" if clips else ""
-        text += f"; --max-seconds cut {len(cut)} clips" if cut else ""
+        if cut:
+            text += f"; {len(cut)} clips were cut (--max-seconds or the LLM's positions)"
         return text + (f" (all: {self.path})" if self.rows else "")

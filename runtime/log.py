@@ -45,8 +45,8 @@ def git_facts(folder=Path(__file__).parent.parent):
     """{"commit": hash, "dirty": bool} of a folder; {"commit": "not a git checkout", "dirty": None}
     when git does not know it."""
     def git(*words):
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True,
-                              timeout=30, check=True)
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True,
+                              encoding="utf-8", timeout=30, check=True)
         return done.stdout.strip()
     try:
         # An installed copy may lie in the .venv of another project, whose commit is not ours.
@@ -83,7 +83,8 @@ def version(package):
 
 def cpu_name():
     with suppress(OSError):                                     # Linux only
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        about = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+        found = re.search(r"^model name\s*: (.*)$", about, re.MULTILINE)
         if found:
             return found[1]
     return platform.processor() or platform.machine()
@@ -91,18 +92,23 @@ def cpu_name():
 
 def write_run_facts(out, facts, argv, first_step=0):
     """Writes config.json (`facts`: "train", "method", "mixture", ...; with commit and command) and
-    environment.json at the start of a run; a run that continues (first_step > 0) keeps both.  Every
-    start appends a line to commands.log, with what differs from environment.json.
+    environment.json at the start of a run; a run that continues (first_step > 0) keeps both, unless
+    they are damaged.  Every start appends a line to commands.log, with what differs from
+    environment.json.
     Returns the facts that each checkpoint should carry, too."""
     out, now, command = Path(out), environment(), shlex.join(["train.py", *argv])
     out.mkdir(parents=True, exist_ok=True)
     facts = {**facts, "commit": now["commit"], "dirty": now["dirty"], "command": command}
     for name, value in (("config.json", facts), ("environment.json", now)):
-        if not first_step or not (out / name).exists():
+        try:
+            kept = first_step and isinstance(read_json(out / name), dict)
+        except (FileNotFoundError, ValueError):
+            kept = False
+        if not kept:
             write_json(out / name, value)
     then = read_json(out / "environment.json")
     changed = {key: value for key, value in now.items() if value != then.get(key)}
-    with open(out / "commands.log", "a") as file:
+    with open(out / "commands.log", "a", encoding="utf-8") as file:
         file.write(f"{timestamp()} from step {first_step}: {command}"
                    + (f"  # now {json.dumps(changed)}" if changed else "") + "\n")
     return facts
@@ -221,9 +227,10 @@ def draw_curve(rows, height=10, width=72):
 # ---------------------------------------------------------------- log.jsonl, events.jsonl
 def rows_until(path, last_step=None):
     """Yields the rows of a JSONL file whose "step" is at most `last_step` (None: all rows).  Lines
-    that a kill or a full disk cut off are left out."""
+    that a kill or a full disk cut off, or that are damaged, are left out."""
     for row in read_jsonl(path):
-        if last_step is None or row.get("step", math.inf) <= last_step:
+        step = row.get("step")
+        if last_step is None or isinstance(step, int | float) and step <= last_step:
             yield row
 
 
@@ -240,9 +247,9 @@ class JsonLines:
         self._report_errors(self._open)
 
     def _open(self):
-        with atomic(self.path) as temporary, open(temporary, "w") as file:
+        with atomic(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows_until(self.path, self.last_step))
-        self.file = open(self.path, "a")
+        self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, row, try_again=True):
         def append():
@@ -335,9 +342,9 @@ class WeightsAndBiases:
         import wandb
         file = out / "wandb-id"
         if not first_step or not file.exists():
-            file.write_text(uuid.uuid4().hex[:8])
-        self.run = wandb.init(project=project, id=file.read_text(), resume="allow", name=out.name,
-                              dir=str(out), config=config)
+            file.write_text(uuid.uuid4().hex[:8], "utf-8")
+        self.run = wandb.init(project=project, id=file.read_text("utf-8"), resume="allow",
+                              name=out.name, dir=str(out), config=config)
         # wandb's own step cannot go back, but ours does when a run continues from a checkpoint.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
@@ -406,8 +413,8 @@ class RunLog:
     @property
     def rows(self):
         """[{"step", "ce"}] of all steps so far, read from the file, for draw_curve."""
-        return [{"step": row["step"], "ce": row.get("ce")} for row in rows_until(
-            self.out / "log.jsonl", self.at)] if self.main_process else []
+        return [{"step": row["step"], "ce": ce if isinstance(ce := row.get("ce"), float) else None}
+                for row in rows_until(self.out / "log.jsonl", self.at)] if self.main_process else []
 
     # ---- a step
     def log_step(self, row, clips=0, tokens=0, flops=0, waited_s=0.0, seconds=0.0):

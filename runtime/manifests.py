@@ -3,12 +3,14 @@
      train.jsonl --Index.of: every line checked once--> where each line starts, and a few numbers
      manifests with weights --Corpus--> record(row), read from its line when it is needed
                                 --Order(seed)--> the row of sample number g, directly for any g
-Memory holds neither media nor texts, only 27 bytes per row.  The order depends on seed and epoch
+Memory holds neither media nor texts, only 29 bytes per row.  The order depends on seed and epoch
 alone, so a run can continue at any sample, on any number of processes.
 
 Public: Index, Corpus, Order, split_weight, IMAGE, VIDEO, AUDIO."""
 
+import hashlib
 import json
+import zipfile
 import zlib
 from collections import Counter
 from functools import partial
@@ -16,26 +18,32 @@ from pathlib import Path
 
 import numpy as np
 
-from data import parse_line, to_record
+from data import HEAVIEST, parse_line, to_record
 from runtime import cli
 from runtime.hub import atomic
 
-VERSION = 1
+VERSION = 2                            # of the saved index and of the checks that a line passed
+NO_META = {}
 CHUNK = 1 << 24                        # bytes of a manifest that a worker checks at a time
 IMAGE, VIDEO, AUDIO = 1, 2, 4          # bits of ROW's field `media`
 ROW = np.dtype([("offset", "<u8"), ("clip", "<u4"), ("weight", "<f4"), ("answer", "<u4"),
-                ("group", "<u2"), ("media", "u1")])
+                ("group", "<u4"), ("media", "u1")])
+# What numpy, zipfile and json raise for a damaged index.
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
+           MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 class Index:
-    """The rows of a manifest.
+    """The rows of a manifest, whose every line is fit to be learned.
 
     rows: array (n,) of ROW: offset of the line in bytes, hash of the clip's name, meta["weight"]
     (default 1), characters of the target, number of the group, bits of the media it names.
-    groups: list of (data set, task), by number."""
+    groups: list of (data set, task), by number.  content: hexadecimal hash of the whole file, the
+    same wherever the file lies."""
 
-    def __init__(self, path, rows, groups):
+    def __init__(self, path, rows, groups, content):
         self.path, self.rows, self.groups, self.file = Path(path), rows, groups, None
+        self.content = content
 
     def __len__(self):
         return len(self.rows)
@@ -44,12 +52,19 @@ class Index:
         return self.__dict__ | {"file": None}
 
     def record(self, k):
-        """Record number k, read from the file."""
+        """Record number k, read from the file.  Raises ValueError when the file has changed."""
         if self.file is None:
             self.file = open(self.path, "rb")
         self.file.seek(int(self.rows["offset"][k]))
-        return to_record(parse_line(self.file.readline(), f"{self.path}, row {k + 1}"),
-                         self.path.parent)
+        line = self.file.readline()
+        try:
+            values = parse_line(line, "")
+            same = _facts(values) == tuple(self.rows[["clip", "answer", "media"]][k])
+        except ValueError:
+            same = False
+        if not same:
+            raise ValueError(f"{self.path}, row {k + 1}: changed while it was in use; start again")
+        return to_record(values, self.path.parent)
 
     @classmethod
     def of(cls, path, log=print):
@@ -60,81 +75,107 @@ class Index:
             stat = path.stat()
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}; wanted a JSONL manifest") from None
-        stamp = [VERSION, stat.st_size, stat.st_mtime_ns]
+        # An edit can keep the size and give the old time back, but not the time of the inode.
+        stamp = [VERSION, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         file = path.with_name(path.name + ".index.npz")
-        if file.exists():
-            with np.load(file, allow_pickle=False) as found:
-                about = json.loads(str(found["about"]))
-                if about["stamp"] == stamp:
-                    return cls(path, found["rows"], [tuple(g) for g in about["groups"]])
-        rows, groups = _scan(path, stat.st_size)
+        if file.exists() and (saved := _load(file, stamp, log)):
+            return cls(path, *saved)
+        found = rows, groups, content = _scan(path, stat.st_size)
+        about = {"stamp": stamp, "groups": groups, "content": content}
         try:
             with atomic(file) as temporary:
-                np.savez(temporary, rows=rows, about=json.dumps({"stamp": stamp, "groups": groups}))
+                np.savez(temporary, rows=rows, about=json.dumps(about))
         except OSError as error:                         # a read-only folder, a full disk
             log(f"{file} could not be written ({error.strerror}); the next start checks the "
                 "manifest again")
-        return cls(path, rows, groups)
+        return cls(path, *found)
 
 
-def clip_hash(values):
-    """Hash of the last two parts of the clip's path, so that it survives a move of the data."""
-    name = values.get("video") or values.get("image") or values.get("audio") or values["id"]
-    return zlib.crc32("/".join(name.rsplit("/", 2)[-2:]).encode())
+def _load(file, stamp, log):
+    """(rows, groups, content) of a saved index; None when it is of another state of the manifest,
+    or damaged, which is told: it is made again."""
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            about = json.loads(str(found["about"]))
+            if about["stamp"] != stamp:
+                return None
+            rows, groups = found["rows"], [(str(name), str(task)) for name, task in about["groups"]]
+        if rows.dtype != ROW or not len(rows) or rows["group"].max() >= len(groups):
+            raise ValueError("other rows than this program writes")
+        return rows, groups, str(about["content"])
+    except DAMAGED as error:
+        log(f"{file} is damaged ({type(error).__name__}: {error}); it is made again")
+
+
+def _facts(values):
+    """-> hash of the last two parts of the clip's path, which survives a move of the data;
+    characters of the target; bits of the media that it names."""
+    clip = values.get("video") or values.get("image") or values.get("audio") or values["id"]
+    clip = clip[clip.rfind("/", 0, max(0, clip.rfind("/"))) + 1:]
+    media = IMAGE * ("image" in values) + VIDEO * ("video" in values) + AUDIO * ("audio" in values)
+    return zlib.crc32(clip.encode()), len(values.get("target", "")), media
 
 
 def _scan_chunk(span, path):
-    """Lines that start in the bytes [start, end) -> their rows, hashes of their ids, groups; for a
-    wrong line None, None, (offset, what is wrong)."""
+    """Lines that start in the bytes [start, end) -> their rows, hashes of their ids, groups, hash
+    of these bytes; for a wrong line None, None, (offset, what is wrong), None."""
     start, end = span
     rows, ids, groups = [], [], {}
     with open(path, "rb") as file:
         file.seek(max(0, start - 1))
-        if start and file.read(1) != b"\n":              # the previous span has this line
-            file.readline()
-        while (offset := file.tell()) < end and (line := file.readline()):
-            if offset == 0 and line.startswith(b"\xef\xbb\xbf"):
-                line, offset = line[3:], 3
-            if not line.strip():
-                continue
-            try:
-                values = parse_line(line, "LINE")
-            except ValueError as error:
-                return None, None, (offset, str(error))
-            meta, name = values.get("meta", {}), values["id"].encode()
-            group = groups.setdefault((str(meta.get("dataset", "own")), values["task"]),
-                                      len(groups))
-            media = sum(bit for name, bit in (("image", IMAGE), ("video", VIDEO), ("audio", AUDIO))
-                        if name in values)
-            if not isinstance(weight := meta.get("weight", 1.0), (int, float)) or not weight >= 0:
-                return None, None, (offset, f"LINE: weight {weight!r} in meta, wanted a number")
-            rows.append((offset, clip_hash(values), weight,
-                         len(values.get("target", "")), group, media))
-            ids.append(zlib.crc32(name) << 32 | zlib.adler32(name))
-    return np.array(rows, ROW), np.array(ids, np.uint64), list(groups)
+        before, block = file.read(1) if start else b"\n", file.read(end - start)
+        lines = (block if block.endswith(b"\n") else block + file.readline()).split(b"\n")
+    after = start
+    for k, line in enumerate(lines):
+        offset, after = after, after + len(line) + 1
+        if k == 0 and before != b"\n":                   # the previous span has this line
+            continue
+        if offset == 0 and line.startswith(b"\xef\xbb\xbf"):
+            line, offset = line[3:], 3
+        if not line.strip():
+            continue
+        try:
+            values = parse_line(line, "LINE")
+        except ValueError as error:
+            return None, None, (offset, str(error)), None
+        meta, name = values.get("meta", NO_META), values["id"].encode()
+        weight = meta.get("weight", 1.0)
+        if weight and "target" not in values:
+            return None, None, (offset, "LINE: no target, which is the answer to learn; add it, or "
+                                        "leave the record out with the weight 0 in meta"), None
+        group = groups.setdefault((meta.get("dataset", "own"), values["task"]), len(groups))
+        clip, answer, media = _facts(values)
+        rows.append((offset, clip, weight, answer, group, media))
+        ids.append(zlib.crc32(name) << 32 | zlib.adler32(name))
+    table = np.empty(len(rows), ROW)
+    for name, column in zip(ROW.names, zip(*rows, strict=True), strict=bool(rows)):
+        table[name] = column
+    return table, np.array(ids, np.uint64), list(groups), hashlib.sha256(block).digest()
 
 
 def _scan(path, size):
-    """Checks every line of a manifest of `size` bytes, a large one on all cores -> rows, groups."""
+    """Checks every line of a manifest of `size` bytes, a large one on all cores -> rows, groups,
+    hash of the content."""
     spans = [(at, min(at + CHUNK, size)) for at in range(0, size, CHUNK)]
     workers = min(cli.cores(), len(spans)) if len(spans) > 3 else 1
     checked = cli.parallel(partial(_scan_chunk, path=path), spans, workers, chunk=1)
-    parts, ids, groups = [], [], {}
-    for rows, names, found in cli.progress(checked, len(spans), f"checking {path}",
-                                       f"{CHUNK >> 20} MiB part"):
+    parts, ids, groups, content = [], [], {}, hashlib.sha256()
+    for rows, names, found, digest in cli.progress(checked, len(spans), f"checking {path}",
+                                                   f"{CHUNK >> 20} MiB part"):
         if rows is None:
             offset, wrong = found
             raise ValueError(wrong.replace("LINE", f"{path}, line {_line_number(path, offset)}", 1))
-        numbers = np.array([groups.setdefault(group, len(groups)) for group in found], "<u2")
+        numbers = np.array([groups.setdefault(group, len(groups)) for group in found], "<u4")
         if len(rows):
             rows["group"] = numbers[rows["group"]]
         parts.append(rows)
         ids.append(names)
+        content.update(digest)
     rows = np.concatenate(parts) if parts else np.zeros(0, ROW)
     if not len(rows):
         raise ValueError(f"{path}: no records; wanted at least one JSON object a line")
     _refuse_duplicates(path, rows, np.concatenate(ids))
-    return rows, list(groups)
+    return rows, list(groups), content.hexdigest()
 
 
 def _line_number(path, offset):
@@ -168,8 +209,8 @@ def split_weight(text):
         weight = None
     if weight is None:
         return text, 1.0
-    if not 0 < weight < float("inf"):
-        raise ValueError(f"--data {text}: weight {weight}; wanted more than 0")
+    if not 0 < weight <= HEAVIEST:
+        raise ValueError(f"--data {text}: weight {weight}; wanted more than 0 and at most 1e6")
     return path, weight
 
 
@@ -195,6 +236,9 @@ class Corpus:
             factors = factors * rows["answer"].mean() / means
         self.media = rows["media"]
         self.weights = rows["weight"] * np.repeat(factors, [len(i) for i in self.indices])
+        if self.weights.max() > HEAVIEST:
+            raise ValueError(f"weights of records times that of their manifest reach "
+                             f"{self.weights.max():g}, which is above 1e6; lower them")
         good = self.weights > 0
         if usable is not None:
             good &= usable(self.media)

@@ -6,8 +6,10 @@
      write_video, write_wav, write_png                  the other way, atomically
 Time 0 of a file is its first picture or sound, whichever comes first, so that both stay in step.
 FFmpeg (through PyAV) decodes.  This file adds what datasets need: variable frame rates, late
-streams, rotation, cover art, seeks that land late, gaps in the sound, broken packets and files that
-are cut off, and errors that say what to do.
+streams, rotation, cover art, seeks that land late, gaps in the sound, clocks that jump, broken
+packets and files that are cut off, and errors that say what to do.  FFmpeg may open nothing but the
+file itself.  Whatever a header claims, a call returns at most 3 hours of sound and 7200 frames
+(1 hour at 2 per second), and reads pictures of at most 120 million pixels.
 
 Public: MediaError, Media, probe, read_frames, read_image, read_audio, write_video, write_wav,
 write_png, AUDIO_RATE."""
@@ -15,17 +17,19 @@ write_png, AUDIO_RATE."""
 import math
 import os
 import re
+import struct
 import warnings
 import wave
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import av
 import numpy as np
 import torch
+from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import VideoReformatter
 
 from runtime.hub import atomic
@@ -33,7 +37,23 @@ from runtime.hub import atomic
 AUDIO_RATE = 16_000       # samples per second, the rate of Whisper
 TICK = 1e-6               # s; times closer than this are equal (MPEG's own clock ticks at 1.1e-5)
 JITTER = 0.015            # s; a smaller error of a sound's time is rounding, a lost packet is 20 ms
+LATE = 0.025              # s; a picture may be stamped so much late, as by an Opus track's delay
+SLIDE = 0.4               # s; what is shown for longer is a slide
+MOST_FRAMES = 7200        # per call; 1.1 GB of 224 x 224 pixels
+MOST_SECONDS = 3 * 3600   # of sound per call; 0.7 GB
+SAMPLE_RATES = (1000, 768_000)                    # samples per second that a source may have
+JUMP, BACK = 10.0, 0.1    # s; ffmpeg's rule for a clock that jumps forward or back
+LOST_STAMP = 30 * 3600.0  # s; in formats with one clock, ffmpeg ignores stamps so far away
+TS_DISCONT = 0x200        # FFmpeg's flag of formats whose clock may jump: MPEG-TS and -PS, Ogg
+GENERIC_INDEX = 0x100     # and of those that it indexes itself: mostly raw sound without a clock
+GENPTS = 0x1              # FFmpeg's flag to guess missing time stamps
 ATTACHED = av.stream.Disposition.attached_pic     # cover art is a "video" stream, but no video
+FORMATS = ",".join(sorted(av.formats_available - {"concat", "dash", "hls", "imf", "rtsp", "sdp"}))
+DEFAULT = av.stream.Disposition.default
+PICTURE_PIXELS = 120_000_000                      # 12000 x 10000; reading one takes at most 2 GB
+VIDEO_PIXELS = 36_000_000                         # 8192 x 4352, of which H.264 keeps up to 17
+COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)        # numbers of ITU-T H.273 that FFmpeg converts
+HEIF = ("avif", "avis", "heic", "heix", "hevc", "hevx", "mif1", "msf1")        # brands of files
 
 
 class MediaError(ValueError):
@@ -43,67 +63,181 @@ class MediaError(ValueError):
 # ---------------------------------------- opening, decoding
 
 @contextmanager
-def _open(path):
-    """The file as a PyAV container.  Every error of FFmpeg while it is open becomes a MediaError.
-    FFmpeg gets an open Python file, as it would interpret names like 'concat:x' or 'a%d.jpg'."""
+def _errors(path):
+    """Inside, every error of FFmpeg, and of arithmetic on the numbers of a file, becomes a
+    MediaError."""
     try:
-        if os.path.getsize(path) == 0:
-            raise MediaError(f"{path}: empty (0 bytes); copy or download it again")
-        with open(path, "rb") as file, av.open(file) as container:
-            yield container
+        yield
+    except MediaError:
+        raise
     except FileNotFoundError:
         raise MediaError(f"{path}: no such file; correct the path or drop the record") from None
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{path}: not readable as media ({error.strerror}); it is cut off, "
                          "broken or of another type; make it again or drop it") from error
+    except (ValueError, ArithmeticError, MemoryError, IndexError) as error:  # of PyAV and NumPy
+        raise MediaError(f"{path}: not readable as media ({type(error).__name__}: {error}); "
+                         "convert it (ffmpeg -i in out.mp4) or drop it") from error
+
+
+@contextmanager
+def _open(path):
+    """The file as a PyAV container.  FFmpeg gets an open Python file, as it would interpret names
+    like 'concat:x' or 'a%d.jpg'.  It gets no protocol and no format of playlists, so that the file
+    cannot make it open other files or URLs.
+    PyAV asks FFmpeg to guess missing time stamps, but for B-frames in AVI it guesses wrong."""
+    with _errors(path):
+        if os.path.getsize(path) == 0:
+            raise MediaError(f"{path}: empty (0 bytes); copy or download it again")
+        options = {"max_pixels": str(PICTURE_PIXELS), "protocol_whitelist": "none",
+                   "format_whitelist": FORMATS}
+        with open(path, "rb") as file, \
+                av.open(file, options=options, metadata_errors="replace") as container:
+            container.flags &= ~GENPTS
+            yield container
 
 
 def _streams(container, kind):
-    return [s for s in container.streams if s.type == kind and not s.disposition & ATTACHED]
+    found = [s for s in container.streams if s.type == kind and not s.disposition & ATTACHED]
+    if kind == "video" and container.metadata.get("major_brand") in HEIF:
+        # Alpha, depth and thumbnails are streams, too.  An animation has its first picture besides,
+        # but only tracks have a length.  Tiles of a larger picture remain: none is the default.
+        found = ([s for s in found if s.duration][:1] or
+                 [s for s in found if s.disposition & DEFAULT] or found)
+    return found
+
+
+def _best(container, kind):
+    """FFmpeg's choice among the streams of that kind, or None: the default one, then the one with
+    more frames and bits.  Should it choose cover art, the first default or the first is taken."""
+    found, best = _streams(container, kind), container.streams.best(kind)
+    if best in found or not found:
+        return best if found else None
+    return next((s for s in found if s.disposition & DEFAULT), found[0])
 
 
 def _stream(container, kind, path):
-    """The first stream of that kind.  It decodes on one thread, because the loader's worker
+    """The stream of that kind to read.  It decodes on one thread, because the loader's worker
     processes already use all cores."""
-    if not (found := _streams(container, kind)):
+    if (stream := _best(container, kind)) is None:
         has = ", ".join(f"{s.type} ({getattr(s.codec_context, 'name', 'unknown codec')})"
                         for s in container.streams) or "nothing"
         raise MediaError(f"{path}: no {kind} stream, it holds {has}; name another file or drop it")
-    if found[0].codec_context is None:
+    if stream.codec_context is None:
         raise MediaError(f"{path}: no decoder for its {kind}; convert it (ffmpeg -i in out.mp4)")
-    found[0].codec_context.thread_type, found[0].codec_context.thread_count = "NONE", 1
-    return found[0]
+    stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
+    if kind == "video":
+        stream.codec_context.options = {"max_pixels": str(
+            PICTURE_PIXELS if _is_image(container) else VIDEO_PIXELS)}
+    return stream
 
 
-def _origin(container):
-    """The first moment of the presentation on the file's own clock: an exact fraction, seconds."""
-    streams = _streams(container, "video") + _streams(container, "audio")
-    return min((s.start_time * s.time_base for s in streams if s.start_time is not None),
-               default=Fraction(0))
+def _origin(container, stream):
+    """Time 0 of a stream on the file's own clock: an exact fraction, seconds.  It is the first
+    moment of picture or sound.  A picture that starts up to 25 ms after the sound counts as
+    starting with it; otherwise each slide of a WebM would be late by the delay of its Opus track
+    (test_slides_stamped_late)."""
+    starts = {s.index: s.start_time * s.time_base
+              for s in (_best(container, "video"), _best(container, "audio"))
+              if s is not None and s.start_time is not None}
+    first = min(starts.values(), default=Fraction(0))
+    own = starts.get(stream.index, first)
+    return own if stream.type == "video" and own - first <= LATE else first
 
 
-def _stream_end(container, stream):
+def _stream_end(container, stream, path):
     """The time at which the stream ends, in seconds: from its own header, otherwise from the
-    container's, otherwise by reading every packet."""
+    container's, otherwise by reading every packet.  Headers do not know of a clock that jumps."""
+    origin = float(_origin(container, stream))
+    joints, ends = _joints(container, path)
+    if joints:
+        return ends.get(stream.index, origin) - origin
     if stream.duration and stream.start_time is not None:
-        return float((stream.start_time + stream.duration) * stream.time_base - _origin(container))
-    header = (container.duration or 0) / av.time_base - float(_origin(container))
+        return float((stream.start_time + stream.duration) * stream.time_base) - origin
+    header = (container.duration or 0) / av.time_base - origin
     if header > 0:               # in Matroska and FLV this is the time at the end, not a length
         return header
     last = total = 0.0
     for packet in container.demux(stream):
         seconds = float((packet.duration or 0) * stream.time_base)
         total += seconds
-        if packet.pts is not None:
-            last = max(last, float(packet.pts * stream.time_base - _origin(container)) + seconds)
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        if stamp is not None:
+            last = max(last, float(stamp * stream.time_base) - origin + seconds)
     return max(last, total)
+
+
+def _joined_packets(container):
+    """Yields (packet, shift) of picture and sound.  Where the clock jumps, as in `cat a.ts b.ts`,
+    shift (s) changes and the packets' stamps are moved by it, so that the parts follow each other.
+
+    The rule is ffmpeg's: a packet more than 10 s away from the end of the last one of its stream,
+    or more than 0.1 s before that one, moves the clock of all streams alike, which stay in step."""
+    shift, started, ended, latest = 0.0, {}, {}, None
+    streams = [s for s in (_best(container, "video"), _best(container, "audio")) if s is not None]
+    bases = {s.index: float(s.time_base) for s in streams}         # seconds per tick
+    for packet in container.demux(streams):
+        key, dts = packet.stream.index, packet.dts
+        base = bases[key]
+        if dts is not None:
+            time = dts * base + shift
+            wanted = ended.get(key, latest)
+            if wanted is not None and (abs(time - wanted) > JUMP or
+                                       (key in started and time + BACK < started[key])):
+                shift, time = shift + wanted - time, wanted
+            seconds = (packet.duration or 0) * base
+            if seconds < 0.001 and key in started:               # unknown: as the packet before it
+                seconds = time - started[key]
+            started[key], latest, ended[key] = time, time, time + max(seconds, 0.0)
+        if shift:
+            ticks = round(shift / base)
+            if packet.pts is not None:
+                packet.pts += ticks
+            if packet.dts is not None:
+                packet.dts += ticks
+        yield packet, shift
+
+
+def _joints(container, path):
+    """-> how often the clock of the file jumps, and where each stream then ends: {index: seconds on
+    the file's own clock}.  In the formats where that may happen this reads every packet, once per
+    process and file."""
+    if not container.format.flags & TS_DISCONT:
+        return 0, {}
+    state = os.stat(path)
+    return _read_joints(str(path), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _read_joints(path, size, changed):
+    joints, shift, ends = 0, 0.0, {}
+    with _open(path) as container:
+        try:
+            for packet, moved in _joined_packets(container):
+                if moved != shift:
+                    joints, shift = joints + 1, moved
+                stamp = packet.pts if packet.pts is not None else packet.dts
+                if stamp is not None:
+                    end, key = stamp + (packet.duration or 0), packet.stream.index
+                    if end > ends.get(key, -math.inf):
+                        ends[key] = end
+        except (av.FFmpegError, IndexError):  # the file breaks off; what came before is known
+            pass
+        return joints, {key: float(end * container.streams[key].time_base)
+                        for key, end in ends.items()}
 
 
 def _is_image(container):
     name, stream = container.format.name, _streams(container, "video")[0]
+    if name == "webp_pipe":
+        with open(container.name, "rb") as file:
+            head = file.read(21)
+        if head[12:16] == b"VP8X" and head[20] & 2:
+            raise MediaError(f"{container.name}: an animated WebP, which FFmpeg cannot decode; "
+                             "convert it to a gif or mp4 (Pillow can), or drop it")
     if name in ("gif", "apng"):
         return stream.frames == 1
-    return ("image2" in name or name.endswith("_pipe") or
+    return (name == "ico" or "image2" in name or name.endswith("_pipe") or
             container.metadata.get("major_brand") in ("avif", "heic", "heix", "mif1"))
 
 
@@ -122,65 +256,118 @@ def probe(path):
     with _open(path) as container:
         has_audio = bool(_streams(container, "audio"))
         if not _streams(container, "video"):
-            return Media("audio", _stream_end(container, _stream(container, "audio", path)), True)
+            stream = _best(container, "audio") or _stream(container, "audio", path)
+            return Media("audio", _stream_end(container, stream, path), True)
         if not has_audio and _is_image(container):
             return Media("image", 0.0, False)
-        return Media("video", _stream_end(container, _stream(container, "video", path)), has_audio)
+        return Media("video", _stream_end(container, _best(container, "video"), path), has_audio)
 
 
 def _timed_frames(container, stream, path, clock):
     """Yields every decoded frame as (start, seconds, frame) in presentation time.  A frame without
-    a time stamp starts where the frame before it ended (raw H.264).  clock: the start of the first
-    frame in seconds, None when it is unknown."""
-    origin, broken, sound = float(_origin(container)), 0, stream.type == "audio"
+    a time stamp starts where the frame before it ended (raw H.264).  Times do not go backwards.
+    clock: the start of the first frame in seconds, None when it is unknown.
+
+    Where the rate of the sound changes, FFmpeg still counts the stamps of AAC and FLAC at the old
+    one.  From there on the samples are counted here; the stamps of containers still tell gaps."""
+    origin, broken, sound = float(_origin(container, stream)), 0, stream.type == "audio"
     # Two integers, because arithmetic on Fractions would be slow.
     tick, ticks = stream.time_base.numerator, stream.time_base.denominator
-    packets = container.demux(stream)
+    joined = _joints(container, path)[0] > 0
+    packets = ((packet for packet, _ in _joined_packets(container)
+                if packet.stream.index == stream.index) if joined else container.demux(stream))
+    first_dts = last = None
+    last_pts = last_dts = -math.inf
+    bad_pts = bad_dts = delay = 0
+    rate, drift, changed = None, math.inf if container.format.flags & GENERIC_INDEX else 0.5, False
     while True:
         try:
             if (packet := next(packets, None)) is None:
                 break
+            if first_dts is None and packet.is_keyframe:
+                first_dts = packet.dts
             decoded = packet.decode()
-        except av.FFmpegError:                  # the rest of the file may still be good
+        # The rest of the file may still be good.  PyAV raises an IndexError at the end of a file in
+        # which a stream turns up that its header does not name.
+        except (av.FFmpegError, IndexError):
             broken += 1
             if broken > 1000:
                 break
             continue
         for frame in decoded:
-            stamp = frame.pts if frame.pts is not None else frame.dts
+            pts, dts = frame.pts, frame.dts
+            if last is None and pts is None and dts is not None:
+                # AVI numbers packets, not pictures: the decoder has held this one back.
+                delay = dts - (dts if first_dts is None else first_dts)
+            # As ffmpeg does: stamps of decoding, where those of presentation are worse or missing.
+            if pts is not None:
+                bad_pts += pts <= last_pts
+                last_pts = pts
+            if dts is not None:
+                bad_dts += dts <= last_dts
+                last_dts = dts
+            use_dts = pts is None or (bad_pts > bad_dts and dts is not None)
+            stamp = dts if use_dts else pts
+            if sound and frame.sample_rate != rate:
+                changed, rate = rate is not None, frame.sample_rate
+                if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
+                    raise MediaError(f"{path}: {rate} samples of sound per second, wanted "
+                                     f"{SAMPLE_RATES[0]} to {SAMPLE_RATES[1]}; its header is "
+                                     "wrong; make it again or drop it")
             if stamp is not None:
-                clock = stamp * tick / ticks - origin
+                time = (stamp - delay if use_dts else stamp) * tick / ticks - origin
+                if changed and last is not None and abs(time - clock) < drift:
+                    time = clock
+                if last is not None and (time < last - BACK or time > clock + LOST_STAMP):
+                    if not joined:
+                        joined = True
+                        _warn_joined(path)
+                    origin, time = origin + time - clock, clock
+                clock = time if last is None or sound else max(time, last)
             if sound:
-                seconds = frame.samples / frame.sample_rate
+                seconds = frame.samples / rate
             else:
                 seconds = float((frame.duration or 0) * tick / ticks
                                 or 1 / (stream.average_rate or 25))
             yield clock, seconds, frame
+            last = clock
             clock = None if clock is None else clock + seconds
     if broken:
         warnings.warn(f"{path}: {broken} broken {stream.type} packets were left out", stacklevel=3)
+
+
+def _warn_joined(path):
+    warnings.warn(f"{path}: its clock jumps or starts again, as that of files that were appended "
+                  "to each other; the parts are joined", stacklevel=1)      # once per file
 
 
 def _decode(path, kind, start):
     """Yields (start, seconds, frame) from a frame at or shortly before `start` seconds on.
 
     A seek may land too late (B-frames, sparse keyframes, bad indices).  The time of the first frame
-    shows this; then we seek further back, and in the end read from the beginning."""
+    shows this; then we seek further back, and in the end read from the beginning.  No seek is
+    possible by a clock that jumps."""
     for back in (2, 60, None):        # seconds; decoders of AAC, MP3 and Opus need some to warm up
         if back is not None and start - back < 1:
             continue                              # the beginning is as close
         with _open(path) as container:
             stream = _stream(container, kind, path)
+            if _joints(container, path)[0]:
+                if back is not None:
+                    continue
+                _warn_joined(path)
             if back is not None:
-                ticks = (Fraction(start) - back + _origin(container)) / stream.time_base
+                ticks = (Fraction(start) - back + _origin(container, stream)) / stream.time_base
                 try:
                     container.seek(int(ticks), stream=stream)    # goes to the keyframe before it
                 except av.FFmpegError:
                     continue
+            rate = stream.codec_context.sample_rate if kind == "audio" else None
             frames = _timed_frames(container, stream, path, 0.0 if back is None else None)
             first = next(frames, None)
-            if back is not None and (first is None or first[0] is None or first[0] > start):
-                continue
+            if back is not None and (first is None or first[0] is None or first[0] > start or
+                                     (rate and first[2].sample_rate != rate)):
+                continue                          # where the rate has changed, stamps may be wrong
             if first is not None:
                 yield first
             yield from frames
@@ -201,7 +388,12 @@ def _window(path, kind, start, end, declared):
 def _warn_if_short(path, kind, decoded, wanted):
     if decoded < wanted - 1 and wanted < math.inf:
         warnings.warn(f"{path}: {kind} decodes up to {decoded:.2f} s of {wanted:.2f} s: it is "
-                      "cut off or its header wrong; using what is there", stacklevel=3)
+                      "cut off or its header wrong; using what is there", stacklevel=4)
+
+
+def _warn_too_long(path, what, seconds, most):
+    warnings.warn(f"{path}: {what} of {seconds:.0f} s are asked for, only {most:.0f} s are read; "
+                  "give a window (start, end)", stacklevel=5)
 
 
 # ---------------------------------------- pictures
@@ -218,15 +410,80 @@ class _Shown:
 
 
 def _upright(frame, reformatter, full_chroma=False):
-    """Decoded frame -> uint8 (1,H,W,3), turned as its display matrix (phones) or EXIF demands:
-    `rotation` counts degrees anticlockwise, as rot90 does.  PyAV does not report mirrored EXIF
-    (2, 4, 5, 7).  Grey, 16-bit, palette and CMYK pictures become RGB; alpha is dropped.  All frames
-    of a file share one reformatter, because creating one costs 2 ms."""
-    turns = round(frame.rotation / 90)
-    if full_chroma:
-        frame = frame.reformat(format=re.sub("4(20|22|11|40|10)p", "444p", frame.format.name))
-    rgb = reformatter.reformat(frame, format="rgb24").to_ndarray()                    # (H,W,3)
-    return np.ascontiguousarray(np.rot90(rgb, turns))[None]
+    """Decoded frame -> uint8 (1,H,W,3), turned and mirrored as its display matrix (phones, AVIF) or
+    its EXIF orientation demands.  Grey, 16-bit, palette and CMYK pictures become RGB; alpha is
+    dropped; the shape of the pixels is not applied, so that an anamorphic picture stays squeezed.
+    A colour matrix that FFmpeg cannot convert is taken as unspecified.  All frames of a file share
+    one reformatter, because creating one costs 2 ms."""
+    if frame.colorspace not in COLOUR_MATRICES:
+        frame.colorspace = 2                                                    # unspecified
+    if frame.color_range not in (1, 2):
+        frame.color_range = 0
+    (a, b, _, c, d), (height, width) = _display_matrix(frame)[:5], (frame.height, frame.width)
+    frame = reformatter.reformat(_with_full_chroma(frame) if full_chroma else frame, format="rgb24")
+    rows = np.frombuffer(frame.planes[0], np.uint8).reshape(-1, frame.planes[0].line_size)
+    rgb = rows[:height, :3 * width].reshape(height, width, 3)
+    # The matrix moves (x, y) to (a x + c y, b x + d y), y downwards.  Angles between are rounded to
+    # the nearest right angle, where ffmpeg would rotate and add black corners.
+    if a * d == b * c:                                    # it would leave a line or a point
+        a, b, c, d = 1, 0, 0, 1
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        rgb, a, d = rgb.swapaxes(0, 1), c, b
+    rgb = rgb[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+    return np.ascontiguousarray(rgb)[None]
+
+
+def _display_matrix(frame):
+    """-> the nine integers of the frame's display matrix; the identity where it has none.
+    DIFF picture orientation: the authors read pixels as they are stored (test_orientation)."""
+    try:
+        sides = SideDataContainer(frame)      # frame.side_data keeps the frame alive in a circle
+    except ValueError:        # PyAV 18 does not know the newest types: 31 is EXIF, 29 a 3-D view
+        graph = av.filter.Graph()
+        graph.threads = 1                                           # 0.1 ms; with threads 2 ms
+        chain = [graph.add_buffer(width=frame.width, height=frame.height,
+                                  format=frame.format.name, time_base=Fraction(1)),
+                 *(graph.add("sidedata", f"mode=delete:type={kind}") for kind in range(28, 34)),
+                 graph.add("buffersink")]
+        graph.link_nodes(*chain).configure()
+        graph.push(frame)
+        sides = SideDataContainer(graph.pull())
+    matrix = sides.get("DISPLAYMATRIX")
+    return (1, 0, 0, 0, 1, 0, 0, 0, 1) if matrix is None else struct.unpack("=9i", bytes(matrix))
+
+
+def _with_full_chroma(frame):
+    """Frame with subsampled chroma -> 4:4:4, by the rules of libjpeg-turbo: bilinear; of 4:1:1
+    and of JPEGs at most 4 pixels wide repeated.  FFmpeg repeats at odd and tiny sizes, unless such
+    a picture is padded.  The result may be larger than the frame, right and below."""
+    found = re.search("4(20|22|11|40|10)p", frame.format.name)
+    if not found:
+        return frame
+    full = frame.format.name.replace(found[0], "444p")
+    across, down = {"20": (2, 2), "22": (2, 1), "11": (4, 1), "40": (1, 2), "10": (4, 4)}[found[1]]
+    jpeg = frame.format.name.startswith("yuvj")
+    repeat = jpeg and (across == 4 or (across == 2 and frame.width <= 4))
+    # Multiples of the subsampling, and at least 8.
+    width, height = (max(8, -(-n // step) * step) for n, step in ((frame.width, across),
+                                                                 (frame.height, down)))
+    if (width, height) != (frame.width, frame.height):
+        frame = _padded(frame, width, height)
+    return frame.reformat(format=full, interpolation="POINT" if repeat else "BILINEAR")
+
+
+def _padded(frame, width, height):
+    """Planar frame -> one of that larger size whose last column and row are repeated."""
+    padded = av.VideoFrame(width, height, frame.format.name)
+    padded.colorspace, padded.color_range = frame.colorspace, frame.color_range
+    kind = np.uint8 if frame.format.components[0].bits <= 8 else np.uint16
+    for source, target in zip(frame.planes, padded.planes, strict=True):
+        old, new = (np.frombuffer(plane, kind).reshape(-1, plane.line_size // kind().itemsize)
+                    for plane in (source, target))
+        h, w = source.height, source.width
+        new[:h, :w] = old[:h, :w]
+        new[:h, w:target.width] = new[:h, w - 1:w]
+        new[h:target.height] = new[h - 1]
+    return padded
 
 
 def _regular(start, end, fps):
@@ -253,24 +510,38 @@ def read_frames(path, resize, fps=2.0, start=None, end=None, frame_times="regula
     resize: uint8 (1,H,W,3) -> (1,3,size,size).  start, end: seconds of the file, None for its own.
     frame_times: "regular", one frame every 1/fps s, or "ends" (_ends).
     The frame of a target time t is the one on screen: the last with time <= t, or the first of the
-    file.  One sequential pass up to the last target; a seek to each would be 7 times slower.
+    file.  A frame that follows a slide may start up to 25 ms after its target, because stamps are
+    that inexact; where frames follow each other faster, the one before is as good.
+    One sequential pass up to the last target; a seek to each would be 7 times slower.
     Raises MediaError when no frame of the window can be read."""
     if frame_times not in FRAME_TIMES:
         raise ValueError(f"frame_times is {frame_times!r}, wanted one of {', '.join(FRAME_TIMES)}")
     if not fps > 0:
         raise ValueError(f"fps is {fps}, wanted a number above 0; 2 is the paper's")
+    with _errors(path):
+        return _read_frames(path, resize, fps, start, end, frame_times)
+
+
+def _read_frames(path, resize, fps, start, end, frame_times):
     media = probe(path)
     if media.kind == "image":
         raise MediaError(f"{path}: no video stream, a still image; name it under 'image'")
     start, end = _window(path, "video", start, end, media.seconds if media.kind == "video" else 0)
     end = end if end < math.inf else start + 1 / fps            # only a file without any duration
+    most = MOST_FRAMES / (fps if frame_times == "regular" else 2)
+    if end - start > most:
+        _warn_too_long(path, "pictures", end - start, most)
+        end = start + most
     pending = deque(sorted(FRAME_TIMES[frame_times](start, end, fps)))
     chosen, shown, shown_until, reformatter = {}, None, 0.0, VideoReformatter()
+    late = min(LATE, LATE * 2 / fps) if frame_times == "regular" else TICK
     for time, seconds, frame in _decode(path, "video", start):
         new = _Shown(time, frame, resize, reformatter)
+        # The start of a frame that follows a slide may be stamped late.
+        early = time - (late if shown is not None and time - shown.time >= SLIDE else TICK)
         while pending:
             target, slot, at_or_after = pending[0]
-            if time < target - TICK if at_or_after else time <= target + TICK:
+            if time < target - TICK if at_or_after else early <= target:
                 break                              # a later frame may be the one for this target
             pick = new if at_or_after or shown is None else shown
             chosen[slot] = (pick.pixels, pick.time)
@@ -279,7 +550,8 @@ def read_frames(path, resize, fps=2.0, start=None, end=None, frame_times="regula
             break
         shown, shown_until = new, max(shown_until, time + seconds)
     if shown is None and not chosen:
-        raise MediaError(f"{path}: no frame can be decoded; make it again or drop it")
+        raise MediaError(f"{path}: no frame can be decoded; it is broken, or larger than "
+                         f"{VIDEO_PIXELS / 1e6:.0f} million pixels; make it again or drop it")
     if pending:                                                # the last frame stays on screen
         _warn_if_short(path, "the picture", shown_until, end)
         truncated = shown_until < end - 1
@@ -289,24 +561,66 @@ def read_frames(path, resize, fps=2.0, start=None, end=None, frame_times="regula
     if not chosen:
         raise MediaError(f"{path}: start {start} s is beyond its end, the picture decodes up to "
                          f"{shown_until:.3f} s; correct the times or drop the record")
-    pixels, times = zip(*(chosen[slot] for slot in sorted(chosen)), strict=True)
+    # The last second of "ends" may overlap with the one before it.
+    pixels, times = zip(*sorted((chosen[slot] for slot in sorted(chosen)),
+                                key=lambda frame: frame[1]), strict=True)
     return torch.stack(pixels), list(times)
 
 
 def read_image(path, resize):
     """Image file -> (1,3,size,size) as `resize` made it from uint8 (1,H,W,3); of an animation the
     first picture.  Chroma is interpolated to full resolution before the conversion to RGB: photos
-    then differ from PIL's by 0.1 of 255 on average, otherwise by 1.5.
-    Raises MediaError when the file is no still image that can be read."""
-    with _open(path) as container:
-        stream = _stream(container, "video", path)
-        if container.format.name not in ("gif", "apng") and not _is_image(container):
-            raise MediaError(f"{path}: a video, wanted a still image; name it under 'video'")
-        if len(_streams(container, "video")) > 1:                 # HEIC files of phones
-            raise MediaError(f"{path}: a picture in several parts (tiles); convert it to jpg")
-        for _, _, frame in _timed_frames(container, stream, path, 0.0):
-            return resize(_upright(frame, VideoReformatter(), full_chroma=True))
-    raise MediaError(f"{path}: no picture can be decoded; make it again or drop it")
+    then differ from PIL's by 0.1 of 255 on average, otherwise by 1.5; CMYK by 1, and by 5 if its
+    colours are subsampled.  Transparent pixels show the colour that the file stores for them, those
+    of a GIF white.  A damaged JPEG gives what can be decoded, and a warning.
+    Raises MediaError when the file is no still image that can be read, or one of more than 120
+    million pixels."""
+    with _errors(path):
+        pixels = _upright(_first_picture(path), VideoReformatter(), full_chroma=True)
+    return resize(pixels)
+
+
+def _first_picture(path):
+    """Image file -> its first frame.  The decoder's memory is free again when this returns."""
+    for strict in (True, False):
+        with _open(path) as container:
+            stream = _stream(container, "video", path)
+            animation = (container.format.name in ("gif", "apng") or
+                         container.metadata.get("major_brand") in ("avis", "msf1"))
+            if not animation and not _is_image(container):
+                raise MediaError(f"{path}: a video, wanted a still image; name it under 'video'")
+            if len(_streams(container, "video")) > 1:             # HEIC files of phones, icons
+                raise MediaError(f"{path}: a picture in several parts (tiles, sizes); convert it "
+                                 "to jpg")
+            if strict and stream.codec_context.name == "mjpeg":   # else its damage is concealed
+                stream.codec_context.options |= {"err_detect": "explode"}
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:
+                    if strict:
+                        break
+                    continue
+                if not frames:
+                    continue
+                if stream.codec_context.name == "tiff" and _compression(bytes(packet)) in (6, 7):
+                    raise MediaError(f"{path}: a TIFF that holds a JPEG, which FFmpeg cannot "
+                                     "decode; convert it to jpg or png")
+                if not strict:
+                    warnings.warn(f"{path}: damaged or cut off; using what can be decoded",
+                                  stacklevel=3)
+                return frames[0]
+    raise MediaError(f"{path}: no picture can be decoded; it is broken, or larger than "
+                     f"{PICTURE_PIXELS / 1e6:.0f} million pixels; make it again or drop it")
+
+
+def _compression(tiff):
+    """Content of a TIFF file -> the number of its compression (tag 259), 1 where it has none."""
+    order = "little" if tiff[:2] == b"II" else "big"
+    at = int.from_bytes(tiff[4:8], order)
+    tags = tiff[at + 2:at + 2 + 12 * int.from_bytes(tiff[at:at + 2], order)]
+    return next((int.from_bytes(tags[n + 8:n + 10], order) for n in range(0, len(tags), 12)
+                 if int.from_bytes(tags[n:n + 2], order) == 259), 1)
 
 
 # ---------------------------------------- sound
@@ -316,7 +630,8 @@ class _Mono16k:
 
     Frames are first placed on the grid of source samples (gaps become silence, overlaps are cut),
     then resampled.  The grid starts at a multiple of 10 ms (441 samples of 44.1 kHz are 160 samples
-    of 16 kHz), so that a window has exactly the samples of the full track."""
+    of 16 kHz), so that a window has exactly the samples of the full track.  All frames have one
+    rate; their layout and format may change."""
 
     def __init__(self, rate, start, stop):
         common = math.gcd(rate, AUDIO_RATE)
@@ -325,7 +640,7 @@ class _Mono16k:
         self.rate, self.position, self.expected = rate, blocks * block_in, None
         self.skip = round(start * AUDIO_RATE) - blocks * block_out
         self.mixers, self.chunks, self.waiting, self.held = {}, [], [], 0
-        self.limit = math.inf if stop == math.inf else math.ceil((stop + 0.1) * rate)
+        self.limit = math.ceil((stop + 0.1) * rate)
         # The resampler gets one channel of floats, so that it applies no gain.  16 kHz need none.
         self.resampler = (None if rate == AUDIO_RATE else
                           av.AudioResampler(format="flt", layout="mono", rate=AUDIO_RATE))
@@ -340,11 +655,24 @@ class _Mono16k:
             # The buffer of a plane is longer than its samples; to_ndarray() is three times slower.
             return [[np.frombuffer(plane, np.float32, frame.samples) for plane in frame.planes]]
         # The format of a TV recording may change in the middle.
-        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if kind not in self.mixers:
-            self.mixers[kind] = av.AudioResampler(format="s32", layout="mono", rate=self.rate)
-        return [[np.frombuffer(mixed.planes[0], np.int32, mixed.samples).astype(np.float32)
-                 * 2.0 ** -31] for mixed in self.mixers[kind].resample(frame)]
+        kind = (frame.format.name, frame.layout.name)
+        if kind in self.mixers:
+            mixed = self.mixers[kind].resample(frame)
+        else:
+            try:
+                self.mixers[kind] = av.AudioResampler(format="s32", layout="mono", rate=self.rate)
+                mixed = self.mixers[kind].resample(frame)
+            except av.FFmpegError:        # it does not know where these channels stand: their mean
+                self.mixers[kind] = av.AudioResampler(format="s32", layout=frame.layout,
+                                                      rate=self.rate)
+                mixed = self.mixers[kind].resample(frame)
+        return [[self._mean(np.frombuffer(part.planes[0], np.int32, part.samples * channels)
+                            .astype(np.float32) * 2.0 ** -31, channels)]
+                for part in mixed for channels in [part.layout.nb_channels]]
+
+    @staticmethod
+    def _mean(samples, channels):
+        return samples if channels == 1 else samples.reshape(-1, channels).mean(1)
 
     def add(self, time, frame):
         """Appends a decoded frame that starts at `time` seconds."""
@@ -353,8 +681,8 @@ class _Mono16k:
             if self.expected is not None and abs(place - self.expected) <= JITTER * self.rate:
                 place = self.expected
             self.expected = place + n
-            while (gap := min(place, self.limit) - self.position) > 0:         # a minute at a time
-                self._feed([np.zeros(min(gap, 60 * self.rate), np.float32)])
+            if (gap := min(place, self.limit) - self.position) > 0:
+                self._feed([np.zeros(gap, np.float32)])
             if place < self.position:
                 channels = [channel[self.position - place:] for channel in channels]
             self._feed(channels)
@@ -386,13 +714,13 @@ class _Mono16k:
             frame.sample_rate = self.rate
             self.chunks += [f.to_ndarray()[0] for f in self.resampler.resample(frame)]
 
-    def finish(self, samples):
-        """-> float32 (S,) with at most so many samples (None: all)."""
+    def finish(self):
+        """-> float32 (S,)"""
         self._flush()
         if self.resampler is not None:
             self.chunks += [f.to_ndarray()[0] for f in self.resampler.resample(None)]  # last 1 ms
-        track = np.concatenate([np.zeros(0, np.float32), *self.chunks])[self.skip:][:samples]
-        return torch.from_numpy(track.clip(-1, 1))               # as 16-bit samples would be
+        track = np.concatenate([np.zeros(0, np.float32), *self.chunks])[self.skip:]
+        return track.clip(-1, 1, out=track)                      # as 16-bit samples would be
 
 
 def read_audio(path, start=None, end=None):
@@ -400,27 +728,49 @@ def read_audio(path, start=None, end=None):
     file (None: from its beginning, to its end; AAC without an edit list ends up to 64 ms later,
     with padding).  A window costs only its own length.
     Raises MediaError when no sound of the window can be read."""
+    with _errors(path):
+        return _read_audio(path, start, end)
+
+
+def _read_audio(path, start, end):
     with _open(path) as container:
         stream = _stream(container, "audio", path)
-        declared = _stream_end(container, stream)
-    start, _ = _window(path, "audio", start, end, declared)
-    stop = math.inf if end is None else float(end)      # not the header's, which MP3 estimates
-    track, reached = None, 0.0
+        declared = _stream_end(container, stream, path)
+        estimated = container.format.flags & GENERIC_INDEX
+    start, _ = _window(path, "audio", start, end, 0 if estimated else declared)
+    stop = start + MOST_SECONDS                         # not the header's end, which MP3 estimates
+    stop = stop if end is None else min(stop, float(end))
+    # A track for each part of the sound that has its own rate, or that follows a minute of silence.
+    parts, track, first, reached = [], None, 0, start          # first: its place in the result
     for time, seconds, frame in _decode(path, "audio", start):
-        track = track or _Mono16k(frame.sample_rate, start, stop)
+        if track is None or frame.sample_rate != track.rate or time > reached + 60:
+            begin = start
+            if track is not None or time > reached + 60:
+                begin = max(start, time)
+                parts += [] if track is None else [(first, track.finish())]
+            first = round(begin * AUDIO_RATE) - round(start * AUDIO_RATE)
+            track = _Mono16k(frame.sample_rate, begin, stop)
         track.add(time, frame)
         reached = time + seconds
         if reached > stop + 0.05:                       # 50 ms more for the tail of the filter
             break
     if track is None:
         raise MediaError(f"{path}: no sound can be decoded; make it again or drop it")
+    if reached > stop and (end is None or end > stop):
+        _warn_too_long(path, "sound", (end or declared) - start, MOST_SECONDS)
     _warn_if_short(path, "the sound", reached, min(stop, declared))
-    wave16k = track.finish(None if stop == math.inf else
-                           round(stop * AUDIO_RATE) - round(start * AUDIO_RATE))
+    parts.append((first, track.finish()))
+    wanted = round(stop * AUDIO_RATE) - round(start * AUDIO_RATE)
+    wave16k = parts[0][1][:wanted]
+    if len(parts) > 1 or first:                         # what lies between them is silence
+        wave16k = np.zeros(min(wanted, first + len(parts[-1][1])), np.float32)
+        for (place, part), (until, _) in zip(parts, [*parts[1:], (wanted, None)], strict=True):
+            room = wave16k[place:until]
+            room[:len(part)] = part[:len(room)]
     if not len(wave16k):
         raise MediaError(f"{path}: start {start} s is beyond its end, the sound decodes up to "
                          f"{reached:.3f} s; correct the times or drop the record")
-    return wave16k
+    return torch.from_numpy(wave16k)
 
 
 # ---------------------------------------- writing

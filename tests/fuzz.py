@@ -1,6 +1,6 @@
 """Damages files at random and opens them as the programs do: by hand, or a few by test_fuzz.py.
 
-     python tests/fuzz.py --media 2000 --checkpoints 200        about 5 minutes on two cores
+     python tests/fuzz.py --media 2000 --checkpoints 200        about a minute
 
 Media: small files of every format in FORMATS, mutated, then data.load_or_skip.  Checkpoints: the
 committed tiny one with one mutated file (weights, config, tokenizer), then load_system and one

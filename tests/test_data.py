@@ -2,11 +2,13 @@
 
 import json
 import warnings
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
-from media_files import click_track, numbered, numbers, onset
+from media_files import click_track, encode, numbered, numbers, onset
 
 import data
 from data import (
@@ -136,6 +138,62 @@ def test_broken_packets_are_left_out(media, tmp_path):
         warnings.simplefilter("ignore")
         clip = load_clip(ask(video=tmp_path / "b.mp4"))
     assert len(clip.frames) == 10 and len(clip.audio) == 80000
+
+
+def without(path, codec, copy):
+    """The file with another name for a codec, which FFmpeg does not know."""
+    content = path.read_bytes()
+    assert codec in content
+    copy.write_bytes(content.replace(codec, codec[:-1] + b"?"))
+    return copy
+
+
+def test_a_part_that_fails_takes_only_itself(media, tmp_path):
+    """Sound that is missing in the window, an empty track, a codec that nobody knows."""
+    frames = np.stack([numbered(n) for n in range(125)])
+    write_video(tmp_path / "short.mp4", frames, 25, click_track(2, 1.0))
+    write_video(tmp_path / "long.mp4", frames[:50], 25, click_track(5, 4.0))
+    with av.open(str(tmp_path / "mute.mp4"), "w") as container, \
+            av.open(str(media / "av.mp4")) as source:
+        picture = container.add_stream_from_template(source.streams.video[0])
+        container.add_stream("aac", rate=16000, layout="mono")                # stays empty
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = picture
+                container.mux(packet)
+    known = encode(tmp_path / "known.mkv", range(125), Fraction(1, 25), audio=click_track(5, 2.5))
+    no_sound = [ask(video=tmp_path / "short.mp4", start=3.0, end=4.0),
+                ask(video=without(known, b"A_AAC", tmp_path / "codec.mkv"), end=1.0),
+                ask(video=media / "silent.mp4", audio=media / "a.wav", start=3.5, end=4.5),
+                ask(video=tmp_path / "mute.mp4", end=1.0)]
+    for record in no_sound:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            clip = load_clip(record)
+        assert len(clip.frames) == 2 and clip.audio is None, record
+        told = [str(w.message) for w in caught]
+        if record.video != str(tmp_path / "mute.mp4") or told:
+            assert any("used without sound" in text for text in told), (record, told)
+    no_picture = [ask(video=without(known, b"V_MPEG4/ISO/AVC", tmp_path / "blind.mkv"),
+                      end=3.0),
+                  ask(video=tmp_path / "long.mp4", start=2.5, end=4.5)]
+    for record in no_picture:
+        with pytest.warns(UserWarning, match="used without pictures"):
+            clip = load_clip(record)
+        assert clip.frames is None and len(clip.audio) == 16000 * (record.end - (record.start or 0))
+    nothing = without(tmp_path / "codec.mkv", b"V_MPEG4/ISO/AVC", tmp_path / "none.mkv")
+    for record in (ask(video=nothing), ask(video=tmp_path / "long.mp4", start=9.0),
+                   ask(video=media / "av.mp4", audio=tmp_path / "missing.wav"),
+                   ask(video=media / "av.mp4", audio=media / "silent.mp4"),
+                   ask(image=media / "i.png", audio=nothing)):
+        skipped = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            clip = load_or_skip(record, skipped)
+        if record.image:
+            assert len(clip.frames) == 1 and clip.audio is None
+        else:
+            assert clip is None and len(skipped) == 1, record
 
 
 # ---------------------------------------- manifests

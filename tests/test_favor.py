@@ -10,8 +10,10 @@ import io
 import itertools
 import json
 import math
+import shutil
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -790,6 +792,106 @@ def test_counts_before_the_forward_are_those_of_the_forward(build):
         assert [len(embeds) for embeds, _ in rows] == list(map(model.length, samples))
 
 
+# ---- longer than the LLM's positions ------------------------------------------------------------
+
+def first_frames(sample, n):
+    """By hand: the first n frames of 0.5 s of a video, of the copies of an image, and of sound."""
+    visual, audio = sample.features.visual, sample.features.audio
+    if sample.features.is_image:
+        visual = visual.expand(n, -1, -1)
+    return dataclasses.replace(sample, features=Features(
+        None if visual is None else visual[:n], None if audio is None else audio[:n * A]))
+
+
+def with_positions(model, n):
+    model.llm.config = dataclasses.replace(model.llm.config, max_positions=n)
+    return model
+
+
+# Windows are of K = 2 frames and Q = 3 vectors; without synchronisation each modality has its own.
+@torch.no_grad()
+@pytest.mark.parametrize("changes, frames, steps, image, room, kept", [
+    ({}, 21, 137, False, 5 * Q, 10), ({}, 0, 137, False, 5 * Q + 2, 10),
+    ({}, 21, 0, False, Q, 2), ({}, 1, 137, True, 4 * Q, 8), ({}, 21, 300, False, 29, 18),
+    ({"sync": False}, 21, 137, False, 8 * Q, 8), ({"sync": False}, 5, 137, False, 8 * Q, 10),
+    ({"causal": "future", "mask_padding": False}, 21, 137, False, 5 * Q, 10)])
+def test_a_clip_longer_than_the_llm_loses_its_last_windows(
+        build, changes, frames, steps, image, room, kept):
+    """What is left is the clip that ends there; told once, with the sizes that train.py uses."""
+    model = build(**changes)
+    sample = Sample("what is seen", "red car", features=features(frames, steps, image),
+                    history=(("who", "a dog"),))
+    text = sum(map(len, model.text_ids(sample, True)))
+    wanted = first_frames(sample, kept)
+    before, said = model([wanted]), model.generate([wanted], max_new_tokens=5)
+    with_positions(model, text + room)
+    with pytest.warns(UserWarning, match=f"'what is seen': only {kept} of {{}} frames .* clip are "
+                      f"read, the LLM has {text + room} positions".format(
+                          max(0 if image else frames, math.ceil(steps / A)))) as told:
+        after = model([sample, Sample("is it so", "no")])
+    assert len(told) == 1
+    assert after["item_ce"][0] == pytest.approx(before["item_ce"].item(), abs=1e-6)
+    with pytest.warns(UserWarning, match=f"only {kept} of"):
+        fitted, cut = model.fit(sample)
+    assert f"{kept} of" in cut and model.length(fitted) <= text + room
+    assert model.window_count(fitted) == model.window_count(wanted)
+    assert model.diversity_parts(fitted) == before["diversity_parts"]
+    answer = len(model.text_ids(sample, True)[2])
+    with_positions(model, text - answer + 5 + room)         # an answer of 5 tokens needs its room
+    with pytest.warns(UserWarning, match=f"only {kept} of"):
+        assert model.generate([sample], max_new_tokens=5) == said
+
+
+@torch.no_grad()
+def test_what_fits_is_not_touched(build, recwarn):
+    model = build()
+    for sample in map(model.encode_sample, mixed()):
+        before, said = model([sample]), model.generate([sample], max_new_tokens=4)
+        length = model.length(sample)
+        with_positions(model, length)
+        assert model.fit(sample) == (sample, "") and model([sample])["ce"] == before["ce"]
+        with_positions(model, length - len(model.text_ids(sample, True)[2]) + 4)
+        assert model.generate([sample], max_new_tokens=4) == said
+        with_positions(model, 2048)
+    assert not recwarn.list
+
+
+@torch.no_grad()
+def test_one_window_per_clip_is_cut_to_the_positions_of_the_causal_qformer(build):
+    model = build(window_frames=0)                         # 96 positions of 12 vectors a frame
+    sample = Sample("what", "red", features=features(30, 200))
+    with pytest.warns(UserWarning, match="8 of 30 frames .*causal Q-Former has 96 positions"):
+        loss = model([sample])["ce"]
+    assert loss == pytest.approx(model([first_frames(sample, 8)])["ce"].item(), abs=1e-6)
+
+
+@torch.no_grad()
+def test_a_dialogue_longer_than_the_llm_loses_its_oldest_turns(build):
+    model, turns = build(), (("what is it", "a red car"), ("who", "the dog"), ("and now", "a cat"))
+    sample = Sample("is it so", "yes", features=features(9), history=turns)
+    short = dataclasses.replace(first_frames(sample, 2), history=turns[2:])
+    loss = model([short])["ce"]
+    with_positions(model, model.length(short) + 2)
+    with pytest.warns(UserWarning, match="only 2 of 9 frames .* and the last 1 of 3 earlier turns"):
+        assert model([sample])["ce"] == pytest.approx(loss.item(), abs=1e-6)
+    with_positions(model, model.length(short) - 8)
+    text = dataclasses.replace(sample, prompt="what is it " * 9, history=())
+    for run in (model, partial(model.generate, max_new_tokens=5)):
+        with pytest.raises(ValueError, match=r"a question of \d+ tokens, 3 vectors of a clip and "
+                                             r"\d tokens.* the LLM has \d+ positions"):
+            run([text])
+
+
+@pytest.mark.parametrize("scaling, positions", [
+    (None, 1000), ({"rope_type": "linear", "factor": 4.0}, 4000),
+    ({"rope_type": "dynamic", "factor": 2.0}, 2000),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 250}, 1000),
+    ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64,
+      "low_freq_factor": 1.0, "high_freq_factor": 4.0}, 1000)])
+def test_positions_of_a_scaled_llm(scaling, positions):
+    assert LlamaConfig(max_positions=1000, rope_scaling=scaling).positions == positions
+
+
 # ---- learning -----------------------------------------------------------------------------------
 
 LESSON = [Sample("what is it", "red car", clip(3, 1.5, seed=1)),
@@ -847,6 +949,15 @@ def test_a_streamed_answer_is_the_answer(trained):
         assert len([part for part in parts if part]) >= len(answer.split())
     with pytest.raises(ValueError, match="2 samples"):
         model.generate([Sample("what"), Sample("who")], stream=print)
+
+
+def test_the_space_before_the_first_word_is_not_streamed():
+    """Byte-level BPE answers " red": the boundary after "ASSISTANT:" is no part of the answer."""
+    parts = []
+    stream = favor.without_leading_space(parts.append)
+    for text in ("", " ", "\n", " red", "", " car", " "):
+        stream(text)
+    assert "".join(parts) == "red car " and parts[3] == "red"
 
 
 def test_the_config_says_how_answers_are_searched(build):
@@ -974,7 +1085,7 @@ def test_errors_say_what_was_wanted(build, tmp_path):
             ("queries", 0, "queries=0"), ("fps", 0, "fps=0"), ("variant", "x", "paper, official")):
         with pytest.raises(ValueError, match=message):
             FavorConfig(**{field: bad})
-    model = build(window_frames=0)
+    model = build(window_frames=9)
     with pytest.raises(ValueError, match="9 frames x 12 vectors = 108.*96 positions.*"
                                          "window_frames=10"):
         model([Sample("what", "red", features=features(9))])
@@ -992,6 +1103,82 @@ def test_a_checkpoint_of_another_version_says_so(tmp_path):
     (tmp_path / "favor.json").write_text('{"config": {"wings": 2}, "commit": "abc"}')
     with pytest.raises(ValueError, match=r"not known here: \['wings'\].*abc"):
         Favor.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path):
+    """A copy of a checkpoint, which a test may damage; its frozen parts stay where they are."""
+    shutil.copytree(checkpoint, tmp_path / "best")
+    return tmp_path / "best"
+
+
+@pytest.mark.parametrize("file, change, message", [
+    ("favor.json", {"layers": 10 ** 6}, "layers is 1000000; wanted a whole number from 0 to 256"),
+    ("favor.json", {"layers": 3}, "weights do not fit CausalQFormer"),
+    ("favor.json", {"width": 10 ** 6}, r"\[128\], wanted \[1000000\]"),
+    ("favor.json", {"width": 4096}, "weights do not fit CausalQFormer"),
+    ("favor.json", {"max_positions": 2 ** 24}, "weights do not fit CausalQFormer"),
+    ("favor.json", {"heads": 3}, "do not divide"), ("favor.json", {"heads": 0}, "heads=0"),
+    ("favor.json", {"fps": float("nan")}, "fps is nan"), ("favor.json", {"fps": None}, "is null"),
+    ("favor.json", {"beams": 10 ** 6}, "beams=1"), ("favor.json", {"causal": 5}, "causal is 5"),
+    ("favor.json", {"window_frames": 10 ** 6}, "window_frames=1"),
+    ("favor.json", {"lora_targets": "q_proj"}, "lora_targets is 'q_proj'; wanted a list"),
+    ("favor.json", {"lora_alpha": 64}, "64.*in favor.json, but .*16.* in lora/adapter_config"),
+    ("favor.json", {"lora_r": 10 ** 6}, "1000000.*in favor.json, but"),
+    ("favor.json", {"lora_targets": ["q_proj"]}, "in favor.json, but .*adapter_config"),
+    ("favor.json", {"sync": "yes"}, "sync is 'yes'"), ("favor.json", {"llm": 5}, "llm is 5"),
+    ("lora/adapter_config.json", {"r": 10 ** 6}, "r is 1000000 in adapter_config.json"),
+    ("lora/adapter_config.json", {"use_dora": True}, "unsupported use_dora")])
+def test_damaged_settings_of_a_checkpoint_are_named(copied, file, change, message):
+    """Before a frozen part is loaded, in one line that names the checkpoint."""
+    config = json.loads((copied / file).read_text())
+    (config["config"] if "config" in config else config).update(change)
+    (copied / file).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{copied}.*{message}") as error:
+        Favor.from_pretrained(copied)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("file", ["favor.json", "model.safetensors", "lora/adapter_config.json",
+                                  "lora/adapter_model.safetensors"])
+@pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\x00" * 99, None])
+def test_damaged_files_of_a_checkpoint_are_named(copied, file, text):
+    (copied / file).unlink()
+    (copied / file).write_bytes(text) if text is not None else (copied / file).mkdir()
+    with pytest.raises(ValueError, match=f"{copied / file}: ") as error:
+        Favor.from_pretrained(copied)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_checkpoint_finds_its_parts_from_any_folder(small_parts, tmp_path, monkeypatch):
+    """Trained with --llm real/x: favor.json holds what resolves from anywhere.  A Hub repo in it is
+    not looked for in the working folder, and a folder named as a flag is not taken for a repo."""
+    (tmp_path / "here/real").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    for part in ("whisper", "instructblip", "llama"):
+        shutil.copytree(small_parts / part, tmp_path / "here/real" / part)
+    monkeypatch.chdir(tmp_path / "here")
+    model = Favor.from_config(preset("tiny", whisper="real/whisper", llm="./real/llama",
+                                     instructblip="real/instructblip", max_new_tokens=5))
+    model.save_pretrained("run")
+    saved = json.loads(Path("run/favor.json").read_text())["config"]
+    assert saved["whisper"] == str(tmp_path / "here/real/whisper")
+    assert saved["llm"] == str(tmp_path / "here/real/llama")
+    run = Path("run").resolve()
+    monkeypatch.chdir(tmp_path / "there")
+    again = Favor.from_pretrained(run)
+    assert torch.equal(again.llm_proj.weight, model.llm_proj.weight)
+    again.save_pretrained("again")
+    assert json.loads(Path("again/favor.json").read_text())["config"] == saved
+
+    hub.write_json(run / "favor.json", {"config": saved | {"llm": "real/llama"}})
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileNotFoundError, match="real/llama: not in .*does not mean the folder"):
+        Favor.from_pretrained(run)                     # the name of a repo, whatever lies here
+    Favor.from_pretrained(run, llm="real/llama")       # --llm real/llama: the folder that is here
+    assert preset("tiny").llm == FavorConfig(llm="miniature/weights/llama").llm == (
+        "miniature/weights/llama"), "the code's own parts keep their names"
+    assert FavorConfig().llm == "Salesforce/instructblip-vicuna-7b"
 
 
 # ---- presets ------------------------------------------------------------------------------------

@@ -185,6 +185,32 @@ def test_unsupported_config(wrong):
         LlamaConfig.from_dict(config)
 
 
+@pytest.mark.parametrize("key, value", [
+    ("num_hidden_layers", 10 ** 6), ("num_hidden_layers", 0), ("hidden_size", -48),
+    ("hidden_size", "48"), ("hidden_size", 48.0), ("hidden_size", True), ("vocab_size", [37]),
+    ("num_attention_heads", 0), ("num_attention_heads", 7), ("num_key_value_heads", 4),
+    ("num_key_value_heads", 0), ("rope_theta", 0), ("partial_rotary_factor", 0),
+    ("head_dim", 3), ("rms_norm_eps", float("nan")), ("rms_norm_eps", -1), ("rope_theta", "x"),
+    ("rope_theta", float("inf")), ("rope_scaling", [1]), ("rope_scaling", 2.0),
+    ("rope_scaling", {"rope_type": "linear", "factor": "2"}),
+    ("rope_scaling", {"rope_type": "linear", "factor": 0}), ("rope_scaling", {"rope_type": [1]}),
+    ("rope_scaling", LLAMA3 | {"low_freq_factor": 4.0}), ("tie_word_embeddings", "no"),
+    ("eos_token_id", "</s>"), ("eos_token_id", [2, "x"]), ("bos_token_id", -1),
+    ("intermediate_size", 2 ** 40), ("max_position_embeddings", {}), ("text_config", 5)])
+def test_absurd_configs_are_named(tmp_path, key, value):
+    config = tiny_config() | {key: value}
+    hub.write_json(tmp_path / "config.json", config)
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json: ") as error:
+        LlamaConfig.from_folder(tmp_path)
+    assert any(word in str(error.value) for word in (
+        key, "heads", "head_dim", "factor", "rope_type")), error.value
+
+
+def tiny_config():
+    return {"model_type": "llama", "hidden_size": 48, "num_attention_heads": 6,
+            "num_hidden_layers": 2, "intermediate_size": 70, "vocab_size": 37}
+
+
 @torch.no_grad()
 def test_other_rope_theta_and_eps(tmp_path):
     oracle = tiny_oracle(rope_theta=100.0, rms_norm_eps=1e-2)

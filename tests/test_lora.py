@@ -231,15 +231,128 @@ def test_inject_errors(base):
         lora.inject(model, OURS)
 
 
-@pytest.mark.parametrize("change", [
-    {"use_rslora": True}, {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 8}},
-    {"alpha_pattern": {"q_proj": 8}}, {"modules_to_save": ["lm_head"]}, {"peft_type": "IA3"},
-    {"target_modules": "all-linear"}, {"target_modules": ".*q_proj"}])
-def test_unsupported_adapter_configs(base, model, tmp_path, change):
+@pytest.mark.parametrize("change, reason", [
+    ({"use_rslora": True}, "sqrt"), ({"use_dora": True}, "length"), ({"bias": "all"}, "biases"),
+    ({"bias": "lora_only"}, "biases"), ({"rank_pattern": {"q_proj": 8}}, "another r"),
+    ({"alpha_pattern": {"q_proj": 8}}, "another alpha"), ({"peft_type": "IA3"}, "another method"),
+    ({"modules_to_save": ["lm_head"]}, "replaced"), ({"lora_bias": True}, "bias"),
+    ({"target_modules": "all-linear"}, "list of"), ({"target_modules": ".*q_proj"}, "list of"),
+    ({"target_modules": []}, "list of"), ({"target_modules": [1]}, "list of"),
+    ({"init_lora_weights": "pissa"}, "base's weights"), ({"init_lora_weights": "olora"}, "base's"),
+    ({"init_lora_weights": "pissa_niter_4"}, "base's"), ({"init_lora_weights": "corda"}, "base's"),
+    ({"init_lora_weights": "loftq"}, "base's"), ({"init_lora_weights": "lora_ga"}, "base's"),
+    ({"init_lora_weights": "OLoRA"}, "base's"), ({"init_lora_weights": ["x"]}, "base's"),
+    ({"alora_invocation_tokens": [5, 6]}, "behind certain tokens"),
+    ({"layers_to_transform": 0}, "some layers"), ({"layer_replication": [[0, 2]]}, "repeated"),
+    ({"exclude_modules": "x"}, "left out"), ({"target_parameters": ["x"]}, "outside linear"),
+    ({"trainable_token_indices": [1]}, "embeddings"), ({"ensure_weight_tying": True}, "tied"),
+    ({"use_bdlora": {"nblocks": 2}}, "block-diagonal"), ({"kasa_config": {"beta": 1.0}}, "changes"),
+    ({"megatron_config": {"a": 1}}, "Megatron"), ({"fan_in_fan_out": True}, "transposed"),
+    ({"use_new_trick": True}, "not known"), ({"new_gain": 0.5}, "not known"),
+    ({"new_gain": 0}, "not known"), ({"new_config": {"k": None}}, "not known")])
+def test_unsupported_adapter_configs(base, model, tmp_path, change, reason):
     lora.save(model, tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=rf"adapter_config.json: unsupported .*{list(change)[0]}"):
+    with pytest.raises(ValueError, match=(
+            rf"adapter_config.json: unsupported .*{list(change)[0]} .*{reason}")):
+        lora.load(lora.inject(Llama.from_pretrained(base), OURS), tmp_path)
+
+
+def test_every_setting_of_pefts_is_judged():
+    """A field of the installed peft that is neither read, known to be harmless, nor refused would
+    only be refused as unknown."""
+    import peft
+    theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert not theirs - lora.HARMLESS - lora.READ - lora.UNSUPPORTED.keys()
+    assert not lora.HARMLESS & lora.UNSUPPORTED.keys()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"r": 0}, "r is 0"), ({"r": "4"}, "r is '4'"), ({"r": None}, "no r"), ({"r": 1e9}, "r is 1"),
+    ({"lora_alpha": None}, "no lora_alpha"), ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan"), ({"r": 5}, r"r is 5 .*\[4, 48\]")])
+def test_adapter_configs_with_absurd_numbers(base, model, tmp_path, change, message):
+    lora.save(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        lora.load(Llama.from_pretrained(base), tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [
+    {"init_lora_weights": False}, {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "orthogonal"}, {"init_lora_weights": "mica"},
+    {"loftq_config": {"loftq_bits": 8}, "layers_pattern": "layers", "qalora_group_size": 8,
+     "inference_mode": True, "revision": "main", "megatron_core": "other"},
+    {"lora_alpha": 2.5, "target_modules": ["self_attn.q_proj", "down_proj"]}],
+    ids=lambda s: ",".join(f"{k}={v}" for k, v in list(s.items())[:1]))
+def test_harmless_settings_compute_what_peft_computes(base, tmp_path, settings):
+    import peft
+    from transformers import LlamaForCausalLM
+    config = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": ["v_proj"]}
+    pattern = settings.pop("layers_pattern", None)       # peft wants layers_to_transform beside it
+    oracle = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base),
+                                 peft.LoraConfig(**config | settings)).eval()
+    randomise(torch.nn.ParameterDict({n.replace(".", "/"): p for n, p in oracle.named_parameters()
+                                      if "lora_" in n}))
+    oracle.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layers_pattern": pattern}))
+    ours = lora.load(Llama.from_pretrained(base), tmp_path)
+    plain = Llama.from_pretrained(base)(some_ids())
+    wanted = oracle(some_ids()).logits
+    check("logits", ours(some_ids()), wanted)
+    assert (plain - wanted).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_lm_head_of_a_tied_llama(tmp_path):
+    """The head is untied, so that a merge leaves the embeddings as they are: as in peft, whose
+    merge_and_unload clones the tied weight, and as before the merge."""
+    import peft
+    from transformers import LlamaConfig, LlamaForCausalLM
+    base = randomise(LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=70, num_hidden_layers=2,
+        num_attention_heads=6, tie_word_embeddings=True)))
+    base.save_pretrained(tmp_path / "base")
+    oracle = peft.get_peft_model(base, peft.LoraConfig(
+        r=4, lora_alpha=6, task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])).eval()
+    randomise(torch.nn.ParameterDict({n.replace(".", "/"): p for n, p in oracle.named_parameters()
+                                      if "lora_" in n}))
+    oracle.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    wanted = oracle(some_ids()).logits
+    ours = lora.load(Llama.from_pretrained(tmp_path / "base"), tmp_path / "lora")
+    embeddings = ours.model.embed_tokens.weight.clone()
+    check("tied, adapted", ours(some_ids()), wanted)
+    check("tied, merged", lora.merge(ours)(some_ids()), wanted)
+    assert torch.equal(ours.model.embed_tokens.weight, embeddings)
+    ours.save_pretrained(tmp_path / "merged")
+    assert not json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"]
+    check("saved", Llama.from_pretrained(tmp_path / "merged")(some_ids()), wanted)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    check("saved, in transformers", theirs(some_ids()).logits, wanted)
+    check("unmerged", lora.unmerge(ours)(some_ids()), wanted)
+    with pytest.raises(ValueError, match=r"no nn.Linear named \['embed_tokens'\]"):
+        lora.inject(Llama.from_pretrained(tmp_path / "base"),
+                    LoraConfig(r=4, target_modules=("embed_tokens", "lm_head")))
+
+
+@pytest.mark.parametrize("value, message", [
+    (float("nan"), "holds NaN or infinity"), (float("-inf"), "holds NaN or infinity"),
+    (torch.int32, "wrong dtype: .*lora_A"), (torch.float8_e4m3fn, "wrong dtype: .*lora_A"),
+    (torch.bool, "wrong dtype: .*lora_A")])
+def test_adapters_of_unusable_numbers(base, model, tmp_path, value, message):
+    lora.save(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    if isinstance(value, float):
+        tensors[name][1, 2] = value
+    else:
+        tensors[name] = tensors[name].to(value)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"adapter_model.safetensors: .*{message}"):
         lora.load(Llama.from_pretrained(base), tmp_path)
 
 

@@ -109,7 +109,11 @@ def test_every_difference_in_the_code_has_its_row():
                 "layer": "causal attention", "key": "padded positions", "kept": "padded positions",
                 "mean": "diversity loss", "projection": "audio width", "1280": "audio width",
                 "dropout": "frozen Q-Former", "30 s": "length of audio",
-                "at most": "length of clips"}
+                "at most": "length of clips", "first question": "question in later turns",
+                "each answer": "answers learnt", "<Img>": "prompt before the queries",
+                "frame rates": "frame rates", "default model": "default model",
+                "long sound": "long sound",
+                "orientation": "orientation of pictures"}
     found = [(path.name, line) for path in CODE
              for line in path.read_text().splitlines() if "DIFF" in line]
     assert len(found) >= 8

@@ -4,10 +4,13 @@ different modalities.  The resumed run's losses are those of the unbroken one, d
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +34,7 @@ from test_train import (  # noqa: F401
     program,
     run,
     run_forked,
+    wait_for,
     weights,
 )
 from torch.nn.parallel import DistributedDataParallel
@@ -45,9 +50,17 @@ from runtime import manifests as corpus
 ROOT = Path(train.__file__).parent
 
 
-def start(words):
-    """train.py in a forked process whose exit status is the program's."""
+def start(words, most=None):
+    """train.py in a forked process whose exit status is the program's.  After `most` steps it waits
+    for a signal, so that on a loaded machine it does not end before a test sends one."""
+    def wait(step, model, items):
+        first.append(step)
+        while step - first[0] == most and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+            time.sleep(0.003)
+
     def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)     # it may have come in ignored
+        steps.watch(setattr, before=wait)
         try:
             run(words)
         except SystemExit as leaving:
@@ -56,7 +69,7 @@ def start(words):
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    child = multiprocessing.get_context("fork").Process(target=work)
+    first, child = [], multiprocessing.get_context("fork").Process(target=work)
     child.start()
     return child
 
@@ -64,13 +77,6 @@ def start(words):
 def steps_done(out):
     path = Path(out) / "log.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for(condition, seconds=60):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "waited in vain"
-        time.sleep(0.003)
 
 
 def after_steps(child, out, more):
@@ -90,12 +96,13 @@ def test_killed_at_twenty_random_moments(command, tmp_path):  # noqa: F811
     out, dice, codes = tmp_path / "stopped", random.Random(1), Counter()
     for k in range(20):
         number = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)[k % 4]
-        child = start(command(out, **flags))
-        after_steps(child, out, dice.randrange(1, 6))
+        more = dice.randrange(1, 6)
+        child = start(command(out, **flags), most=more + 1)
+        after_steps(child, out, more)
         time.sleep(dice.random() * 0.05)
         if child.is_alive():
             os.kill(child.pid, number)
-        child.join(60)
+        child.join(600)
         codes[child.exitcode] += 1
         found = checkpoints.latest(out)
         if number != signal.SIGKILL:
@@ -161,7 +168,7 @@ def test_one_of_two_ranks(command, tmp_path, number):  # noqa: F811
             run(command(out, **flags))
         except SystemExit as leaving:
             os._exit(leaving.code)
-    codes = run_forked(work, processes=2, seconds=60)
+    codes = run_forked(work, processes=2)
     if number == signal.SIGKILL:
         assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
         assert checkpoints.load_state(out / "last")["step"] == 4
@@ -265,9 +272,11 @@ def test_a_worker_that_dies_ends_the_run(command, tmp_path):  # noqa: F811
                 if parent == child.pid and b"spawn_main" in (path / "cmdline").read_bytes():
                     found.append(int(path.name))
         return found
+    child.send_signal(signal.SIGSTOP)                            # so that it cannot end meanwhile
     for pid in workers():
         os.kill(pid, signal.SIGKILL)
-    said, _ = child.communicate(timeout=60)
+    child.send_signal(signal.SIGCONT)
+    said, _ = child.communicate(timeout=600)
     assert child.returncode not in (0, None) and "a worker that decodes clips died" in said, said
     words[words.index("--workers") + 1] = "0"                    # who decodes changes nothing
     run(words)
@@ -361,9 +370,10 @@ def test_a_best_that_was_not_saved_is_not_the_best(command, tmp_path, monkeypatc
 def test_an_old_run_is_compared_under_the_new_names(tmp_path):
     """state.pt of a version that called window_frames windows, and grad_clip clip."""
     (tmp_path / "last").mkdir()
-    old = {"windows": 4, "clip": 1.0, "lr": 0.1, "gone": 3}
-    torch.save({"step": 5, "config": old}, tmp_path / "last" / "state.pt")
-    now = {"window_frames": 4, "grad_clip": 1.0, "lr": 0.1, "new": 1}
+    old = {"windows": 4, "clip": 1.0, "lr": 0.1, "gone": 3, "steps": 9, "data": "a.jsonl"}
+    state = {"step": 5, "best": 1.0, "nonfinite": 0, "config": old, "optimiser": {}}
+    torch.save(state, tmp_path / "last" / "state.pt")
+    now = {"window_frames": 4, "grad_clip": 1.0, "lr": 0.1, "new": 1, "steps": 9, "data": "a.jsonl"}
     folder, state = checkpoints.resume(tmp_path, now, ())
     assert folder == tmp_path / "last" and state["step"] == 5
     for changes, shown in (({"window_frames": 5}, r"\{'window_frames': \(4, 5\)\}"),
@@ -371,16 +381,272 @@ def test_an_old_run_is_compared_under_the_new_names(tmp_path):
         with pytest.raises(SystemExit, match=f"other settings, .*{shown}; choose another --out"):
             checkpoints.resume(tmp_path, now | changes, ("lr",))
     assert checkpoints.resume(tmp_path, now | {"lr": 9}, ("lr",)) is not None
+    for more in (8, 100):
+        with pytest.raises(SystemExit, match=f"9 --steps, now {more} .*--start-from .*last --out"):
+            checkpoints.resume(tmp_path, now | {"steps": more}, ())
+    # It holds no hash of its data, so the path alone is compared, and that is said.
+    with pytest.raises(SystemExit, match="other settings"):
+        checkpoints.resume(tmp_path, now | {"data": "b.jsonl"}, ("data",))
+    found, said = checkpoints.resume(tmp_path, now, ("data",)), []
+    checkpoints.compare_data(tmp_path, found, [["12ab", 1.0, 3]], said.append)
+    assert len(said) == 1 and "cannot be compared" in said[0]
 
 
-def test_stop_signal_and_the_second_one():
+@pytest.fixture(scope="module")
+def two_steps(command, tmp_path_factory):  # noqa: F811
+    """Folder of a run of two steps, and its flags."""
+    out, flags = tmp_path_factory.mktemp("runs") / "two", {"steps": 2, "show": 0}
+    run(command(out, **flags))
+    return out, flags
+
+
+def test_a_run_goes_on_with_its_own_data_only(command, small_miniature, two_steps,  # noqa: F811
+                                              tmp_path, capsys):
+    out, flags = shutil.copytree(two_steps[0], tmp_path / "run"), two_steps[1]
+    whole = (small_miniature / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "data").mkdir()
+    for path in small_miniature.iterdir():
+        if path.is_dir():                          # the clips lie beside the changed manifests
+            (tmp_path / "data" / path.name).symlink_to(path)
+    first = json.loads(whole[0])
+    for lines in (whole[:-50], whole[1:], whole[::-1], whole + [whole[0].replace(
+            first["id"], "one more")], [json.dumps(first | {"target": "other"}) + "\n",
+                                        *whole[1:]]):
+        (tmp_path / "data" / "train.jsonl").write_text("".join(lines))
+        with pytest.raises(SystemExit, match=f"other data; .*{len(whole)}.*{len(lines)}.*--start"):
+            run(command(out, **flags, data=tmp_path / "data"))
+    (tmp_path / "data" / "train.jsonl").write_text("".join(whole))
+    with pytest.raises(SystemExit, match="on other data"):
+        run(command(out, **flags, data=f"{tmp_path / 'data' / 'train.jsonl'}:0.5"))
+    with pytest.raises(SystemExit, match="of 2 --steps, now 4 are asked for.*--start-from"):
+        run(command(out, **flags | {"steps": 4}))
+    capsys.readouterr()
+    run(command(out, **flags, data=os.path.relpath(tmp_path / "data")))     # the same elsewhere
+    assert "going on from" in capsys.readouterr().out
+
+
+def change_state(change):
+    def damage(last):
+        state = torch.load(last / "state.pt", weights_only=True)
+        torch.save(change(state) or state, last / "state.pt")
+    return damage
+
+
+def of_optimiser(name, value):
+    return change_state(lambda state: state["optimiser"]["state"][1].update({name: value}))
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda last: (last / "state.pt").write_bytes(b""), "state.pt is damaged"),
+    (lambda last: (last / "state.pt").write_bytes(b"PK\3\4" + b"te" * 99), "state.pt is damaged"),
+    (lambda last: (last / "state.pt").write_text("a text\n" * 9), "state.pt is damaged"),
+    (lambda last: (last / "state.pt").write_bytes((last / "state.pt").read_bytes()[:5000]),
+     "state.pt is damaged"),
+    (lambda last: (last / "state.pt").write_bytes(pickle.dumps(Path("/"))), "state.pt is damaged"),
+    (change_state(lambda state: [1, 2]), "state.pt is damaged or no state of a run .'step'"),
+    (change_state(lambda state: {"model": {}}), "'step' is missing"),
+    (change_state(lambda state: state.update(step=-1)), "'step' is missing or no int"),
+    (change_state(lambda state: state.update(optimiser=None)), "'optimiser' is missing or no dict"),
+    (change_state(lambda state: state["optimiser"].clear()), "the optimiser's state is not one of"),
+    (change_state(lambda state: state["optimiser"]["state"].update({999: {}})), "not one of"),
+    (of_optimiser("exp_avg", torch.zeros(3)), "exp_avg of parameter 1 is not .* but .3,."),
+    (of_optimiser("exp_avg_sq", None), "exp_avg_sq of parameter 1 is not .* but None"),
+    (of_optimiser("step", torch.tensor(math.nan)), "step of parameter 1 is not .* finite"),
+    (lambda last: shutil.rmtree(last / "lora"), "lora"),
+    (lambda last: (last / "model.safetensors").unlink(), "model.safetensors")])
+def test_a_damaged_checkpoint_is_one_line(command, two_steps, tmp_path, damage, said):  # noqa: F811
+    """The file, what is wrong, what to remove."""
+    out, flags = shutil.copytree(two_steps[0], tmp_path / "run"), two_steps[1]
+    damage(out / "last")
+    with pytest.raises(SystemExit, match=said) as stopped:
+        run(command(out, **flags))
+    assert "\n" not in stopped.value.code
+    assert f"{out}/last cannot be continued: remove it" in stopped.value.code
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_states(tmp_path, zipped):
+    """300 files of which bytes are changed, missing or too many: read, or one kind of error."""
+    optimiser = {"state": {0: {"exp_avg": torch.ones(3, 2), "step": torch.tensor(1.0)}}}
+    torch.save({"step": 1, "best": 0.5, "nonfinite": 0, "optimiser": optimiser, "config": {"a": 1}},
+               tmp_path / "state.pt", _use_new_zipfile_serialization=zipped)
+    whole, dice, seen = (tmp_path / "state.pt").read_bytes(), random.Random(0), Counter()
+    for _ in range(300):
+        changed, at = bytearray(whole), dice.randrange(len(whole))
+        for _ in range(dice.choice((1, 1, 3, 30))):
+            changed[dice.randrange(len(whole))] = dice.randrange(256)
+        changed[at:at + dice.choice((0, 0, 9, 9999))] = dice.randbytes(dice.choice((0, 9)))
+        (tmp_path / "state.pt").write_bytes(changed)
+        try:
+            seen[type(checkpoints.load_state(tmp_path))] += 1
+        except ValueError as error:
+            assert "state.pt is damaged" in str(error) and "\n" not in str(error)
+            seen[ValueError] += 1
+    print(seen)
+
+
+@pytest.mark.parametrize("text", [
+    b"", b'\xff\0[\n[1]\n{"step": "a"}\n', b'{"step": 1, "ce": [2]}\n', b"[" * 100_000])
+def test_damaged_logs_end_no_run(command, two_steps, tmp_path, text):  # noqa: F811
+    out, flags = shutil.copytree(two_steps[0], tmp_path / "run"), two_steps[1]
+    for name in ("log.jsonl", "events.jsonl", "skipped.jsonl", "config.json", "environment.json",
+                 "commands.log", "loss.txt"):
+        (out / name).write_bytes(text)
+    run(command(out, **flags))
+    for name, key in (("config.json", "train"), ("environment.json", "hostname")):
+        facts = json.loads((out / name).read_text())
+        assert "step" in facts or facts[key]                # what can be read is not written anew
+
+
+# ---- one run in a folder ------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def other_process(work):
+    """work() in a forked process, which has done it when the block begins and is killed after."""
+    done, child = multiprocessing.get_context("fork").Event(), None
+
+    def hold():
+        with work():
+            done.set()
+            time.sleep(3600)
+    child = multiprocessing.get_context("fork").Process(target=hold)
+    child.start()
+    try:
+        wait_for(lambda: done.is_set() or not child.is_alive())
+        assert done.is_set()
+        yield child
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
+    file, said = tmp_path / "new" / "run" / "train.lock", []
+
+    def with_a_child():                       # a process that outlives its parent must not hold it
+        @contextlib.contextmanager
+        def hold():
+            with checkpoints.lock(file):
+                if (child := os.fork()) == 0:
+                    time.sleep(3600)
+                (tmp_path / "child").write_text(str(child))
+                yield
+        return hold()
+    with other_process(with_a_child) as holder:
+        with pytest.raises(SystemExit, match=f"by process {holder.pid} on .* since 2.*: .*python"):
+            with checkpoints.lock(file, said.append):
+                pass
+        with checkpoints.lock(file.with_name("predictions.lock")):           # another one
+            pass
+    try:
+        with checkpoints.lock(file, said.append):
+            parent = os.getpid()
+
+            def other(rank):
+                with pytest.raises(SystemExit, match=f"in use by process {parent} on"):
+                    with checkpoints.lock(file):
+                        pass
+            assert run_forked(other) == [0]
+    finally:
+        os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+    assert not file.exists() and not said
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", lockf)
+    said = []
+    with checkpoints.lock(tmp_path / "train.lock", said.append):
+        assert len(said) == 1 and "without locks (No locks available)" in said[0]
+    assert not (tmp_path / "train.lock").exists()
+
+
+def test_the_second_run_in_a_folder_stops(command, two_steps, tmp_path):  # noqa: F811
+    """Training and scoring, one process or two; but a folder that is learnt in can be scored."""
+    out, flags = shutil.copytree(two_steps[0], tmp_path / "run"), two_steps[1]
+    words = command(out, **flags)
+    asked = evaluation.EvalConfig(checkpoint=str(out / "best"), data=words[1], limit=1, task="asr",
+                                  cache_features=False, views=("blind",))
+
+    def second(rank):
+        with pytest.raises(SystemExit, match="in use by process" if rank == 0 else "^1$"):
+            run(words)
+    before = (out / "log.jsonl").read_bytes()
+    with other_process(lambda: checkpoints.lock(out / "train.lock")):
+        with pytest.raises(SystemExit, match="in use by process"):
+            run(words)
+        assert run_forked(second, processes=2) == [0, 0]
+        evaluation.main(asked)
+    assert (out / "log.jsonl").read_bytes() == before
+    with other_process(lambda: checkpoints.lock(out / "best" / "predictions.lock")):
+        with pytest.raises(SystemExit, match="in use by process"):
+            evaluation.main(asked)
+
+
+@pytest.mark.parametrize("place, reason", [
+    ("file", "a file is in the place"), ("file/below", "a file is in the place"),
+    ("/proc/nowhere", "No such file|Permission"), ("closed/run", "Permission")])
+def test_a_folder_that_cannot_be_written_is_told_first(command, tmp_path, monkeypatch,  # noqa: F811
+                                                       place, reason):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    if place == "closed/run" and os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    out = tmp_path / place
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "preset", None)                        # nothing is loaded
+    monkeypatch.setattr(train, "prepare", None)
+    words = command(out)
+    config = evaluation.EvalConfig(out=str(out / "predictions.jsonl"), task="asr")
+    with pytest.raises(SystemExit, match=f"{out} cannot be written: ({reason})"):
+        train.main(SimpleNamespace(batch=1, threads=1, seed=0, offline=False, out=out), words)
+    with pytest.raises(SystemExit, match=f"{out} cannot be written: ({reason})"):
+        evaluation.main(config)
+
+
+@pytest.mark.parametrize("name", ["", "a.json", "b.md", "c.parts"])
+def test_an_output_that_the_report_would_take(tmp_path, name):
+    with pytest.raises(SystemExit, match="wanted a file such as predictions.jsonl"):
+        evaluation.main(evaluation.EvalConfig(out=str(tmp_path / name), task="asr"))
+
+
+# ---- signals ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """SIGINT as in a terminal; the suite may have been started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("ignored, other", [(signal.SIGINT, signal.SIGTERM),
+                                            (signal.SIGTERM, signal.SIGINT)])
+def test_an_ignored_signal_stays_ignored(interrupt, ignored, other):
+    before = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        with checkpoints.StopSignal() as stop:
+            os.kill(os.getpid(), ignored)
+            assert stop.name == "" and signal.getsignal(ignored) == signal.SIG_IGN
+            os.kill(os.getpid(), other)
+            wait_for(lambda: stop.name)
+            assert stop.name == other.name
+        assert signal.getsignal(ignored) == signal.SIG_IGN
+    finally:
+        signal.signal(ignored, before)
+
+
+def test_stop_signal_and_the_second_one(interrupt):
     with checkpoints.StopSignal() as stop:
         assert stop.name == ""
         os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: stop.name)
         assert stop.name == "SIGINT"
         with pytest.raises(KeyboardInterrupt):                    # the second one acts at once
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            wait_for(lambda: False)
 
 
 # ---- several processes --------------------------------------------------------------------------
@@ -402,7 +668,7 @@ def test_disjoint_modalities_for_200_steps(command, one_sided, tmp_path, monkeyp
             real(model)
         distributed.shutdown = leave
         run(command(tmp_path / "run", **flags))
-    assert run_forked(work, processes=2, seconds=150) == [0, 0]
+    assert run_forked(work, processes=2) == [0, 0]
     assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
     rows = log_of(tmp_path / "run")
     assert len(rows) == 200 and rows[-1]["ce"] < rows[0]["ce"]
@@ -416,7 +682,7 @@ def test_one_is_two_is_accumulated_is_sharded(command, tmp_path):  # noqa: F811
     run(command(tmp_path / "recomputed", "--no-test", "--recompute", **flags))
     for name, word in (("two", "--no-shard"), ("sharded", "--shard")):
         words = command(tmp_path / name, "--no-test", word, **flags)
-        assert run_forked(lambda rank, words=words: run(words), 2, seconds=150) == [0, 0]
+        assert run_forked(lambda rank, words=words: run(words), 2) == [0, 0]
     one = np.array(losses(tmp_path / "one", "ce"))
     for name in ("accumulated", "recomputed", "two", "sharded"):
         far = abs(np.array(losses(tmp_path / name, "ce")) - one).max()

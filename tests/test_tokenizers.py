@@ -210,8 +210,40 @@ def test_prompt_of_a_tokenizer_json(llama3):
     def letters(text):                            # spelt, as far as nothing in it was paired
         return [i for c in text for i in tokenizer.encode(c)]
     before, after, answer = prompt_ids(tokenizer, "WHO?", target="ME")
-    assert (before, answer) == ([bos, *letters("USER: <Img>")], [*letters("ME"), eos])
+    # Byte-level BPE adds no word boundary, so the space before an answer is text.
+    assert (before, answer) == ([bos, *letters("USER: <Img>")], [*letters(" ME"), eos])
     assert after == letters("</Img> WHO?\nASSISTANT:")
+    assert prompt_ids(tokenizer, "WHO?", target="")[2] == [eos]
+    before, after, _ = prompt_ids(tokenizer, "SO?", [("WHO?", "ME")], has_clip=False)
+    assert before + after == [bos, *letters("USER: WHO?\nASSISTANT: ME"), eos,
+                              *letters("USER: SO?\nASSISTANT:")]
+
+
+def pieces_of(pre_tokenizer, normalizer=None, vocab=("a", " a", "▁a", "▁", "Ġa", "Ġ")):
+    from tokenizers import Tokenizer as Pieces
+    from tokenizers import models
+    pieces = Pieces(models.WordLevel({token: i for i, token in enumerate(vocab)}, "▁"))
+    pieces.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        pieces.normalizer = normalizer
+    return pieces
+
+
+@pytest.mark.parametrize("kind, settings, boundary", [
+    ("ByteLevel", {"add_prefix_space": False}, " "),           # LLaMA-3, SmolLM2
+    ("ByteLevel", {"add_prefix_space": True}, ""),             # RoBERTa: adds the space itself
+    ("Metaspace", {"prepend_scheme": "always"}, ""),           # LLaMA-2 in its newer form
+    ("Metaspace", {"prepend_scheme": "first"}, ""),
+    ("Metaspace", {"prepend_scheme": "never"}, " ")])
+def test_which_tokenizers_need_a_space_before_a_segment(llama3, kind, settings, boundary):
+    from tokenizers import pre_tokenizers
+    pieces = pieces_of(getattr(pre_tokenizers, kind)(**settings))
+    pieces.add_special_tokens(SPECIAL)
+    pieces.save(str(llama3 / "tokenizer.json"))
+    for name in ("config", "generation_config"):
+        hub.write_json(llama3 / f"{name}.json", {"model_type": "llama", "eos_token_id": [7],
+                                                 "bos_token_id": 6})
+    assert Tokenizer.from_pretrained(llama3).boundary == boundary
 
 
 def test_which_token_ends_an_answer(llama3):
@@ -264,7 +296,11 @@ def test_llama_2_as_tokenizer_json(tokenizer, tmp_path):
     (tmp_path / "tokenizer.model").unlink()
     ours = Tokenizer.from_pretrained(tmp_path)
     assert type(ours) is JsonTokenizer
-    assert (ours.bos_id, ours.eos_id) == (1, 2)
+    assert (ours.bos_id, ours.eos_id, ours.boundary) == (1, 2, "")
+    turns = [("a dog", "barks"), ("and", "")]
+    for has_clip in (True, False):
+        assert prompt_ids(ours, "A dog?", turns, "a 🎈", has_clip) == prompt_ids(
+            tokenizer, "A dog?", turns, "a 🎈", has_clip)
     for text in TEXTS:
         ids, push = tokenizer.encode(text), ours.stream_decoder()
         assert ours.encode(text) == ids

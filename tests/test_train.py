@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -34,7 +35,7 @@ from baselines.systems import load_system
 from favor import Favor
 from miniature import scenes
 from runtime import checkpoint as checkpoints
-from runtime import cli
+from runtime import cli, distributed, loader
 from runtime import feature_cache as features
 from runtime import manifests as corpus
 
@@ -64,7 +65,7 @@ def run(words):
     train.main(cli.parse(train.TrainConfig, train.__doc__, words)[0], words)
 
 
-def run_forked(work, processes=1, seconds=60):
+def run_forked(work, processes=1, seconds=600):
     """work(rank) in forked processes that know each other as under torchrun -> their exit codes.  A
     process that hangs is killed and fails the test."""
     with socket.socket() as free:
@@ -97,7 +98,14 @@ def run_forked(work, processes=1, seconds=60):
     return [child.exitcode for child in children]
 
 
-def program(*words, cwd=None, seconds=100):
+def wait_for(condition, seconds=600):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.003)
+
+
+def program(*words, cwd=None, seconds=600):
     """A program of ours in a process of its own."""
     return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True,
                           text=True, timeout=seconds)
@@ -305,9 +313,22 @@ def test_torchrun(command, unbroken, tmp_path):
     assert done.stdout.count("step 6/6") == done.stdout.count("answers with") == 1  # one speaks
 
 
+def listening(pid):
+    """The addresses, as /proc writes them, at which a process waits for connections."""
+    mine = set()
+    for handle in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):                        # closed meanwhile
+            mine.add(os.readlink(handle))
+    rows = [line.split() for kind in ("tcp", "tcp6") if (table := Path(f"/proc/{pid}/net/{kind}")
+                                                         ).exists()
+            for line in table.read_text().splitlines()[1:]]
+    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine]
+
+
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
 def test_a_process_a_core(command, unbroken, tmp_path):
-    """`python train.py` starts the others itself, and they end with it, also when it is killed."""
+    """`python train.py` starts the others itself, reachable from this machine only, and they end
+    with it, also when it is killed."""
     words = command(tmp_path / "two", processes=2)
     done = program(ROOT / "train.py", *words)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -324,18 +345,14 @@ def test_a_process_a_core(command, unbroken, tmp_path):
     run = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, command(
         tmp_path / "long", processes=2, steps=100000))], stdout=subprocess.DEVNULL)
     try:
-        for _ in range(600):
-            if (tmp_path / "long" / "last" / "state.pt").exists():
-                break
-            time.sleep(0.1)
+        wait_for(lambda: (tmp_path / "long" / "last" / "state.pt").exists()
+                 or run.poll() is not None)
         assert len(alive()) == 2
+        hosts = [host for pid in alive() for host in listening(pid)]
+        assert len(hosts) >= 2 and {*hosts} <= {"0100007F", "0" * 24 + "01000000"}, hosts
         run.kill()
         run.wait()
-        for _ in range(100):
-            if not alive():
-                break
-            time.sleep(0.1)
-        assert not alive()
+        wait_for(lambda: not alive())
     finally:
         for pid in alive():
             os.kill(pid, signal.SIGKILL)
@@ -353,15 +370,110 @@ def test_when_one_process_dies_the_other_ends(command, tmp_path):
                 raise RuntimeError("broken on purpose")
         steps.watch(setattr, before=break_it)
         run(command(tmp_path))
-    assert run_forked(work, processes=2, seconds=30) == [1, 1]
+    assert run_forked(work, processes=2) == [1, 1]
     assert len(log_of(tmp_path)) == 1
 
 
 def test_too_small_a_batch(command, tmp_path):
     def work(rank):
-        with pytest.raises(SystemExit, match="--batch 1 for 2 processes"):
+        with pytest.raises(SystemExit, match="--batch 1 for 2 processes" if rank == 0 else "^1$"):
             run(command(tmp_path, batch=1))
     assert run_forked(work, processes=2) == [0, 0]
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"llm": "/nowhere/llama"}, "/nowhere/llama"), ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl"),
+    ({"pair_share": 0.5}, "--pair-share and --match-share take"), ({"batch": 1}, "--batch 1 for 2"),
+    ({"start_from": "/nowhere/best"}, "/nowhere/best")], ids=str)
+def test_an_error_at_the_start_is_said_once(command, unbroken, tmp_path, capfd, wrong, said):
+    """By one of the processes, in one line; all of them end."""
+    def work(rank):
+        if "pair_share" in wrong:                                # as if no record were sound alone
+            corpus.Corpus.sound_only = property(lambda self: (), lambda self, rows: None)
+        sys.argv[1:] = [*map(str, command(tmp_path / "run", **wrong))]
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as leaving:
+            print(leaving.code if isinstance(leaving.code, str) else "", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+    assert run_forked(work, processes=2) == [1, 1]
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1 and said in lines[0], lines
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_among_others(capfd, failing):
+    """In blocks that processes run one after the other the rest ends, too, silently."""
+    def work(rank):
+        distributed.init_distributed()
+        try:
+            with (distributed.main_process_first() if failing == 0
+                  else distributed.one_rank_at_a_time()):
+                if rank == failing:
+                    raise ValueError("broken on purpose")
+        except (SystemExit, ValueError) as error:
+            os.write(2, f"{type(error).__name__} {error}\n".encode())
+            os._exit(1)
+    assert run_forked(work, processes=2) == [1, 1]
+    assert sorted(capfd.readouterr().err.splitlines()) == ["SystemExit 1",
+                                                           "ValueError broken on purpose"]
+
+
+@pytest.mark.parametrize("words", [["--step", "3"], ["--batch", "-1"], ["--model", "8b"]])
+def test_a_wrong_flag_is_said_once(monkeypatch, capsys, words):
+    """By the first process of a machine; all have the same words."""
+    for rank in ("0", "1", "3"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit):
+            cli.parse(train.TrainConfig, train.__doc__, words)
+        assert bool(capsys.readouterr().err) == (rank == "0")
+
+
+def test_nothing_held_out(command, tmp_path, capsys):
+    """No held-out loss is printed, logged or written; best/ is chosen by the batch's own."""
+    run(command(tmp_path, val_share=0, steps=4))
+    said = capsys.readouterr().out
+    assert "held-out ce" not in said and " 0 held out" in said
+    assert not any("val_ce" in row for row in log_of(tmp_path))
+    assert json.loads((tmp_path / "best" / "favor.json").read_text())["val_ce"] is None
+    assert '"validation"' not in (tmp_path / "events.jsonl").read_text()
+    best = min((row["ce"], row["step"]) for row in log_of(tmp_path) if row["step"] % 2 == 0)
+    assert json.loads((tmp_path / "best" / "favor.json").read_text())["step"] == best[1]
+
+
+def test_held_out_clips_that_cannot_be_read_are_no_perfect_score(command, tmp_path, monkeypatch,
+                                                                 capsys):
+    read = train.readable_samples
+    monkeypatch.setattr(train, "readable_samples",
+                        lambda model, records, *rest: read(model, [], *rest))
+    run(command(tmp_path, steps=2))
+    assert "held-out ce" not in capsys.readouterr().out and (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize("warmup, told", [(1, False), (2, True), (100, True)])
+def test_a_warm_up_longer_than_the_run_is_told(command, tmp_path, capsys, warmup, told):
+    run(command(tmp_path, warmup=warmup, steps=2))
+    said = [line for line in capsys.readouterr().out.splitlines() if "--warmup" in line]
+    assert len(said) == told
+    if told:                                      # the highest rate that a step had
+        highest = max(row["lr"] for row in log_of(tmp_path))
+        assert f"--warmup {warmup}" in said[0] and f"reaches {highest:.1e} instead of" in said[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_number_of_processes_changes_the_noise_of_dropout_only(command, tmp_path, monkeypatch,
+                                                                   dropout):
+    """As docs/training.md says: 7b and 13b have dropout, tiny has none."""
+    assert [favor.preset(name).lora_dropout > 0 for name in ("tiny", "7b", "13b")] == [
+        False, True, True]
+    noisy = dataclasses.replace(favor.PRESETS["tiny"], dropout=dropout, lora_dropout=dropout)
+    monkeypatch.setitem(favor.PRESETS, "tiny", noisy)
+    run(command(tmp_path / "one", steps=2))
+    assert run_forked(lambda rank: run(command(tmp_path / "two", steps=2)), processes=2) == [0, 0]
+    one, two = (np.array(losses(tmp_path / name, "ce")) for name in ("one", "two"))
+    assert np.allclose(one, two, atol=1e-5) == (dropout == 0)
+    assert abs(one - two).max() < 0.5                             # but it is the same run
 
 
 # ---- resume = no stop ---------------------------------------------------------------------------
@@ -726,6 +838,34 @@ def test_views(small_model, small_miniature):
     assert differ > len(rows) / 2
 
 
+def test_what_is_longer_than_the_llm_in_a_step_and_in_eval(small_model):
+    """A long clip is learnt in part and counted as cut, a long question is left out and counted."""
+    model, (visual, audio) = small_model.train(), small_model.empty_features(60)
+    long = data.Features(torch.randn(visual.shape), torch.randn(audio.shape))
+    model.llm.config = dataclasses.replace(model.llm.config, max_positions=220)
+    samples = [data.Sample("what is seen?", "red", features=long), data.Sample("why?", "it is"),
+               data.Sample("what is seen? " * 90, "red", features=long)]
+    with pytest.warns(UserWarning, match="are read, the LLM has 220 positions"):
+        cut, _ = model.fit(samples[0])
+    assert 150 < model.length(cut) <= 220 < model.length(samples[0])
+    wanted, _ = steps.one_step(model, [cut, samples[1]], train.TrainConfig())
+    model.zero_grad()
+    items = steps.train_items(samples)
+    share = train.encode_share(model, items, train.TrainConfig(), torch.device("cpu"))
+    for part in share.parts:
+        losses = model([sample for _, sample, *_ in part])
+        share.add(part, losses, model.config.diversity)
+    assert share.losses(model.config.diversity, torch.device("cpu")) == pytest.approx(
+        {name: wanted[name] for name in ("loss", "ce", "diversity")}, abs=1e-6)
+    rows = loader.skip_rows(items, 3)
+    assert [(row["id"], *set(row) - {"step", "id"}) for row in rows] == [("2", "reason"),
+                                                                         ("0", "cut")]
+    assert "the LLM has 220 positions; shorten" in rows[0]["reason"] and "only" in rows[1]["cut"]
+    records = [data.Record(str(i), "vqa", sample.prompt, "red") for i, sample in enumerate(samples)]
+    rows, skipped = answers.evaluate(model, records, None, views=("both",), log=quiet)
+    assert [row["id"] for row in rows] == ["0", "1"] and skipped == {"vqa": 1}
+
+
 def test_eval_without_cached_features_and_with_views(finished, small_miniature, tmp_path, capsys):
     words = ["--task", "avm,isqa", "--checkpoint", finished[0] / "best", "--data", small_miniature,
              "--limit", 3,
@@ -799,11 +939,12 @@ def test_table():
             row("asr", "a b", "a c"), row("mine", "yes", "yes")]
     lines = tables.table(rows, ("both", "blind")).splitlines()
     assert lines[0] == "| task | n | missing | both | blind | chance |"
-    assert lines[2].startswith("| **asr** WER % ↓ | 1 | 0 | 50.0 [")
-    assert lines[2].endswith("| 100.0 [100.0, 100.0] | - |")
-    assert lines[3] == ("| **videoqa** % ↑ | 3 | 0 | 66.7 [20.8, 93.9] | 0.0 [0.0, 56.2] | 25.0 |")
-    assert lines[4].startswith("| **mine** % ↑ | 1 | 0 | 100.0 [")
-    parts = {line.split("|")[1].strip(): line for line in lines[5:]}
+    for line, name in zip(lines[2:], ("wer_basic", "wer"), strict=False):    # no meta.metrics: both
+        assert line.startswith(f"| **asr** {name} ↓ | 1 | 0 | 50.0 [")
+        assert line.endswith("| 100.0 [100.0, 100.0] | - |")
+    assert lines[4] == ("| **videoqa** % ↑ | 3 | 0 | 66.7 [20.8, 93.9] | 0.0 [0.0, 56.2] | 25.0 |")
+    assert lines[5].startswith("| **mine** % ↑ | 1 | 0 | 100.0 [")
+    parts = {line.split("|")[1].strip(): line for line in lines[6:]}
     assert {*parts} == {f"videoqa: {k}"
                         for k in ("after", "before", "within one window", "across windows")}
     assert "| 2 | 0 | 50.0 [" in parts["videoqa: across windows"]
@@ -858,6 +999,15 @@ def test_demo_errors(finished, media, tmp_path):
     for words, message in [([str(broken)], "broken.mp4: not readable as media"),
                            (["no.mp4"], "no.mp4: no such file"),
                            ([media.mp4, "--start", "9"], "start 9.0 s is beyond its end"),
+                           ([str(tmp_path)], "wanted a video, sound or image file and not a fol"),
+                           ([media.png, "--audio", "no.wav"], "--audio no.wav: no such file"),
+                           ([media.mp4, "--start", "3", "--end", "2"], "--start 3 --end 2: want"),
+                           ([media.mp4, "--start", "nan"], "--start nan --end inf: wanted seconds"),
+                           ([media.mp4, "--end", "-1"], "--start 0 --end -1: wanted seconds"),
+                           ([media.mp4, "--beams", "-1"], "--beams -1 --max-new-tokens 0: wanted"),
+                           ([media.mp4, "--max-new-tokens", "-1"], "--max-new-tokens -1: wanted 1"),
+                           ([media.silent, "--mask", "visual"], "no sound, so --mask visual lea"),
+                           ([media.wav, "--mask", "audio"], "no picture, so --mask audio leaves"),
                            ([media.wav, "--audio", media.wav], "sound too")]:
         # a text: exit status 1, no traceback
         with pytest.raises(SystemExit, match=message) as error:
@@ -865,3 +1015,11 @@ def test_demo_errors(finished, media, tmp_path):
         assert isinstance(error.value.code, str)
     with pytest.raises(SystemExit, match="no checkpoint in"):
         demo.main([media.mp4, "What?", "--checkpoint", str(tmp_path)])
+    (tmp_path / "favor.json").write_text("{")
+    with pytest.raises(SystemExit, match="favor.json: not valid JSON"):
+        demo.main([media.mp4, "What?", "--checkpoint", str(tmp_path)])
+    with pytest.raises(SystemExit, match="the question is not text in UTF-8"):
+        demo.main([media.mp4, "What \udcff?", *map(str, checkpoint)])
+    for question in ("", " \n"):
+        with pytest.raises(SystemExit):                               # a usage error
+            demo.main([media.mp4, question, *map(str, checkpoint)])

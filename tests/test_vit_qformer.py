@@ -184,6 +184,50 @@ def test_pruned_config_takes_the_defaults(tmp_path):
     assert vit.width == qformer.encoder_width == 48
 
 
+@pytest.mark.parametrize("change", [
+    {"image_mean": [0.5, 0.5, 0.5]}, {"image_std": [1, 1, 1]}, {"image_mean": 0.5},
+    {"size": {"height": 384, "width": 384}}, {"size": {"shortest_edge": 42}}, {"size": 384},
+    {"resample": 2}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}, {"do_resize": False},
+    {"do_normalize": False}, {"do_center_crop": True}, {"do_pad": True},
+    {"image_processor_type": "CLIPImageProcessor"}])
+def test_image_processors_that_are_not_built_are_named(tiny, tmp_path, change):
+    """transformers' defaults pass where the size is vision_config's; one change is refused, in
+    either file, and so are two files that contradict each other."""
+    shutil.copy(tiny.root / "config.json", tmp_path)
+    good = transformers.BlipImageProcessor(size={"height": 42, "width": 42}).to_dict()
+    good |= {"image_processor_type": "BlipImageProcessorFast"}
+    hub.write_json(tmp_path / "preprocessor_config.json", good)
+    inside = {"image_processor": good, "num_query_tokens": V}
+    hub.write_json(tmp_path / "processor_config.json", inside)
+    assert vit_qformer.read_config(tmp_path)[0].image_size == 42
+    hub.write_json(tmp_path / "processor_config.json", {"image_processor": good | change})
+    with pytest.raises(ValueError, match=rf"/processor_config.json: {list(change)[0]} "):
+        vit_qformer.read_config(tmp_path)
+    hub.write_json(tmp_path / "processor_config.json", {"num_query_tokens": V + 1})
+    with pytest.raises(ValueError, match="processor_config.json: num_query_tokens is another"):
+        vit_qformer.read_config(tmp_path)
+    (tmp_path / "processor_config.json").unlink()
+    hub.write_json(tmp_path / "preprocessor_config.json", good | change)
+    with pytest.raises(ValueError, match=rf"preprocessor_config.json: {list(change)[0]} is"):
+        vit_qformer.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("part, key, value", [
+    ("vision_config", "num_hidden_layers", 10 ** 6), ("vision_config", "hidden_size", "48"),
+    ("vision_config", "num_attention_heads", 0), ("vision_config", "num_attention_heads", 5),
+    ("vision_config", "patch_size", 100), ("vision_config", "layer_norm_eps", float("nan")),
+    ("qformer_config", "num_hidden_layers", -1), ("qformer_config", "vocab_size", 2.5),
+    ("qformer_config", "encoder_hidden_size", 64), ("qformer_config", "hidden_size", [30]),
+    ("qformer_config", "cross_attention_frequency", 0), (None, "num_query_tokens", True),
+    (None, "num_query_tokens", 10 ** 9), (None, "vision_config", 0), (None, "qformer_config", [])])
+def test_absurd_configs_are_named(tiny, tmp_path, part, key, value):
+    config = hub.read_json(tiny.root / "config.json")
+    (config[part] if part else config)[key] = value
+    hub.write_json(tmp_path / "config.json", config)
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json.*({key}|of them|patch_size)"):
+        vit_qformer.read_config(tmp_path)
+
+
 def test_published_names_and_shapes():
     """The full-size encoder (on the meta device: no memory) against the Hub's list of tensors."""
     with torch.device("meta"):
@@ -259,6 +303,16 @@ def test_tokenizer_is_bert(vocabulary):
     assert torch.equal(ids, theirs.input_ids) and ids.dtype == torch.long
     assert torch.equal(mask, theirs.attention_mask.bool()) and mask.dtype == torch.bool
     assert [PIECES[i] for i in ids[0]][:9] == "[CLS] what is the dog bark ##ing ? [SEP]".split()
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("vocab.txt", b"[PAD]\n\xe9", "not UTF-8"), ("vocab.txt", b"", "no .PAD"),
+    ("tokenizer.json", b"{", "not readable"), ("tokenizer.json", b"[1]", "not readable")])
+def test_damaged_vocabularies_are_named(tmp_path, name, text, message):
+    (tmp_path / "qformer_tokenizer").mkdir()
+    (tmp_path / "qformer_tokenizer" / name).write_bytes(text)
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        QFormerTokenizer.from_pretrained(tmp_path)
 
 
 def test_tokenizer_json_says_the_same(vocabulary):

@@ -171,12 +171,71 @@ def test_config_and_its_defaults(tiny, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert WhisperConfig.from_folder(tmp_path) == large
     (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"hop_length": 80, "n_fft": 200, "sampling_rate": 8000, "feature_size": 80}))
-    assert WhisperConfig.from_folder(tmp_path) == dataclasses.replace(
-        large, hop=80, n_fft=200, sample_rate=8000)
+        json.dumps({"hop_length": 80, "n_fft": 200, "sampling_rate": 16000, "feature_size": 80}))
+    assert WhisperConfig.from_folder(tmp_path) == dataclasses.replace(large, hop=80, n_fft=200)
     (tmp_path / "preprocessor_config.json").write_text('{"feature_size": 128}')
     with pytest.raises(ValueError, match="feature_size 128.*num_mel_bins 80"):
         WhisperConfig.from_folder(tmp_path)
+
+
+def extractor(root, **settings):
+    """The WhisperProcessor's files of transformers 5: all in processor_config.json."""
+    theirs = transformers.WhisperFeatureExtractor(chunk_length=1, **settings)
+    hub.write_json(root / "processor_config.json", {
+        "processor_class": "WhisperProcessor", "feature_extractor": theirs.to_dict()})
+    return theirs
+
+
+def test_settings_in_processor_config(tiny, tmp_path):
+    """Read where transformers 5 writes them: the mel of another hop and window is its extractor's.
+    """
+    hub.write_json(tmp_path / "config.json", hub.read_json(tiny.root / "config.json") | {
+        "max_source_positions": 20})
+    theirs, audio = extractor(tmp_path, hop_length=400, n_fft=512), noise(16000)
+    config = WhisperConfig.from_folder(tmp_path)
+    assert (config.hop, config.n_fft, config.chunk_samples) == (400, 512, 16000)
+    mel = log_mel_spectrogram(torch.from_numpy(audio), config.chunk_samples, config.n_fft,
+                              config.hop)
+    wanted = theirs(audio, sampling_rate=16000, return_tensors="pt").input_features
+    check("log-mel, hop 400", mel, wanted)
+    same = theirs.to_dict()
+    hub.write_json(tmp_path / "preprocessor_config.json", same)
+    assert WhisperConfig.from_folder(tmp_path) == config
+    hub.write_json(tmp_path / "preprocessor_config.json", same | {"hop_length": 160})
+    with pytest.raises(ValueError, match=r"\bprocessor_config.json: hop_length 400, but .*"
+                                         r"preprocessor_config.json has 160"):
+        WhisperConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"sampling_rate": 8000}, {"padding_side": "left"}, {"padding_value": 1.0}, {"dither": 0.1},
+    {"feature_extractor_type": "SeamlessM4TFeatureExtractor"}, {"feature_size": 128},
+    {"chunk_length": 30}, {"n_samples": 480000}, {"nb_max_frames": 3000}, {"hop_length": 0},
+    {"n_fft": "400"}, {"chunk_length": float("nan")}])
+def test_settings_that_are_not_built_are_named(tiny, tmp_path, change):
+    config = hub.read_json(tiny.root / "config.json")
+    settings = transformers.WhisperFeatureExtractor(chunk_length=1).to_dict() | change
+    for file, value in (("preprocessor_config.json", settings),
+                        ("processor_config.json", {"feature_extractor": settings})):
+        folder = tmp_path / file
+        folder.mkdir()
+        hub.write_json(folder / "config.json", config)
+        hub.write_json(folder / file, value)
+        with pytest.raises(ValueError, match=rf"/{file}: {list(change)[0]}\b"):
+            WhisperConfig.from_folder(folder)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("encoder_layers", 10 ** 6), ("d_model", 0), ("d_model", -40), ("encoder_attention_heads", 0),
+    ("encoder_attention_heads", 7), ("d_model", "40"), ("encoder_layers", 2.5), ("d_model", True),
+    ("num_mel_bins", float("nan")), ("encoder_ffn_dim", [1]), ("max_source_positions", 2 ** 40),
+    ("activation_function", "relu")])
+def test_absurd_configs_are_named(tiny, tmp_path, key, value):
+    tensors = {"model.encoder." + n: t for n, t in tiny.ours.state_dict().items()}
+    hub.save_folder(tmp_path, tensors, hub.read_json(tiny.root / "config.json") | {key: value})
+    with pytest.raises(ValueError, match=str(tmp_path)) as error:
+        WhisperEncoder.from_pretrained(tmp_path)
+    assert key in str(error.value) or "heads; wanted" in str(error.value)
 
 
 @pytest.mark.parametrize("prefix", ["model.encoder.", "encoder.", ""])

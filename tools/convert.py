@@ -34,6 +34,7 @@ def unpickle(path):
     for whatever is no plain dict of tensors."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: listed in {BIN_INDEX} but missing; download it again")
+    hub.check_file(path)
     if what := hub.what_instead(path, pickles=False):
         raise ValueError(f"{path}: {what}")
     try:
@@ -79,8 +80,12 @@ def convert(source, out, dtype=None, log=print):
             check_shard(source / part, tensors, places, placed)
             placed |= dict.fromkeys(tensors, name)
             temporary = shards.enter_context(atomic(out / name))
-            hub.save_tensors(temporary, {n: t.to(dtype) if dtype and t.is_floating_point() else t
-                                         for n, t in tensors.items()})
+            tensors = {n: t.to(dtype) if dtype and t.is_floating_point() else t
+                       for n, t in tensors.items()}
+            if spoilt := [n for n, t in tensors.items() if not hub.is_finite(t)]:
+                raise ValueError(f"{source / part}: NaN or infinity in {hub.listed(spoilt)}, or "
+                                 f"numbers too large for {dtype}; get the weights again")
+            hub.save_tensors(temporary, tensors)
             total += (size := temporary.stat().st_size)
             log(f"{part} -> {name}: {len(tensors)} tensors, {size / 1e9:.2f} GB, "
                 f"{time.time() - start:.0f} s")

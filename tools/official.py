@@ -19,12 +19,13 @@ import torch
 
 import lora
 from favor import PRESETS, Favor, preset
-from runtime import cli
+from runtime import cli, hub
 
-# theirs -> ours, in this order.  What is trained first registered its name: video_*; older saves
-# also hold the same parameter as joint_* or speech_*.
+# theirs -> ours, in this order.  What is trained first registered its name: video_* and llama_proj;
+# older saves also hold the same parameter as joint_* or speech_*.
 ALIASES = ((r"^(joint|speech)_(Qformer|query_tokens|frame_position_embedding)", r"video_\2"),
-           (r"^ln_(joint|speech)\.", "ln_video."))
+           (r"^ln_(joint|speech)\.", "ln_video."),
+           (r"^llama_proj_(joint|speech)\.", "llama_proj."))
 NAMES = (
     ("speech_pre_qformer_proj.", "audio_proj."),
     ("ln_video.", "qformer.joint_norm."),
@@ -119,7 +120,8 @@ def copy_all(theirs, ours, path):
              for name in theirs.keys() & ours.keys() if theirs[name].shape != ours[name].shape]
     problems = [f"{label}: {', '.join(sorted(names)[:20])} ({len(names)})" for label, names in (
         ("missing", ours.keys() - theirs.keys()), ("unknown", theirs.keys() - ours.keys()),
-        ("wrong shape", wrong)) if names]
+        ("wrong shape", wrong),
+        ("not finite", [n for n, t in theirs.items() if not hub.is_finite(t)])) if names]
     if problems:
         raise ValueError(f"{path}: does not fit this model; {'; '.join(problems)}")
     for name, tensor in theirs.items():

@@ -42,8 +42,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 # The prompt of favor.prompt_ids for a text without a clip (tests/tools/test_share.py).
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{{ ('USER:GAP' if loop.first else 'USER: ') + m['content'] + '\\nASSISTANT:' }}"
-    "{% elif m['role'] == 'assistant' %}{{ 'GAP' + m['content'] + eos_token }}"
+    "{{ 'USER: ' + m['content'] + '\\nASSISTANT:' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
     "{% else %}{{ raise_exception('wanted the roles user and assistant only') }}"
     "{% endif %}{% endfor %}")
 
@@ -99,7 +99,7 @@ def is_ours(source):
 
 def is_repo(source):
     """Whether a source is a repo of the Hub, which accepts only those as base models of a card."""
-    return bool(REPO.fullmatch(source)) and not Path(hub.local_source(source)).is_dir()
+    return bool(REPO.fullmatch(source)) and not is_ours(source)
 
 
 def licence(sources):
@@ -245,7 +245,7 @@ def push(folder, repo_id, private=False, token=None, api=None):
                                   "that may write: https://huggingface.co/settings/tokens")
         api = huggingface_hub.HfApi(token=token)
     card = root / "README.md"
-    if not card.exists() or MARK in card.read_text():
+    if not card.exists() or MARK in card.read_text("utf-8"):
         write_text(card, model_card(root, repo_id))
     try:
         # None leaves the account's default; an existing repo keeps its visibility.
@@ -294,7 +294,7 @@ def merge(folder, out, dtype="bfloat16", shard_gb=5, llm=None):
     if ADAPTERS[1] not in files:
         raise ValueError(f"{root}: --system {saved['system']} has no LoRA, so there is nothing "
                          f"to merge: its LLM is {saved['config']['llm']} as published")
-    place = llm or saved["config"]["llm"]
+    place = hub.anywhere(llm) if llm else hub.saved_source(saved["config"]["llm"])
     source = hub.folder(hub.local_source(place), hub.SMALL_FILES, LLM_TENSORS)
     tokenizer, config, shapes, read = merged_tensors(root, source, getattr(torch, dtype))
     ends = list(dict.fromkeys((tokenizer.eos_id, *as_tuple(config.eos_id))))
@@ -320,7 +320,7 @@ Q-Formers, projections); for them load the checkpoint with `favor.Favor`. The pr
 the chat template's: `USER: question`, new line, `ASSISTANT:`.
 
 {terms_text}
-""")
+""", "utf-8")
         os.replace(new, out)
     except BaseException:                                    # frees the space on a full disk
         shutil.rmtree(new, ignore_errors=True)
@@ -404,10 +404,7 @@ def write_tokenizer(root, source, tokenizer):
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
             "bos_token": piece(tokenizer.bos_id), "eos_token": piece(tokenizer.eos_id),
             "add_bos_token": True, "add_eos_token": False})
-    # With sentencepiece each segment of a prompt starts with a word boundary of its own.
-    two = tokenizer.decode(tokenizer.encode("a") + tokenizer.encode("b"))
-    gap = " " if " " in two.strip() else ""
-    (root / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("GAP", gap))
+    (root / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
 
 
 def write_tokenizer_json(path, tokenizer):

@@ -2,9 +2,8 @@
 
 import json
 import re
-from pathlib import Path
 
-from aveb.sets.common import SETS, Set, under
+from aveb.sets.common import SETS, Set, id_of, under
 
 
 def _joined(segments):
@@ -45,7 +44,7 @@ def how2(files, merge=True):
         for clip in _joined(parts) if merge else [[part] for part in parts]:
             start, end = clip[0][1], clip[-1][2]
             cut = f"{youtube}_{start}_{end}"
-            whole = files.look(f"{cut}.mp4", f"videos/{cut}.mp4") in ("missing", "empty")
+            whole = files.look("video", f"{cut}.mp4", f"videos/{cut}.mp4") in ("missing", "empty")
             yield from files.record(
                 cut if merge else clip[0][0],
                 "Transcribe the speech into text, paying attention to both audio and video.",
@@ -75,10 +74,10 @@ def vggsound(files):
     for row in files.rows(path, (), header):
         if row.get("split", files.split) != files.split:
             continue
-        if "file" not in row and not row["start"].isdigit():
+        if "file" not in row and not row["start"].isdecimal():
             files.drop("row whose start is no whole second", row["start"])
             continue
-        name = row["file"].removesuffix(".mp4") if "file" in row else (
+        name = id_of(row["file"]) if "file" in row else (
             f"{row['youtube']}_{int(row['start']):06d}")
         yield from files.record(name, SOURCE, [row["label"]], label=row["label"],
                                 video=under(f"{name}.mp4", "video", "videos"))
@@ -114,8 +113,8 @@ def favdbench(files):
         for entry in files.json(dict, path.name)["annotations"]:
             captions.setdefault(str(entry["image_id"]), []).append(entry["caption"])
     for key, texts in captions.items():
-        clip = Path(key).stem
-        sound = files.look(f"audios/{files.split}/{clip}.mp3")
+        clip = id_of(key)
+        sound = files.look("audio", f"audios/{files.split}/{clip}.mp3")
         yield from files.record(
             key, "Describe the video and the audio in detail.", texts,
             video=[c for name in (f"{files.split}/{clip}.mp4", f"{clip}.mp4")

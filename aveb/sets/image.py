@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from aveb.sets.common import SETS, Set, under
+from aveb.sets.common import SETS, Set, id_of, text_of, under
 
 
 def llava(files):
@@ -17,7 +17,7 @@ def llava(files):
         if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
             files.drop("dialogue whose turns do not alternate", name)
             continue
-        texts = [turn["value"].replace("<image>", "").strip() for turn in turns]
+        texts = [text_of(turn["value"]).replace("<image>", "").strip() for turn in turns]
         yield from files.dialogue(
             name, list(zip(texts[::2], texts[1::2], strict=True)), original_id=entry["id"],
             image=[*under(image, "train2017"), f"train2014/COCO_train2014_{image}",
@@ -49,7 +49,7 @@ def textvqa(files):
     folder = "test_images" if files.split == "test" else "train_images"
     for entry in files.json(dict, f"TextVQA_0.5.1_{files.split}.json")["data"]:
         answers = entry.get("answers", [])
-        most = Counter(a.strip() for a in answers).most_common(1)
+        most = Counter(text_of(a).strip() for a in answers).most_common(1)
         yield from files.record(entry["question_id"], entry["question"], answers,
                                 target=most[0][0] if most else "", image_id=entry["image_id"],
                                 image=under(f"{entry['image_id']}.jpg", folder))
@@ -78,7 +78,7 @@ def flickr30k(files):
             texts = entry["caption"]
             captions[Path(entry["image"]).name] = [texts] if isinstance(texts, str) else texts
     for name, texts in captions.items():
-        yield from files.record(Path(name).stem, "Describe this image in one short sentence.",
+        yield from files.record(id_of(name), "Describe this image in one short sentence.",
                                 texts, image=under(name, "flickr30k-images", "Images"))
 
 

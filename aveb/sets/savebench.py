@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from aveb.sets.common import SETS, Set, with_choices
+from aveb.sets.common import OWN, SETS, Set, id_of, with_choices
 from aveb.tasks import METRICS
 
 SAVEBENCH = {"ic": "flickr30k_captions.json", "ocr": "textvqa.json",
@@ -18,13 +18,13 @@ def _save_media(files, named):
     be missing, the video holds it; other sound may come out of the video that it belongs to."""
     visual, sound = named if isinstance(named, list) else (named, None)
     kind = "image" if Path(visual).suffix.lower() in (".jpg", ".jpeg", ".png") else "video"
-    media = {kind: [files.by_name(visual)]}
+    media = {kind: [files.by_name(kind, visual)]}
     if sound:
-        names = [files.by_name(sound)]
-        own = kind == "video" and Path(sound).stem == Path(visual).stem
-        if kind == "video" and not own:
-            names.append(files.by_name(str(Path(sound).with_suffix(".mp4"))))
-        if not own or files.look(*names) not in ("missing", "empty"):
+        names = [files.by_name("audio", sound)]
+        own = kind == "video" and id_of(sound) == id_of(visual)
+        if own:                                    # only a sound file: the video is not one
+            names = [name for name in names if Path(name).suffix.lower() in OWN["audio"]]
+        if not own or files.look("audio", *names) not in ("missing", "empty"):
             media["audio"] = names
     return media
 
@@ -38,7 +38,7 @@ def savebench(files):
             named = entry["image_name"] if task == "avsd" else entry["image"]
             first = named if isinstance(named, str) else named[0]
             name, media = f"{task}-{k:05d}", _save_media(files, named)
-            shared = {"task": task, "metrics": METRICS[task], "original_id": Path(first).stem,
+            shared = {"task": task, "metrics": METRICS[task], "original_id": id_of(first),
                       "source": Path(first).name, **media}
             if task == "avsd":
                 turns = [tuple(turn) for turn in entry["conversation"]]

@@ -1,9 +1,8 @@
 """Videos: questions, dialogues and descriptions."""
 
 import re
-from pathlib import Path
 
-from aveb.sets.common import SETS, Set, under, with_choices
+from aveb.sets.common import SETS, Set, id_of, text_of, under, with_choices
 
 
 def msvdqa(files):
@@ -13,10 +12,10 @@ def msvdqa(files):
     for mapping in files.all("youtube_mapping.txt")[:1]:
         names = {line.split()[1]: line.split()[0] for line in files.lines(mapping)}
     for entry in files.json(list, f"{files.split}_qa.json"):
-        number, question = entry["video_id"], entry["question"]
+        number, question = entry["video_id"], text_of(entry["question"]).lower()
         stems = [names.get(f"vid{number}"), f"vid{number}", f"video{number}"]
         yield from files.record(
-            entry["id"], f"In the video, {question.lower()}", [entry["answer"]],
+            entry["id"], question and f"In the video, {question}", [entry["answer"]],
             video=[c for stem in filter(None, stems) for suffix in ("avi", "mp4")
                    for c in under(f"{stem}.{suffix}", "YouTubeClips")], video_id=number)
 
@@ -49,7 +48,7 @@ def videochat(files):
     for entry in files.json(list, "videochat_instruct_11k.json"):
         turns = [(" ".join(filter(None, (turn.get("i"), turn["q"]))), turn["a"])
                  for turn in entry["QA"]]
-        yield from files.dialogue(files.unique(Path(entry["video"]).stem), turns,
+        yield from files.dialogue(files.unique(id_of(entry["video"])), turns,
                                   original_id=entry["video"],
                                   video=under(entry["video"], "WebVid", "videos"))
 
@@ -74,7 +73,8 @@ def avsd(files):
             else:
                 dialogues.append((video, video, entry["data"]))
     for name, video, turns in dialogues:
-        pairs = [(t["question"], (t["answer"] or "").replace("__UNDISCLOSED__", "")) for t in turns]
+        pairs = [(t["question"], text_of(t["answer"]).replace("__UNDISCLOSED__", ""))
+                 for t in turns]
         yield from files.dialogue(files.unique(name), pairs, original_id=video,
                                   video=under(f"{video}.mp4", "Charades_v1_480"))
 
@@ -88,7 +88,7 @@ def _narrations(video):
         for line in part.get("narrations") or []:
             text, time = line.get("narration_text", line.get("text")), line.get(
                 "timestamp_sec", line.get("time"))
-            if text and time is not None:
+            if text and isinstance(time, (int, float)):
                 narrated.setdefault((text, int(time)), (float(time), text))
     return sorted(narrated.values())
 

@@ -126,6 +126,27 @@ def test_ceiling_and_floor():
 
 
 @needs_java
+def test_captions_that_cannot_be_compared():
+    """Left out and counted, or said: never silently 0."""
+    texts = ["a red dog runs", "two men sit here", "...", "cafe\u0301 “red” it’s"]
+    perfect = rows_of(texts, [[t] for t in texts])
+    for name, best in (("bleu1", 100), ("bleu4", 100), ("cider", 1000)):
+        score = metrics.METRICS[name](perfect)
+        assert (score.value, score.n) == (pytest.approx(best), 3), name
+        assert score.note == "1 empty references left out"
+        assert score.per_record == {} or [*score.per_record.values()][2] is None
+    nothing = rows_of(["a"], [["..."]])
+    assert str(metrics.METRICS["bleu1"](nothing)) == "n/a (no words in the references)"
+    one = metrics.METRICS["cider"](rows_of(["a dog", "a dog"], [["a dog"]] * 2))
+    assert str(one).startswith("n/a (needs two records with different references")
+    short = metrics.METRICS["bleu4"](rows_of(["a dog"], [["a dog"]]))
+    assert short.note == "not defined: no reference has 4 words" and short.value < 1
+    looks = metrics.METRICS["bleu1"](
+        rows_of(["caf\u00e9 it's \ud800"], [["cafe\u0301 it’s \ufffd"]]))
+    assert looks.value == pytest.approx(100)
+
+
+@needs_java
 def test_intervals_hold_the_value():
     answers, references = zip(*((f"a {w} dog", [f"a {v} dog", "two men"])
                                 for w in WORDS for v in WORDS), strict=True)

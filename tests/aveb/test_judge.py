@@ -1,6 +1,7 @@
 """aveb/judge.py against a made-up server on 127.0.0.1 that answers, stalls, fails, talks nonsense
 and wants to be left alone."""
 
+import html
 import json
 import os
 import signal
@@ -8,16 +9,19 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64encode, urlsafe_b64encode
 from collections import Counter
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from aveb import judge as judging
 from aveb import metrics
 from aveb.judge import Judge, JudgeError, clean, key_of, label_match, prompt_of
+from eval import EvalConfig, resolve_config
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -70,8 +74,7 @@ class Server:
 
 @pytest.fixture
 def serve(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)    # conftest.py sets it
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")                                 # conftest.py sets it
     for name in ("FAVOR_JUDGE_KEY", "OPENAI_API_KEY", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
     servers = []
@@ -240,11 +243,48 @@ def test_the_key_is_told_to_nobody(serve, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("url, model, said", [
     ("", "m", "--judge-url"), ("localhost:8000", "m", "--judge-url"), ("file:///etc", "m", "http"),
-    ("http://sk-1@localhost/v1", "m", "without a key"), ("http://localhost/v1", "", "judge-model")])
-def test_a_wrong_address_is_said_at_once(url, model, said, tmp_path):
+    ("http://sk-1@localhost/v1", "m", "without a key"), ("http://localhost/v1", "", "judge-model"),
+    ("http://[::1/v1", "m", "--judge-url"), ("http://localhost:99999/v1", "m", "--judge-url"),
+    ("http://localhost:no/v1", "m", "--judge-url"), ("http://local host/v1", "m", "--judge-url"),
+    ("http://localhost/v\n1", "m", "--judge-url"), ("http:///v1", "m", "--judge-url")])
+def test_a_wrong_address_is_said_at_once(url, model, said, tmp_path, monkeypatch):
     with pytest.raises(JudgeError, match=said) as error:
         Judge(url, model, str(tmp_path / "c"))
     assert "sk-1" not in str(error.value)
+    monkeypatch.chdir(tmp_path)                          # eval.py looks before it answers
+    with pytest.raises(SystemExit, match=f"the judge cannot be asked: .*{said}"):
+        judging.check(EvalConfig(judge="url", judge_url=url, judge_model=model))
+
+
+@pytest.mark.parametrize("content, said", [
+    (None, "No such file"), ("", "no line has a verdict"), ("{", "wanted one JSON object"),
+    ('{"key": "a"}\n', "no line has a verdict"), (b"\xff\n", "wanted one JSON object"),
+    ('{"id": "a", "verdict": "Yes"}\n{"id": "a", "verdict": "No"}\n', "two verdicts for 'a'"),
+    ('{"id": ["a"], "verdict": "Yes"}\n', "unhashable"), ('{"id": "a", "verdict": "Yes"}\n', "")])
+def test_verdicts_are_looked_at_before_anything_is_answered(content, said, tmp_path):
+    path = tmp_path / "v.jsonl"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    config = EvalConfig(judge=f"file:{path}")
+    if not said:
+        return judging.check(config)
+    with pytest.raises(SystemExit, match=f"the judge cannot be asked: .*{said}"):
+        judging.check(config)
+    with pytest.raises(SystemExit, match=said):
+        resolve_config(EvalConfig(judge=f"file:{path}", random_init=True))
+
+
+def test_offline_is_said_before_anything_is_answered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FAVOR_JUDGE_KEY", raising=False)
+    for url, way in (("https://judge.invalid/v1", "forbids"), ("http://localhost:1/v1", "")):
+        config = EvalConfig(judge_url=url, judge_model="m", offline=True)
+        if not way:
+            judging.check(config)
+            continue
+        with pytest.raises(SystemExit, match=way):
+            judging.check(config)
+    judging.check(EvalConfig())                                          # nobody is asked
 
 
 def test_the_server_is_left_alone_as_long_as_it_says(serve, tmp_path):
@@ -281,12 +321,89 @@ def test_a_server_that_is_gone_or_only_stalls_ends_the_run(serve, tmp_path):
     assert gone.verdicts(rows_of(60)) == [None] * 60 and "refused" in gone.stopped
 
 
-def test_offline_is_not_asked(serve, tmp_path, monkeypatch):
+def test_offline_asks_only_this_machine(serve, tmp_path, monkeypatch):
     server = serve(lambda *_: "Yes")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert a_judge(server, tmp_path).verdicts(rows_of(3)) == [True] * 3
+    away = Judge("http://192.0.2.1:8000/v1", "fake-1", str(tmp_path / "b"))
     with pytest.raises(JudgeError, match="--offline or HF_HUB_OFFLINE forbids it"):
-        a_judge(server, tmp_path).verdicts(rows_of(3))
-    assert not server.bodies
+        away.verdicts(rows_of(3))
+
+
+@pytest.mark.parametrize("drip", ["body", "headers"])
+def test_one_deadline_holds_for_the_whole_request(serve, tmp_path, drip):
+    """A byte every 20 ms never runs into the time limit of a socket."""
+    def slowly(handler, prompt, act):
+        try:
+            handler.wfile.write(b"HTTP/1.0 200 OK\r\n" + b"\r\n" * (drip == "body"))
+            for _ in range(50):
+                handler.wfile.write(b" " if drip == "body" else b"x")
+                time.sleep(0.02)
+            told.append(prompt)
+        except OSError:                              # it hung up
+            pass
+    server, told = serve(lambda *_: "Yes"), []
+    server.act = slowly
+    judge = a_judge(server, tmp_path, timeout=0.15, attempts=1)
+    assert judge.verdicts(rows_of(1)) == [None] and not told
+    assert judge.failures == ["no whole reply in 0.15 s"]
+
+
+def test_no_proxy_for_this_machine(serve, tmp_path, monkeypatch):
+    """The proxy of http_proxy gets neither the prompts nor the key of a local server; another
+    host's go through it, without a key, which http would show."""
+    server, proxy = serve(lambda *_: "Yes"), serve(lambda *_: "No")
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy.url[:-3])
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("FAVOR_JUDGE_KEY", "sk-favor")
+    assert a_judge(server, tmp_path).verdicts(rows_of(1)) == [True] and not proxy.bodies
+    assert server.headers[0]["Authorization"] == "Bearer sk-favor"
+    monkeypatch.delenv("FAVOR_JUDGE_KEY")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
+    away = Judge("http://judge.invalid/v1", "x", str(tmp_path / "b"))
+    assert away.verdicts(rows_of(1)) == [False]
+    assert proxy.bodies[0][0] == "http://judge.invalid/v1/chat/completions"
+    assert "sk-" not in str(proxy.headers)
+
+
+@pytest.mark.parametrize("url", ["http://10.1.2.3/v1", "http://judge.example:8000", "http://0.0.0.0",
+                                 "http://localhost.example/v1", "HTTP://127.0.0.1.example"])
+def test_a_key_never_travels_over_http(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAVOR_JUDGE_KEY", "sk-favor")
+    with pytest.raises(JudgeError, match="readable on its way over http; use https, .*ssh"):
+        Judge(url, "x", str(tmp_path / "c"))
+    for fine in (url.lower().replace("http:", "https:"), "http://[::1]:8000", "http://127.8.0.1/v1"):
+        assert Judge(fine, "x", str(tmp_path / "c"))._secret == "sk-favor"
+
+
+KEY = 'sk-"a/b\\c&d<+é'.replace("é", "=") + "Zz09"
+
+
+@pytest.mark.parametrize("echo", [
+    KEY, json.dumps(KEY), json.dumps(json.dumps(KEY)), KEY.replace("/", "\\/"), quote(KEY, safe=""),
+    quote(quote(KEY)), html.escape(KEY), html.escape(html.escape(KEY)), KEY.upper(),
+    "".join(f"\\u{ord(c):04X}" for c in KEY), "".join(f"%{ord(c):02x}" for c in KEY),
+    "".join(f"&#{ord(c)};" for c in KEY), "".join(f"&#x{ord(c):X};" for c in KEY),
+    "".join(f"\\x{ord(c):02x}" for c in KEY), KEY.encode().hex(),
+    *(b64encode(f"{'x' * k}{KEY}{'y' * k}".encode()).decode() for k in range(4)),
+    urlsafe_b64encode(f"Bearer {KEY}".encode()).decode()])
+def test_the_key_is_masked_however_it_is_echoed(echo, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAVOR_JUDGE_KEY", KEY)
+    judge = Judge("http://127.0.0.1:1/v1", "x", str(tmp_path / "c"))
+    shown = judge._without_key(f"Wrong key: {echo} (401)")
+    assert shown.startswith("Wrong key: ") and shown.endswith(" (401)") and "***" in shown
+    rest = shown.removeprefix("Wrong key: ").removesuffix(" (401)").replace("***", "")
+    assert len(rest) <= 14                    # quotes, or what base64 encoded beside the key
+    plain = "Nothing to hide: 401, %41, &amp;, \\u0041"
+    assert judge._without_key(plain) == plain
+
+
+def test_a_key_at_the_end_of_what_is_kept(serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAVOR_JUDGE_KEY", "sk-secret-123")
+    judge = a_judge(serve(lambda *_: "Yes " + "x" * 190 + "sk-secret-123"), tmp_path)
+    assert judge.verdicts(rows_of(1)) == [True]
+    assert "sk-" not in (tmp_path / "cache.jsonl").read_text()
 
 
 def test_killed_and_run_again(serve, tmp_path):

@@ -6,7 +6,8 @@ lines that are not UTF-8."""
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -320,6 +321,62 @@ CASES = {
 }
 
 
+OTHER_SUFFIXES = {                               # of the official ones
+    ".mp4": (".MKV", ".webm"), ".avi": (".mp4", ".MOV"), ".jpg": (".JPEG", ".webp"),
+    ".wav": (".opus", ".M4A"), ".flac": (".FLAC", ".ogg"), ".mp3": (".m4a", ".OPUS")}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("case", CASES)
+def test_clips_are_found_by_their_id(case, which, tmp_path, clips):
+    """Whatever their suffix, and never what only looks like them."""
+    name, about = case.split()[0], CASES[case]
+    others = {path: Path(path).with_suffix(OTHER_SUFFIXES[Path(path).suffix][which])
+              for path, content in about.files.items() if content is HERE}
+    files = {path: content for path, content in about.files.items() if content is not HERE}
+    beside = {f"{other.with_suffix('')}{tail}": b"x" for other in others.values() for tail in (
+        f"{other.suffix}.part", ".mp4.tmp", ".json", ".srt", "0.mp4", ".en.vtt", "-1.png",
+        ".temp.mkv", ".f137.webm")}
+    found = {}
+    for kind, media in (("official", others), ("other", others.values())):
+        there = files | beside | dict.fromkeys(map(str, media), b"x")
+        root = lay_out(tmp_path / kind, clips, there)
+        found[kind] = list(Files(name, root, about.split).records())
+    assert len(found["official"]) == about.records
+    for one, other in zip(found["official"], found["other"], strict=True):
+        for field in data.MEDIA:
+            before, after = getattr(one, field), getattr(other, field)
+            assert (before and Path(before).stem) == (after and Path(after).stem)
+            assert not before or Path(after).suffix in OTHER_SUFFIXES[Path(before).suffix]
+        assert replace(one, image=None, video=None, audio=None) == replace(
+            other, image=None, video=None, audio=None)
+    lay_out(tmp_path / "none", clips, files | beside)
+    with pytest.raises(ValueError, match="media file is"):
+        list(Files(name, tmp_path / "none", about.split).records())
+
+
+def test_which_of_several_files_is_the_clip(tmp_path, clips):
+    """The official name, then the order of SUFFIXES, then no suffix; empty files never.  Ids with
+    dots are whole, and accents may be stored in two ways."""
+    entry = {"class": "rain", "bbox": []}
+    names = ("v_abc.def", "v_abc", "v.1_30.000", "both", "cut", "plain", "caf\u00e9", "thumb")
+    root = lay_out(tmp_path / "root", clips, {
+        "vggss.json": [{"file": name, **entry} for name in names],
+        "v_abc.def.mkv": b"x", "video/v_abc.MP4": b"x", "v_abc.ghi.mp4": b"x",
+        "v.1_30.000.WebM": b"x", "both.webm": b"xx", "both.mkv": b"x", "both.mp4": EMPTY,
+        "cut.mp4.part": b"x", "cut.mkv": EMPTY, "plain": b"x", "cafe\u0301.mov": b"x",
+        "thumb.jpg": b"x", "thumb.wav": b"x"})
+    lines, out = [], tmp_path / "out.jsonl"
+    aveb.prepare("vggss", root, out=out, log=lines.append)
+    assert {r.id.removeprefix("vggss-"): str(Path(r.video).relative_to(root))
+            for r in data.read_manifest(out)} == {
+        "v_abc.def": "v_abc.def.mkv", "v_abc": "video/v_abc.MP4", "v.1_30.000": "v.1_30.000.WebM",
+        "both": "both.mkv", "plain": "plain", "caf\u00e9": "cafe\u0301.mov"}
+    printed = "\n".join(lines)
+    assert "6 found, 1 missing, 1 empty" in printed
+    assert "1 clips are there as several files" in printed and "both.mkv, not: " in printed
+
+
 def test_all_sets_are_here():
     assert len(SETS) == 20 and {name.split()[0] for name in CASES} == set(SETS)
 
@@ -531,12 +588,58 @@ ROW = f"0240,7,3,2,why,2,8,CW,{OPTIONS}\n"
      "no test-clean/.*openslr.org/12"),
     ("ocrvqa", None, {"dataset.json": [{"sample_id": 1}]}, "holds a list"),
     ("avsd", None, {"avsd_val.json": {"AB1CD": {"data": [{"question": "Who?"}]}}}, "KeyError"),
+    ("gqa", None, {"testdev_balanced_questions.json": "<!DOCTYPE html><html>"}, "a web page"),
+    ("gqa", None, {"testdev_balanced_questions.json": '{"1": {}, "1": {}}'},
+     "balanced_questions.json: the key '1' stands twice in one object"),
+    ("gqa", None, {"testdev_balanced_questions.json": "[" * 9999}, "recursion"),
+    ("gqa", None, {"testdev_balanced_questions.json": '{"1": ' + "9" * 9999}, "limit"),
+    ("nextqa", None, {"test.csv": "<html>\n</html>\n"}, "no column .*its header is <html>"),
+    ("nextqa", None, {"test.csv": (NEXT + ROW).encode("utf-16")}, "test.csv: UTF-16; save it as"),
+    ("nextqa", None, {"test.csv": (NEXT + ROW).replace("a1", "a0")}, "a column stands twice"),
+    ("audiocaps", None, {"test.csv": "audiocap_id;youtube_id;start_time;caption\n1;a;0;Dog\n"},
+     "no column .*its header is audiocap_id;"),
+    ("ego4d", None, {"narration.json": {"u": {"narration_pass_1": {"narrations": [
+        {"timestamp_sec": 1e999, "narration_text": "#C C sits"}]}}}}, "not as expected|no entries"),
 ])
 def test_wrong_files(tmp_path, clips, name, split, files, message):
     lay_out(tmp_path, clips, files)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         aveb.prepare(name, tmp_path, split, out=tmp_path / "out.jsonl", log=lambda _: None)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_odd_rows_take_only_themselves(tmp_path, clips):
+    """A BOM, empty lines, short rows, numbers and nothing instead of texts, what no file can hold;
+    the reasons name the first of them, with its line."""
+    def prepared(name, files, split=None):
+        root, lines = lay_out(tmp_path / f"{len(list(tmp_path.iterdir()))}", clips, files), []
+        out = aveb.prepare(name, root, split, out=root / "out.jsonl", log=lines.append)
+        return data.read_manifest(out), "\n".join(lines)
+    rows = f"{ROW}0240,too,short\n\n{ROW.replace(',8,', ',9,')}{ROW}0240,7,3,2,\xe9,2\n"
+    records, printed = prepared("nextqa", {
+        "test.csv": b"\xef\xbb\xbf" + (NEXT + "\n" + rows).encode("latin-1"), "0240.mkv": b"x"})
+    assert [r.id for r in records] == ["nextqa-0240_8", "nextqa-0240_9"]
+    assert "row without 13 columns (first: " in printed and "test.csv, line 4)" in printed
+    assert "line that is not UTF-8 (first: " in printed and "test.csv, line 8)" in printed
+    assert "1 x record with an id that was there before (first: 0240_8)" in printed
+    text = json.dumps({"data": [
+        question("0a", ["4", 4, None, 4.5], 1), {**question("0a", k=2), "question": None},
+        {**question("0a", k=3), "question": 77}, question("0a", ["a\0b"], 4),
+        question("0a", ["\ud800"], 5), question("0a", ["NAN"], 6)]}).replace('"NAN"', "NaN")
+    records, printed = prepared("textvqa", {
+        "TextVQA_0.5.1_val.json": b"\xef\xbb\xbf" + text.encode(), "0a.png": b"x"})
+    assert [(r.prompt, r.refs[:3]) for r in records] == [
+        ("what does it say?", ("4", "4", "4.5")), ("77", ("stop",) * 3)]
+    assert "2 x record that no manifest can hold (first: 4: a text holds the char" in printed
+    assert "1 x record without a question (first: 2)" in printed
+    assert "1 x record without an answer (first: 6)" in printed
+
+
+def test_a_folder_in_the_place_of_the_manifest(tmp_path, clips, capsys):
+    with pytest.raises(ValueError, match="a folder; wanted the name of the manifest"):
+        aveb.prepare("gqa", tmp_path, out=tmp_path)
+    assert command.main(["check", str(tmp_path)]) == 2
+    assert "Is a directory" in capsys.readouterr().err
 
 
 def test_wrong_root(tmp_path):
@@ -577,7 +680,8 @@ def test_check_resumes(manifest, monkeypatch):
 
     progress = manifest.with_name("m.jsonl.check.jsonl")
     kept = progress.read_text()
-    progress.write_text(kept[:len(kept) // 2])              # killed while it wrote a line
+    odd = ['{"clip": ["x"]}', '{"clip": "x", "seconds": null}', kept.split('"seconds"')[0] + "}"]
+    progress.write_text("\n".join([*odd, kept[:len(kept) // 2]]))    # killed while it wrote a line
     read.clear()
     assert aveb.check(manifest, 1, lines.append) == 2
     assert 8 <= len(read) <= 12
@@ -589,19 +693,41 @@ def test_check_resumes(manifest, monkeypatch):
 
 
 @pytest.mark.parametrize("named, wrong", [
-    (["exact", "nonsense"], "no metric 'nonsense'; there are .*exact"),
-    ("exact", "meta.metrics is 'exact', wanted a list"), (None, "")])
+    (["exact", "nonsense"], "r: no metric 'nonsense'; there are .*exact"),
+    ("exact", "metrics 'exact' in meta, wanted a list"), (["choice", 3], "metrics .*wanted a list"),
+    ([], ""), (None, "")])
 def test_names_of_metrics_are_checked_before_clips_are(tmp_path, named, wrong):
-    record = data.Record("r", "vqa", "?", "yes", image=str(tmp_path / "none.png"),
-                         meta={"metrics": named})
-    data.write_manifest(tmp_path / "m.jsonl", [record])
+    record = {"id": "r", "task": "vqa", "prompt": "?", "target": "yes", "image": "none.png",
+              "meta": {"metrics": named}}
+    (tmp_path / "m.jsonl").write_text(f"\n{json.dumps(record)}\n")
     if not wrong:
         assert aveb.check(tmp_path / "m.jsonl", 1, lambda *_: None) == 1   # no such picture
         return
-    with pytest.raises(ValueError, match=f"m.jsonl: r: {wrong}"):
+    with pytest.raises(ValueError, match=f"m.jsonl, line 2: {wrong}"):
         aveb.check(tmp_path / "m.jsonl", 1, lambda *_: None)
-    with pytest.raises(SystemExit, match=f"m.jsonl: r: {wrong}"):
+    with pytest.raises(SystemExit, match=f"m.jsonl, line 2: {wrong}"):
         evaluation.find_questions(evaluation.EvalConfig(data=str(tmp_path / "m.jsonl")))
+
+
+CHOICE = {"options": ["to eat", "To sing!"], "meta": {"metrics": ["choice", "choice_lenient"]}}
+
+
+@pytest.mark.parametrize("fields, wrong", [
+    ({}, "neither target nor refs to score against"), ({"refs": []}, "neither target nor refs"),
+    ({"target": "B", **CHOICE}, "the right answer 'B' is none of the options"),
+    ({"target": "to eat", "refs": ["to sleep"], **CHOICE}, "'to sleep' is none of the options"),
+    ({"target": "to sing", **CHOICE}, ""), ({"target": "B", "options": ["to eat"]}, "")])
+def test_what_cannot_be_scored_is_named_with_its_line(tmp_path, fields, wrong):
+    """Also where the record is of a task that is not asked for."""
+    good = {"id": "a", "task": "vqa", "prompt": "?", "target": "yes"}
+    rows = [good, {"id": "b", "task": "videoqa", "prompt": "?", **fields}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    config = evaluation.EvalConfig(data=str(tmp_path / "m.jsonl"), task="vqa")
+    if not wrong:
+        assert [r.id for r in evaluation.find_questions(config)[1]] == ["a"]
+        return
+    with pytest.raises(SystemExit, match=f"m.jsonl, line 3: b: .*{wrong}"):
+        evaluation.find_questions(config)
 
 
 def test_check_on_two_cores(manifest, capsys):

@@ -10,6 +10,7 @@ import transformers
 from parity import check, randomise
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from baselines import whisper
 from baselines.whisper import Whisper, WhisperDecoder, WhisperDecoderConfig, WhisperTokenizer
 from runtime import hub
 from whisper_enc import WhisperEncoder
@@ -18,8 +19,9 @@ TEXT = 300                            # ids below this one are text, as 50257 in
 SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>",
            "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nocaptions|>",
            "<|notimestamps|>"]
-END, START, EN, TRANSCRIBE, NO_TIMES = (TEXT + SPECIAL.index(name) for name in (
-    "<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"))
+END, START, EN, TRANSCRIBE, START_OF_PREV, NO_TIMES = (TEXT + SPECIAL.index(name) for name in (
+    "<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|startofprev|>",
+    "<|notimestamps|>"))
 VOCAB = TEXT + len(SPECIAL) + 11      # and timestamps, which the real added_tokens.json lacks too
 # Other numbers of heads and layers than in the encoder; 50 positions are chunks of 1 s.
 TINY = {"vocab_size": VOCAB, "d_model": 40, "encoder_layers": 1, "encoder_attention_heads": 5,
@@ -54,9 +56,10 @@ def write_tokenizer(root, special=SPECIAL):
         {name: TEXT + i for i, name in sorted(enumerate(special), key=lambda pair: pair[1])}))
 
 
-def tiny_oracle(root, seed=0, speak=False):
+def tiny_oracle(root, seed=0, speak=False, **changes):
     """Random everywhere; its files and the tokenizer's in `root`."""
-    oracle = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**TINY))
+    oracle = transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(**TINY | changes))
     randomise(oracle, seed).eval()
     if speak:
         sharpen(oracle.model)
@@ -326,9 +329,10 @@ def test_english_only_is_transformers(tiny, tmp_path):
 # ---- audio -> text ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("beams", [1, 5])
-def test_a_batch_equals_its_singles(tiny, beams):
-    """Eleven chunks, more than run at once."""
-    audios = some_audio(16000, 300, 40000, 16001, 7000, 33333)
+def test_a_batch_equals_its_singles(tiny, beams, monkeypatch):
+    """Nine short ones, more than run at once, and two long ones."""
+    monkeypatch.setattr(whisper, "TEMPERATURES", (0.0, 0.2))
+    audios = some_audio(16000, 300, 24000, 16001, 7000, 9000, 333, 5000, 16000, 8000, 12000)
     settings = {"beams": beams, "max_new_tokens": 8}
     batch = tiny.ours.transcribe(audios, **settings)
     assert batch == [tiny.ours.transcribe([audio], **settings)[0] for audio in audios]
@@ -337,25 +341,133 @@ def test_a_batch_equals_its_singles(tiny, beams):
 
 
 def test_chunks_are_batched_in_bounded_groups(tiny):
-    """An hour must not become one batch of 120 chunks, times the beams."""
+    """A batch of 128 questions must not become one batch of 128 chunks, times the beams."""
     heard = outputs_of([tiny.ours.encoder.conv1])
-    tiny.ours.transcribe(some_audio(16000 * 10, 16000 * 2), max_new_tokens=1)
+    tiny.ours.transcribe(some_audio(*[16000] * 12), max_new_tokens=1)
     assert [len(x) for x in heard] == [8, 4]
 
 
-def test_longer_audio_is_cut_into_chunks(tiny):
-    """Each second here (30 s in large-v2) as transformers alone, joined with a space."""
-    audio = torch.cat(some_audio(16000, 16000, 5000))
-    decode = tiny.ours.tokenizer.decode
-    parts = [decode(ids) for ids in theirs(tiny.oracle, audio.split(16000), max_new_tokens=8)]
-    assert len(parts) == 3 and all(parts) and all(part == part.strip() for part in parts)
-    assert tiny.ours.transcribe([audio], max_new_tokens=8) == [" ".join(parts)]
+# ---- more than 30 s (here 1 s) ------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def long_speakers(tmp_path_factory):
+    """Three that speak, with the 51 time stamps of a window of 1 s."""
+    pairs = []
+    for seed in (1, 2, 4):
+        root = tmp_path_factory.mktemp("long")
+        oracle = tiny_oracle(root, seed, speak=True, vocab_size=VOCAB + 40, max_target_positions=60)
+        for name, value in (("prev_sot_token_id", START_OF_PREV), ("max_length", 60),
+                            ("max_initial_timestamp_index", 20)):
+            setattr(oracle.generation_config, name, value)
+        oracle.generation_config.save_pretrained(root)
+        pairs.append(SimpleNamespace(oracle=oracle, ours=Whisper.from_pretrained(root)))
+    return pairs
 
 
-def test_a_chunk_without_text_leaves_no_space(tiny, monkeypatch):
-    monkeypatch.setattr(tiny.ours, "generate", lambda encoded, *a: [
-        tiny.ours.tokenizer.bpe.encode(text).ids for text in (" a", " ", " red")])
-    assert tiny.ours.transcribe([torch.zeros(40000)]) == ["a red"]
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("told_before", [False, True])
+def test_windows_of_long_audio_are_transformers(long_speakers, monkeypatch, beams, told_before):
+    """The ids with time stamps of every window, without and with the text so far as context."""
+    monkeypatch.setattr(whisper, "TEMPERATURES", (0.0,))          # transformers' default
+    monkeypatch.setattr(whisper, "LEAST_LOGPROB", -torch.inf)
+    monkeypatch.setattr(whisper, "FORGET", 0.5 if told_before else -1)
+    windows = 0
+    for seed, pair in enumerate(long_speakers):
+        # It ends in silence: there transformers' spectrogram mirrors the sound, openai's does not.
+        audio = torch.cat([*some_audio(16000, 16000, 8000, seed=seed), torch.zeros(960)])
+        mel = transformers.WhisperFeatureExtractor(chunk_length=1)(
+            audio.numpy(), sampling_rate=16000, return_tensors="pt", truncation=False,
+            padding="longest").input_features
+        wanted = [segment["tokens"].tolist() for segment in pair.oracle.generate(
+            mel, return_timestamps=True, language="en", task="transcribe", temperature=0.0,
+            condition_on_prev_tokens=told_before, num_beams=beams, max_new_tokens=14,
+            return_segments=True)["segments"][0]]
+        first = pair.ours.first_time            # the last one of a pair begins the next segment
+        wanted = [ids[:-1] if len(ids) > 2 and ids[-2] >= first else ids for ids in wanted]
+        got, real = [], pair.ours._segments
+
+        def segments(ids, got=got, real=real):
+            nonlocal windows
+            windows += 1
+            parts, ended = real(ids)
+            got += parts
+            return parts, ended
+        monkeypatch.setattr(pair.ours, "_segments", segments)
+        monkeypatch.setattr(pair.ours, "_has_words", lambda segment: True)
+        pair.ours.transcribe([audio], beams=beams, max_new_tokens=14)
+        assert got == wanted
+    assert windows > 3 * 3
+
+
+T0 = VOCAB - 11                                                   # <|0.00|>, of 0.02 s each
+
+
+@pytest.mark.parametrize("ids, segments, ended", [
+    ([T0, 1, 2, T0 + 9], [[T0, 1, 2, T0 + 9]], 0),                # one segment, then silence
+    ([T0, 1, T0 + 4, T0 + 4, 2, T0 + 9], [[T0, 1, T0 + 4], [T0 + 4, 2, T0 + 9]], 0),
+    ([T0, 1, T0 + 4, T0 + 6, 2, 3], [[T0, 1, T0 + 4]], 4),        # cut off: heard again
+    ([T0, 1, T0 + 4, T0 + 4], [[T0, 1, T0 + 4]], 4),
+    ([T0, 1, T0 + 4, T0 + 4, 2, T0 + 7, T0 + 8], [[T0, 1, T0 + 4], [T0 + 4, 2, T0 + 7]], 7),
+    ([T0, 1, 2], [[T0, 1, 2]], 0), ([T0], [[T0]], 0), ([], [[]], 0)])
+def test_segments_of_a_window(tiny, ids, segments, ended):
+    assert tiny.ours.first_time == T0
+    assert tiny.ours._segments(ids) == (segments, ended)
+
+
+def scripted(tiny, monkeypatch, script, silence=0.0):
+    """Decodes by a script {temperature: (text, score)} -> (temperatures, contexts) that it asks."""
+    asked, encode = [], tiny.ours.tokenizer.bpe.encode
+
+    def greedy(logits, cache, steps, times, temperature, generator):
+        asked.append((temperature, cache.length - 3))
+        text, score = script[min(script, key=lambda t: abs(t - temperature))]
+        return [[T0, *encode(text).ids, T0 + 10]], [score]
+    real = tiny.ours.decoder.forward
+
+    def quiet(ids, cache):
+        logits = torch.full_like(real(ids, cache), -99.0)
+        logits[..., tiny.ours.first_time - 2] = 99.0 * (2 * silence - 1)
+        return logits
+    monkeypatch.setattr(tiny.ours, "_greedy", greedy)
+    monkeypatch.setattr(tiny.ours.decoder, "forward", quiet)
+    return asked
+
+
+LOOP = " a red circle" * 30
+
+
+@pytest.mark.parametrize("script, silence, temperatures, text", [
+    ({0: (" a red lamp", -0.3)}, 0, [0.0], "a red lamp"),
+    ({0: (" a red lamp", -0.3)}, 1, [0.0], "a red lamp"),             # a sure text is no silence
+    ({0: (" a red lamp", -1.3)}, 1, [0.0], ""),
+    ({0: (" a red lamp", -1.3), 0.4: (" a grey lamp", -0.9)}, 0, [0.0, 0.2, 0.4], "a grey lamp"),
+    ({0: (LOOP, -0.1), 0.2: (" a grey lamp", -0.9)}, 0, [0.0, 0.2], "a grey lamp"),
+    ({0: (" a red lamp", -1.3), 1: (" café", -1.1)}, 0, whisper.TEMPERATURES, "café"),
+    ({0: (LOOP, -0.1), 1: (LOOP + " café", -0.3)}, 0, whisper.TEMPERATURES, LOOP.strip())])
+def test_what_is_decoded_again(tiny, monkeypatch, script, silence, temperatures, text):
+    asked = scripted(tiny, monkeypatch, script, silence)
+    said = tiny.ours.transcribe([torch.zeros(16001)])                 # 1 window and 1 frame less
+    assert said == [text]
+    assert [temperature for temperature, _ in asked] == [*temperatures]
+
+
+def test_text_found_above_the_temperature_is_no_context(tiny, monkeypatch):
+    for script, context in (({0: (" a", -0.3)}, 1 + 3), ({0: (" a", -3), 0.4: (" a", -0.3)}, 1 + 3),
+                            ({0: (" a", -3), 0.8: (" a", -0.3)}, 0)):
+        asked = scripted(tiny, monkeypatch, script)
+        assert tiny.ours.transcribe([torch.zeros(32000)]) == ["a a"]
+        assert (asked[0][1], asked[-1][1]) == (0, context)      # <|startofprev|> and three ids
+        monkeypatch.undo()
+
+
+def test_sampling_is_the_same_each_time_and_beside_others(tiny, monkeypatch):
+    monkeypatch.setattr(whisper, "LEAST_LOGPROB", 0.0)                 # everything is a guess
+    monkeypatch.setattr(whisper, "TEMPERATURES", (0.0, 0.8))
+    long, short = some_audio(24000, 16000)
+    alone = tiny.ours.transcribe([long], max_new_tokens=8)
+    assert alone[0] and alone == tiny.ours.transcribe([long], max_new_tokens=8)
+    both = tiny.ours.transcribe([short, long, short], max_new_tokens=8)
+    assert both == [*tiny.ours.transcribe([short], max_new_tokens=8), *alone, both[0]]
 
 
 @pytest.mark.parametrize("audios, message", [

@@ -104,7 +104,7 @@ def two_processes(work, folder):
         distributed.init_distributed()
         torch.save(work(), folder / f"{rank}.pt")
         distributed.shutdown()
-    assert run_forked(whole, processes=2, seconds=120) == [0, 0]
+    assert run_forked(whole, processes=2) == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -23,13 +23,16 @@ from test_train import run_forked
 
 import data
 import favor
+import vit_qformer
+import whisper_enc
 from aveb.answers import readable_samples
 from baselines.instructblip import InstructBlip
 from favor import Favor, Features
 from runtime import distributed
 from runtime import feature_cache as features
-from runtime.feature_cache import FeatureCache, cache_features
-from runtime.media import probe
+from runtime.feature_cache import PROBE, FeatureCache, cache_features
+from runtime.media import probe, read_audio
+from vit_qformer import QFormerTokenizer
 
 quiet = lambda *_: None                                                          # noqa: E731
 pytestmark = pytest.mark.filterwarnings("ignore:.*s are read:UserWarning")     # --max-seconds
@@ -64,11 +67,19 @@ def records(small_miniature, tmp_path):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The (clip, prompts) of each Favor.encode from now on, which still encodes."""
+    """The (clip, prompts) of each Favor.encode from now on, which still encodes; without PROBE."""
     calls, encode = [], Favor.encode
     monkeypatch.setattr(Favor, "encode", lambda self, clip, prompts: (
-        calls.append((clip, prompts)) or encode(self, clip, prompts)))
+        prompts != [PROBE.prompt] and calls.append((clip, prompts)) or encode(self, clip, prompts)))
     return calls
+
+
+def only_the_probe(encode):
+    """An encode() that knows PROBE and fails for any other clip."""
+    def encode_probe(self, clip, prompts):
+        assert prompts == [PROBE.prompt], f"{prompts} encoded again"
+        return encode(self, clip, prompts)
+    return encode_probe
 
 
 def same(a, b, tolerance=0.0):
@@ -227,6 +238,86 @@ def test_what_makes_features_anew(small_parts, records, tmp_path, encoded):
     assert anew()
 
 
+def louder(self, clip, prompts):
+    return [dataclasses.replace(f, audio=None if f.audio is None else f.audio * 1.05)
+            for f in self.encode_all([clip], prompts)]
+
+
+class Rectified(whisper_enc.WhisperEncoder):
+    """Another encoder with the same weights."""
+
+    def encode_all(self, sounds):
+        return [vectors.relu() for vectors in super().encode_all(sounds)]
+
+
+@pytest.mark.parametrize("where, name, value", [
+    (vit_qformer, "CLIP_MEAN", (0.0, 0.0, 0.0)), (vit_qformer, "CLIP_STD", (0.5, 0.5, 0.5)),
+    (vit_qformer, "FRAMES_AT_ONCE", 1), (whisper_enc, "FP16_LIMIT", 1),
+    (whisper_enc, "mel_filterbank", lambda n_fft, n_mels, rate: torch.eye(n_fft // 2 + 1, n_mels)),
+    (data, "resize", lambda frames, size: vit_qformer.resize(frames, size).flip(3)),
+    (data, "read_audio", lambda *at: read_audio(*at).roll(800)),
+    (QFormerTokenizer, "__call__", lambda self, texts, longest: (
+        torch.full((len(texts), 3), 5), torch.ones(len(texts), 3).bool())),
+    (Favor, "encode", louder)])
+def test_the_encoders_code_counts(small_model, records, tmp_path, monkeypatch, where, name, value):
+    """What changes features changes the folder, and what does not leaves it; back is back."""
+    before = FeatureCache(tmp_path, small_model)
+    before.fill(records[:1], log=quiet)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, value)
+        same_features = name in ("FRAMES_AT_ONCE", "FP16_LIMIT")     # the latter is for fp16 only
+        assert (records[0] in FeatureCache(tmp_path, small_model)) == same_features
+    assert records[0] in FeatureCache(tmp_path, small_model)
+
+
+def test_another_encoder_counts(small_model, records, tmp_path):
+    """In the place of one, or added under a name that only the model's encode() knows."""
+    cache_features(small_model, records[:1], tmp_path, log=quiet)
+    small_model.whisper.__class__ = Rectified
+    assert records[0] not in cache_features(small_model, records[1:2], tmp_path, log=quiet)
+    small_model.whisper.__class__ = whisper_enc.WhisperEncoder
+    assert records[0] in FeatureCache(tmp_path, small_model)
+    small_model.beats = torch.nn.Linear(3, 3).requires_grad_(False)
+    assert records[0] not in FeatureCache(tmp_path, small_model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_does_not_count(small_parts, records, tmp_path, monkeypatch, dtype):
+    """As of another device or number of threads; a millionth of noise, a hundredth in bf16."""
+    model = Favor.from_config(small_config(small_parts), dtype)
+    cache_features(model, records[:1], tmp_path, log=quiet)
+    encode, eps = Favor.encode, 1e-6 if dtype == torch.float32 else 1e-2
+
+    def noisy(self, clip, prompts):
+        return [dataclasses.replace(f, **{part: x + eps * x.abs().mean() * torch.randn_like(x)
+                                          for part in ("visual", "audio")
+                                          if (x := getattr(f, part)) is not None})
+                for f in encode(self, clip, prompts)]
+    monkeypatch.setattr(Favor, "encode", noisy)
+    assert records[0] in FeatureCache(tmp_path, model)
+    eps *= 1000 if dtype == torch.float32 else 10
+    assert records[0] not in FeatureCache(tmp_path, model)
+
+
+def test_every_weight_counts():
+    """A change of any single bit, and two values in each other's place."""
+    tensors = {"a": torch.arange(70_001).half(), "b": torch.randn(3, 5).bfloat16(),
+               "c": torch.tensor(True)}
+    found = {features.bits_hash(tensors)}
+    assert features.bits_hash({k: t.clone() for k, t in tensors.items()}) in found
+    for name, at in (("a", 0), ("a", 65_537), ("a", 70_000), ("b", 14), ("c", 0)):
+        changed = {**tensors, name: tensors[name].clone()}
+        bits = changed[name].view(-1).view(torch.uint8)
+        bits[at * tensors[name].element_size()] ^= 1
+        found.add(features.bits_hash(changed))
+    swapped = tensors["a"].clone()
+    swapped[[8, 65_544]] = swapped[[65_544, 8]]
+    found |= {features.bits_hash(tensors | {"a": swapped}),
+              features.bits_hash(tensors | {"b": tensors["b"].float()}),
+              features.bits_hash({"b": tensors["b"], "a": tensors["a"], "c": tensors["c"]})}
+    assert len(found) == 9
+
+
 def test_instructblip_keeps_a_clip_once(small_parts, records, tmp_path, monkeypatch):
     """Whatever the prompts: its Q-Former, which may learn, comes after what is kept."""
     model = InstructBlip.from_config(small_config(small_parts))
@@ -240,7 +331,7 @@ def test_instructblip_keeps_a_clip_once(small_parts, records, tmp_path, monkeypa
         same(cache.get(r), model.encode(clip, [r.prompt])[0], 2e-2)
     with torch.no_grad():
         model.visual.query_tokens.add_(1)                                     # as training does
-    monkeypatch.setattr(InstructBlip, "encode", None)
+    monkeypatch.setattr(InstructBlip, "encode", only_the_probe(InstructBlip.encode))
     cache_features(model, asked, tmp_path / "kept", log=quiet)
     other = Favor.from_config(small_config(small_parts))
     assert all(r not in FeatureCache(tmp_path / "kept", other) for r in asked)
@@ -295,7 +386,7 @@ def test_killed_at_any_moment(small_model, records, tmp_path, monkeypatch):
     assert killed >= 2 and kept >= 3
     cache_features(small_model, records, tmp_path / "kept", log=quiet)
     cache = FeatureCache(tmp_path / "kept", small_model)
-    monkeypatch.setattr(Favor, "encode", None)
+    monkeypatch.setattr(Favor, "encode", only_the_probe(Favor.encode))
     cache.fill(records, log=quiet)
     for r in records:
         same(cache.get(r), whole.get(r), 2e-3)
@@ -363,7 +454,7 @@ def test_two_processes_one_after_the_other(small_model, records, tmp_path):
     def work(rank):
         distributed.init_distributed()
         if rank == 1:
-            Favor.encode = None
+            Favor.encode = only_the_probe(Favor.encode)
         with distributed.main_process_first():
             cache = cache_features(small_model, records, tmp_path / "kept", log=quiet)
         assert all(r in cache for r in records)
@@ -387,7 +478,7 @@ def test_processes_that_write_at_the_same_time(small_model, records, tmp_path, m
     last = dataclasses.replace(next(r for r in records if r.video), prompt="the last one")
     parent.fill([last], log=quiet)
     assert len([*(tmp_path / "kept").rglob("*.bin")]) == 3
-    monkeypatch.setattr(Favor, "encode", None)
+    monkeypatch.setattr(Favor, "encode", only_the_probe(Favor.encode))
     cache = cache_features(small_model, [*records, last], tmp_path / "kept", log=quiet)
     for r in records:
         same(cache.get(r), whole.get(r), 2e-3)
@@ -409,6 +500,61 @@ def test_a_cache_goes_to_other_processes(small_model, records, tmp_path, on_disk
     if on_disk:
         assert len([*folder.rglob("*.bin")]) == 2
         assert all(r in FeatureCache(folder, small_model) for r in records)
+
+
+# ---- damaged ------------------------------------------------------------------------------------
+
+def changed_line(number, **values):
+    def change(index, pack, probe):
+        lines = index.read_text().splitlines()
+        lines[number] = json.dumps(json.loads(lines[number]) | values)
+        index.write_text("\n".join(lines) + "\n")
+    return change
+
+
+def written(which, change):
+    return lambda *files: files[which].write_bytes(change(files[which].read_bytes()))
+
+
+@pytest.mark.parametrize("damage, file", [
+    (changed_line(0, at=[-2, 50, 16], crc=1), "index"), (changed_line(1, at="much"), "index"),
+    (changed_line(0, at=[0, 1.5, 16]), "index"), (changed_line(0, at=[0]), "index"),
+    (changed_line(1, seen="no hex" * 6), "index"), (changed_line(0, clip=7), "index"),
+    (changed_line(0, image="yes"), "index"), (changed_line(0, crc=None), "index"),
+    (written(0, lambda old: b"[1, 2]\n" + old), "index"),
+    (written(0, lambda old: b"\xff\0\xfe{\n" + old), "index"),
+    (written(0, lambda old: old.replace(b"{", b"", 1)), "index"),
+    (lambda index, pack, probe: (index.unlink(), index.mkdir()), "index"),
+    (changed_line(0, at=[4, 2, 16]), "pack"), (changed_line(0, at=[0, 0, 10**15]), "pack"),
+    (written(1, lambda old: b"\xff\x7e" * (len(old) // 2)), "pack"),
+    (written(1, lambda old: old[:-2] + b"\1\1"), "pack"),
+    (written(2, lambda old: old[:-9]), "probe"), (written(2, lambda old: b"x" * 99), "probe")])
+def test_damaged_files(small_model, records, tmp_path, damage, file):
+    """One line: the file, what is wrong, what to remove.  When it is removed all is made anew."""
+    film = [next(r for r in records if r.task == "avssd")]
+    cache = cache_features(small_model, film, tmp_path, log=quiet)
+    whole = cache.get(film[0])
+    pack, = cache.home.glob("*.bin")
+    files = {"index": pack.with_suffix(".jsonl"), "pack": pack,
+             "probe": cache.home / "probe.safetensors"}
+    damage(*files.values())
+    with pytest.raises(SystemExit) as stop:
+        FeatureCache(tmp_path, small_model).get(film[0])
+    told = str(stop.value)
+    assert told.startswith(f"{files[file]}: ") and "\n" not in told
+    assert "damaged" in told or "Is a directory" in told
+    assert re.search("remove .*features are made anew", told)
+    shutil.rmtree(cache.home)
+    same(cache_features(small_model, film, tmp_path, log=quiet).get(film[0]), whole)
+
+
+def test_a_pack_that_is_no_file(small_model, records, tmp_path):
+    """As one that is gone: its lines do not count."""
+    cache = cache_features(small_model, records[:1], tmp_path, log=quiet)
+    pack, = cache.home.glob("*.bin")
+    pack.unlink()
+    pack.mkdir()
+    assert records[0] in cache_features(small_model, records[:1], tmp_path, log=quiet)
 
 
 # ---- clips that cannot be read ------------------------------------------------------------------

@@ -19,7 +19,7 @@ from parity import randomise
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llama import Llama, LlamaConfig
+from llama import Llama, LlamaConfig, Tokenizer
 from runtime import hub
 from vit_qformer import QFormerConfig, QFormerTokenizer, VisualEncoder, ViTConfig
 from whisper_enc import WhisperConfig, WhisperEncoder
@@ -434,3 +434,169 @@ def test_saving_replaces_shards_and_leaves_nothing_half_done(tmp_path, monkeypat
     with pytest.raises(KeyError, match="complex128"):
         hub.save_folder(tmp_path / "new", {"a": torch.ones(1), "b": torch.ones(1).cdouble()}, {})
     assert not list((tmp_path / "new").iterdir())
+
+
+# ---- numbers that are none ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
+    module = nn.ParameterDict({n: nn.Parameter(torch.zeros(3, 5)) for n in "abc"})
+    tensors = {n: torch.ones(3, 5, dtype=dtype) for n in "abc"}
+    tensors["b"][2, 4] = value
+    hub.save_folder(tmp_path, tensors, {})
+    with pytest.raises(ValueError, match=f"{hub.SINGLE}: b holds NaN or infinity"):
+        hub.load_into(module, tmp_path)
+
+
+@pytest.mark.parametrize("dtype, value, fits", [
+    (torch.float16, 1e6, False), (torch.float16, -7e4, False), (torch.float16, 6e4, True),
+    (torch.bfloat16, 1e6, True), (torch.bfloat16, 3.4e38, False), (torch.float32, 1e6, True)])
+def test_weights_that_a_dtype_cannot_hold(tmp_path, dtype, value, fits):
+    hub.save_folder(tmp_path, {"a": torch.tensor([1, value])}, {})
+    module = nn.ParameterDict({"a": nn.Parameter(torch.zeros(2, dtype=dtype))})
+    if fits:
+        assert hub.load_into(module, tmp_path).a[1].isfinite()
+    else:
+        with pytest.raises(ValueError, match=f"a holds numbers too large for {dtype}"):
+            hub.load_into(module, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool,
+                                   torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
+def test_weights_of_another_kind_of_number_are_named(tmp_path, dtype):
+    hub.save_folder(tmp_path, {"a": torch.ones(3).to(dtype)}, {})
+    with pytest.raises(ValueError, match=f"wrong dtype: a {dtype}, wanted torch.float32"):
+        hub.load_into(nn.ParameterDict({"a": nn.Parameter(torch.zeros(3))}), tmp_path)
+
+
+def test_rows_that_are_not_read_may_hold_anything(tmp_path):
+    padded = torch.cat([torch.ones(2, 3), torch.full((1, 3), float("nan"))])
+    hub.save_folder(tmp_path, {"rows": padded, "other": padded}, {})
+    module = nn.ParameterDict({"rows": nn.Parameter(torch.zeros(2, 3))})
+    assert (hub.load_into(module, tmp_path, rows={"rows": 2}, only=("rows",)).rows == 1).all()
+
+
+# ---- sources ------------------------------------------------------------------------------------
+
+def test_a_source_means_the_same_in_every_folder(tmp_path, monkeypatch):
+    """What the user names is a folder where there is one; what a checkpoint names is not."""
+    for name in ("real/x", "owner/blip", "tiny/llama"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("real/x", "./real/x", "real/../real/x", str(tmp_path / "real" / "x")):
+        assert hub.anywhere(name) == str(tmp_path / "real" / "x")
+    assert hub.anywhere("tiny/llama") == str(tmp_path / "tiny" / "llama")
+    assert hub.anywhere("owner/other") == "owner/other"
+    ours = "miniature/weights/llama"
+    assert hub.anywhere(ours) == hub.saved_source(ours) == ours
+    assert hub.local_source(ours) == hub.local_source("tiny/llama") == hub.REPOSITORY / ours
+    saved = hub.saved_source("owner/blip")
+    assert hub.anywhere(saved) == saved and isinstance(hub.anywhere(saved), hub.Repo)
+    assert isinstance(hub.local_source(saved), hub.Repo)
+    for path in (str(tmp_path), "./real/x", "~/x", "a/b/c"):
+        assert hub.saved_source(path) == path and not isinstance(hub.saved_source(path), hub.Repo)
+    (tmp_path / "real/model.gguf").touch()
+    for name in ("real/model.gguf", str(tmp_path / "real/model.gguf")):
+        with pytest.raises(FileNotFoundError, match="model.gguf: no folder; wanted the folder"):
+            hub.folder(name)
+
+
+def test_a_checkpoints_repo_is_no_folder_of_that_name(remote, instructblip, tmp_path, monkeypatch):
+    published(remote, instructblip)
+    (tmp_path / "owner/blip").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub.folder("owner/blip") == Path("owner/blip")               # on the command line
+    found = hub.folder(hub.saved_source("owner/blip"), (), LLM)         # in a favor.json
+    assert found == remote.cache / "owner/blip/main"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "owner/other").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"does not mean the folder .*\./owner/other"):
+        hub.folder(hub.saved_source("owner/other"))
+
+
+# ---- configs and files that are not what they should be -----------------------------------------
+
+@pytest.mark.parametrize("text, message", [
+    ("", "not valid JSON"), ("{", "not valid JSON"), ("[" * 200_000, "not valid JSON"),
+    ("\ufeff{}", "not valid JSON"), (b'{"\xe9": 1}', "not valid JSON"),
+    ('{"a": {"b": 1, "b": 2}}', "the key 'b' is there twice"), ("1" * 5000, "not valid JSON"),
+    ("[1]", "holds a list; wanted a JSON object"), ("null", "holds a NoneType")])
+def test_json_that_is_none(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"config.json: .*{message}") as error:
+        hub.read_object(path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_json_that_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "LARGEST_JSON", 10)
+    (tmp_path / "config.json").write_text('{"a": "long"}')
+    with pytest.raises(ValueError, match="config.json: .*13 bytes; wanted 10 at most"):
+        hub.read_object(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", hub.SINGLE, hub.INDEX])
+@pytest.mark.parametrize("what", ["pipe", "folder"])
+def test_pipes_and_folders_in_the_place_of_files(tmp_path, name, what):
+    hub.save_folder(tmp_path, {"a": torch.ones(2)}, {})
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name) if what == "pipe" else (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name}: a folder, pipe or device; wanted a file"):
+        hub.model_config(tmp_path, "llama")
+        hub.open_tensors(tmp_path)
+
+
+def test_links_are_files(tmp_path):
+    hub.save_folder(tmp_path / "there", {"a": torch.ones(2)}, {"model_type": "llama"})
+    (tmp_path / "here").mkdir()
+    for name in ("config.json", hub.SINGLE):
+        (tmp_path / "here" / name).symlink_to(tmp_path / "there" / name)
+    assert hub.model_config(tmp_path / "here", "llama") == {"model_type": "llama"}
+    assert hub.open_tensors(tmp_path / "here")["a"]().tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "a/b", "..", "", 5, None,
+                                   "a\\b", "x" * 5000, ["x"]])
+def test_an_index_names_files_beside_it(tmp_path, shard):
+    save_shards(tmp_path, {"one.safetensors": {"a": torch.ones(2)}}, b=shard)
+    with pytest.raises(ValueError, match=f"{hub.INDEX}: places b in .*beside it"):
+        hub.open_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("file, whose", [
+    ("model.bin", "CTranslate2"), ("llama.Q4_K_M.gguf", "GGUF"), ("model.onnx", "ONNX"),
+    ("adapter_config.json", "an adapter"), ("flax_model.msgpack", "Flax")])
+@pytest.mark.parametrize("config", [None, {"lang_ids": [1]}])
+def test_folders_of_other_programs_are_named(tmp_path, file, whose, config):
+    (tmp_path / file).write_bytes(b"GGUF")
+    if config is not None:
+        hub.write_json(tmp_path / "config.json", config)
+    for load in (Llama.from_pretrained, VisualEncoder.from_pretrained,
+                 WhisperEncoder.from_pretrained):
+        with pytest.raises(ValueError, match=f"no model.safetensors, but {file} .{whose}"):
+            load(tmp_path)
+    with pytest.raises((FileNotFoundError, ValueError), match=f"but {file} .{whose}"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "vit", "clip", "gpt2", 5, None])
+def test_models_of_another_type_are_named(tmp_path, kind):
+    hub.save_folder(tmp_path, {"a": torch.ones(2)}, {"model_type": kind})
+    for load in (Llama, VisualEncoder, WhisperEncoder, Tokenizer, QFormerTokenizer):
+        with pytest.raises(ValueError, match=f"config.json: model_type is {kind!r}; wanted "):
+            load.from_pretrained(tmp_path)
+
+
+def test_a_gguf_file_under_the_name_of_safetensors(tmp_path):
+    (tmp_path / hub.SINGLE).write_bytes(b"GGUF\3\0\0\0" + bytes(90))
+    with pytest.raises(ValueError, match="a GGUF file"):
+        hub.open_tensors(tmp_path)
+
+
+def test_sizes_are_compared_before_memory_is_taken(tmp_path):
+    """2^24 x 2^24 numbers in fp32 are 1 PB."""
+    hub.save_folder(tmp_path, {"weight": torch.ones(2, 2)}, {})
+    with pytest.raises(ValueError, match="wrong shape: weight"):
+        hub.load_module(lambda: nn.Linear(2 ** 24, 2 ** 24, bias=False), tmp_path)

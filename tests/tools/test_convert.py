@@ -122,6 +122,34 @@ def test_pickles_that_are_refused(vicuna, tmp_path):
         convert.convert(tmp_path / "nothing", out)
 
 
+@pytest.mark.parametrize("value, dtype, message", [
+    (float("nan"), None, "NaN or infinity in lm_head.weight"),
+    (float("inf"), "float16", "NaN or infinity in lm_head.weight"),
+    (1e6, "float16", "numbers too large for torch.float16"), (1e6, "bfloat16", "")])
+def test_numbers_that_are_not_finite_are_not_converted(vicuna, tmp_path, value, dtype, message):
+    _, source = vicuna
+    second = source / "pytorch_model-00002-of-00002.bin"
+    tensors = torch.load(second)
+    tensors["lm_head.weight"][3, 4] = value
+    torch.save(tensors, second)
+    dtype = dtype and getattr(torch, dtype)
+    if not message:                                       # bfloat16 holds a million
+        convert.convert(source, tmp_path / "out", dtype)
+        assert list((tmp_path / "out").glob("*.safetensors"))
+        return
+    with pytest.raises(ValueError, match=f"00002-of-00002.bin: .*{message}"):
+        convert.convert(source, tmp_path / "out", dtype)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_pipe_under_the_name_of_weights(vicuna, tmp_path):
+    second = vicuna[1] / "pytorch_model-00002-of-00002.bin"
+    second.unlink()
+    os.mkfifo(second)
+    with pytest.raises(ValueError, match="00002.bin: a folder, pipe or device"):
+        convert.convert(vicuna[1], tmp_path / "out")
+
+
 def test_convert_help_teaches(capsys):
     with pytest.raises(SystemExit, match="0"):
         convert.main(["--help"])

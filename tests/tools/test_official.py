@@ -11,6 +11,7 @@ from parity import check, randomise
 from torch import nn
 
 import favor
+from data import Clip
 from favor import Features, Sample
 from runtime import hub
 from tools import official
@@ -194,6 +195,68 @@ def test_forward(model, parts, frames):
           llm(inputs_embeds=wanted[None]).logits, max_abs=1e-4, rel_rms=1e-5)
 
 
+DIALOGUES = [
+    ("and then?", "it stops", ()),
+    ("is anybody there?", "a dog", (("what is seen?", "a red ball"),)),
+    ("what colour is it?", "red", (("who speaks?", "nobody"), ("why?", ""), ("so?", "yes it is")))]
+
+
+@torch.no_grad()
+def test_loss_of_dialogues(model, parts):
+    """Every answer with its </s> is a label, all else -100; the mean over the labels of the batch,
+    by transformers, plus 0.01 times the mean cosine between two queries of a window."""
+    w, g, encode = their_checkpoint(), torch.Generator().manual_seed(2), model.tokenizer.encode
+    llm, samples, logits, labels, queries = their_llm(w, parts["llm"]), [], [], [], []
+    for frames, (prompt, target, history) in zip((7, 60, 63), DIALOGUES, strict=True):
+        visual = torch.randn(frames, V, VISUAL, generator=g)
+        audio = torch.randn(600, AUDIO, generator=g)
+        samples.append(Sample(prompt, target, features=Features(visual, audio), history=history))
+        queries.append(their_queries(w, *their_joint(w, visual, audio)[1:]))
+        vectors = F.linear(queries[-1], w["llama_proj.weight"], w["llama_proj.bias"])
+        ids, wanted, opening = [], [], "</Img> "
+        for question, answer in [*history, (prompt, target)]:
+            human, gpt = encode(f"{opening}{question}\nASSISTANT:"), [*encode(answer), 2]
+            ids, wanted = ids + human + gpt, wanted + [-100] * len(human) + gpt
+            opening = "USER: "
+        embed = llm.get_input_embeddings()
+        start = [1, *encode("USER: <Img>")]
+        x = torch.cat([embed(torch.tensor(start)), vectors.flatten(0, 1),
+                       embed(torch.tensor(ids))])[None]
+        logits.append(llm(inputs_embeds=x).logits[0, :-1])
+        labels.append(torch.tensor([-100] * (x.shape[1] - len(ids)) + wanted)[1:])
+    ce = F.cross_entropy(torch.cat(logits), torch.cat(labels))
+    unit = F.normalize(torch.cat(queries), dim=-1)
+    cosines = unit @ unit.mT - torch.eye(QUERIES)
+    diversity = cosines.sum() / (len(unit) * QUERIES * (QUERIES - 1))
+    ours = model(samples)
+    print(f"{ours['loss'] - ce - 0.01 * diversity:.1e} apart, of {ours['loss']:.3f}")
+    assert ours["tokens"] == (torch.cat(labels) != -100).sum() == sum(
+        map(model.answer_tokens, samples))
+    for name, wanted in (("ce", ce), ("diversity", diversity), ("loss", ce + 0.01 * diversity)):
+        assert ours[name].item() == pytest.approx(wanted.item(), abs=1e-6)
+
+
+def test_the_first_question_is_seen_up_to_256_tokens(model, monkeypatch):
+    """The visual Q-Former reads the first question of a dialogue, here as much of its end as the
+    small one has positions for; the paper's variant the current one, up to 128 tokens."""
+    read, real = [], model.qformer_tokenizer
+
+    def spy(texts, max_length):
+        ids, mask = real(texts, max_length)
+        read.append((texts, max_length))
+        return ids, mask
+    monkeypatch.setattr(model, "qformer_tokenizer", spy)
+    clip = Clip(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    sample = Sample("and then?", clip=clip, history=(("what is seen?", "a ball"), ("so?", "yes")))
+    model.encode_batch([sample, Sample("why? " * 300, clip=clip)])
+    assert model.config.question_tokens == 256
+    positions = model.visual.qformer.config.max_positions
+    assert read == [(["what is seen?", "why? " * 300], min(256, positions))]
+    monkeypatch.setattr(model, "config", favor.preset("tiny"))
+    model.encode_batch([sample])
+    assert read[-1] == (["and then?"], 128)
+
+
 def test_it_is_official(model):
     assert (model.config.variant, model.config.causal, model.config.lora_r) == (
         "official", "future", R)
@@ -224,8 +287,11 @@ def test_known_extras_and_aliases(tmp_path, parts, model):
         state["llama_model.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"] = (
             torch.zeros(8))
         for old, new in (("ln_video.weight", "ln_joint.weight"),
+                         ("llama_proj.weight", "llama_proj_speech.weight"),
+                         ("llama_proj.bias", "llama_proj_joint.bias"),
                          ("video_query_tokens", "joint_query_tokens")):
             state[new] = state[old].clone()
+        state["llama_proj_joint.weight"] = state.pop("llama_proj.weight")
         state["speech_Qformer.bert.embeddings.LayerNorm.bias"] = state.pop(
             "video_Qformer.bert.embeddings.LayerNorm.bias")
     other = official.from_official(saved(tmp_path, change), model="tiny", **parts)
@@ -241,6 +307,7 @@ def test_known_extras_and_aliases(tmp_path, parts, model):
     (lambda s: s.update({"ln_video.bias": torch.zeros(5)}),
      r"wrong shape: aligner.qformer.joint_norm.bias \[5\], wanted \[32\]"),
     (lambda s: s.update({"ln_joint.bias": torch.ones(JOINT)}), "should be one parameter"),
+    (lambda s: s.update({"llama_proj_joint.bias": torch.ones(LLM)}), "should be one parameter"),
     (lambda s: s.update({"beats_pre_qformer_proj.weight": torch.zeros(8, 8)}), "video-SALMONN"),
     (lambda s: s.update({"low_query_tokens": torch.zeros(1, 3, 8)}), "video-SALMONN"),
     (lambda s: s.clear(), "no llama_proj.weight or no LoRA"),
