@@ -1,4 +1,5 @@
-"""LLaMA decoder (Vicuna, LLaMA-2, LLaMA-3), generation, tokenizer.  Paper Sec. 3.1, the LLM.
+"""LLaMA decoder (Vicuna, LLaMA-2, LLaMA-3, SmolLM2; Qwen2.5 and Qwen3 by two fields), generation,
+   tokenizer.  Paper Sec. 3.1, the LLM.
 
      ids (B,T) --embed--> (B,T,D) --layers: x + attn(norm(x)), x + mlp(norm(x))--> norm
          --> hidden (B,T,D) --lm_head--> logits (B,T,vocab)
@@ -33,6 +34,8 @@ HUB_NAMES = {                 # field of LlamaConfig: field of a Hub config.json
     "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
     "ffn": "intermediate_size", "eps": "rms_norm_eps", "max_positions": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings", "bos_id": "bos_token_id", "eos_id": "eos_token_id"}
+FAMILIES = {                  # model_type: its fields that differ from LLaMA's
+    "llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class LlamaConfig:
     bos_id: int = 1
     eos_id: int | tuple[int, ...] = 2
     head_dim: int | None = None   # None: width / heads
+    qkv_bias: bool = False        # Qwen2.5: q, k and v have biases
+    qk_norm: bool = False         # Qwen3: each head's q and k go through an RMSNorm, then rotate
 
     def __post_init__(self):
         if self.head_dim is None:
@@ -77,7 +82,8 @@ class LlamaConfig:
     def from_folder(cls, root):
         """From config.json. The generation_config.json beside a LLaMA's adds its end tokens: chat
         models of LLaMA-3 may name the end of a turn only there."""
-        hf, more = hub.model_config(root, "llama", "text_config"), root / "generation_config.json"
+        hf = hub.model_config(root, tuple(FAMILIES), "text_config")
+        more = root / "generation_config.json"
         if "text_config" not in hf and more.exists():
             both = hf.get("eos_token_id"), hub.read_object(more).get("eos_token_id")
             ends = [i for ids in both if ids is not None for i in as_tuple(ids)]
@@ -88,8 +94,8 @@ class LlamaConfig:
     def from_dict(cls, hf, where="config.json"):
         """From a Hub config.json, the file `where`, old style (rope_theta and rope_scaling) or new
         (rope_parameters), a LLaMA's own or the text_config inside an InstructBLIP's. Fields that it
-        leaves out are LLaMA-1 7B's. Raises ValueError for a model that is no plain LLaMA, and for a
-        number that is none or too large."""
+        leaves out are LLaMA-1 7B's. Raises ValueError for a model that is none of FAMILIES, and for
+        a number that is none or too large."""
         inside = "text_config" in hf
         hf = hf.get("text_config", hf)
         scaling = isinstance(hf, dict) and (hf.get("rope_scaling") or hf.get("rope_parameters"))
@@ -102,14 +108,18 @@ class LlamaConfig:
         if hf.get(original):                  # the one beside rope_scaling wins over the one inside
             scaling[original] = hf[original]
         rotated = first(scaling.get("partial_rotary_factor"), hf.get("partial_rotary_factor"), 1)
-        unsupported = [f"{key}={got!r} (wanted {wanted!r})" for key, got, wanted in [
-            ("model_type", hf.get("model_type", "llama"), "llama"),
+        family = hf.get("model_type", "llama")
+        unsupported = [] if family in FAMILIES else [
+            f"model_type={family!r} (wanted {', '.join(FAMILIES)})"]
+        unsupported += [f"{key}={got!r} (wanted {wanted!r})" for key, got, wanted in [
+            ("use_sliding_window", hf.get("use_sliding_window") or False, False),
             ("partial_rotary_factor", rotated, 1),
             ("hidden_act", hf.get("hidden_act", "silu"), "silu"),
             ("attention_bias", hf.get("attention_bias", False), False),
             ("mlp_bias", hf.get("mlp_bias", False), False)] if got != wanted]
         if unsupported:
-            raise ValueError(f"{where}: unsupported {', '.join(unsupported)}; use a plain LLaMA")
+            raise ValueError(f"{where}: unsupported {', '.join(unsupported)}; use a plain LLaMA, "
+                             "Qwen2.5 or Qwen3")
         names = dict(HUB_NAMES)
         if inside:                # InstructBLIP's text_config has had wrong ones (0 and 1)
             del names["bos_id"], names["eos_id"]
@@ -118,12 +128,15 @@ class LlamaConfig:
                       "rope_theta": theta, "num_key_value_heads": first(
                           hf.get("num_key_value_heads"), hf.get("num_attention_heads"), cls.heads)}
         return hub.make_config(cls, given, names | {"rope_theta": "rope_theta"}, where,
-                               zero=("bos_id", "eos_id"), rope_scaling=scaling)
+                               zero=("bos_id", "eos_id"), rope_scaling=scaling,
+                               **FAMILIES[family])
 
     def to_dict(self):
         """As a Hub config.json, which any library reads."""
+        family, title = (("qwen2", "Qwen2") if self.qkv_bias else
+                         ("qwen3", "Qwen3") if self.qk_norm else ("llama", "Llama"))
         return {theirs: getattr(self, name) for name, theirs in HUB_NAMES.items()} | {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "architectures": [f"{title}ForCausalLM"], "model_type": family, "hidden_act": "silu",
             "attention_bias": False, "mlp_bias": False,
             "rope_theta": self.rope_theta, "rope_scaling": dict(self.rope_scaling) or None}
 
@@ -131,6 +144,15 @@ class LlamaConfig:
 def first(*values):
     """The first of `values` that is not None."""
     return next(value for value in values if value is not None)
+
+
+def own_head(root):
+    """Whether the folder has an lm_head that differs from the embeddings. Then they are not tied,
+    whatever config.json says; so in transformers. Qwen3's file holds the tied tensor twice."""
+    head, embeddings = ([*hub.open_tensors(root, lambda name, end=end: name.endswith(end)).values()]
+                        for end in ("lm_head.weight", "embed_tokens.weight"))
+    return bool(head) and not (embeddings and head[0].shape == embeddings[0].shape
+                               and torch.equal(head[0](), embeddings[0]()))
 
 
 def as_tuple(ids):
@@ -214,16 +236,21 @@ class Attention(nn.Module):
         self.index, self.head_dim = index, config.head_dim
         self.grouped = config.kv_heads != config.heads
         inner, inner_kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.width, inner, bias=False)
-        self.k_proj = nn.Linear(config.width, inner_kv, bias=False)
-        self.v_proj = nn.Linear(config.width, inner_kv, bias=False)
+        self.q_proj = nn.Linear(config.width, inner, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.width, inner_kv, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.width, inner_kv, bias=config.qkv_bias)
         self.o_proj = nn.Linear(inner, config.width, bias=False)
+        if config.qk_norm:                                                    # over d, per head
+            self.q_norm = RMSNorm(config.head_dim, config.eps)
+            self.k_norm = RMSNorm(config.head_dim, config.eps)
 
     def forward(self, x, cos, sin, mask, cache):
         """x (B,T,D), mask (B,1,T,past+T) bool or None: plain causal -> (B,T,D)."""
         q, k, v = (rearrange(part, "b t (h d) -> b h t d", d=self.head_dim)
                    for part in fast.apply_all(x, self.q_proj, self.k_proj, self.v_proj))
         # fast.apply_all(x, f, g) is [f(x), g(x)], with the work that LoRA adapters share done once
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.index, k, v)
@@ -301,9 +328,7 @@ class Llama(nn.Module):
         read: InstructBLIP pads 32000 to 32064, and 64 made-up classes would be in the softmax."""
         root = hub.folder(source, ("generation_config.json",), LLM_TENSORS)
         config = LlamaConfig.from_folder(root)
-        # A file with an lm_head is not tied, whatever config.json says; so in transformers.
-        if hub.open_tensors(root, lambda name: name.endswith("lm_head.weight")):
-            config = replace(config, tie_embeddings=False)
+        config = replace(config, tie_embeddings=config.tie_embeddings and not own_head(root))
         rows = None
         if vocab_size is not None:
             vocab_size = min(vocab_size, config.vocab_size)
@@ -543,7 +568,7 @@ class Tokenizer:
             if (root / name).is_file():
                 return kind(root / name)
         if (root / "config.json").exists():
-            hub.model_config(root, "llama", "text_config")           # refuses another model by name
+            hub.model_config(root, tuple(FAMILIES), "text_config")    # refuses others by name
         raise FileNotFoundError(f"{root}: neither tokenizer.model nor tokenizer.json"
                                 f"{hub.foreign(root)}; copy one of them there from the LLM's repo")
 

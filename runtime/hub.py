@@ -460,18 +460,20 @@ def save_folder(root, tensors, config):
 # ---- configs ------------------------------------------------------------------------------------
 
 def model_config(root, kind, inside=None):
-    """config.json of the model folder `root`, a dict. ValueError if its model_type is not `kind`,
-    or if it names none and the folder holds another program's model. A config with the key `inside`
-    may be of any type: the caller checks the part that stands there."""
+    """config.json of the model folder `root`, a dict. ValueError if its model_type is not `kind`
+    (or one of a tuple), or if it names none and the folder holds another program's model. A config
+    with the key `inside` may be of any type: the caller checks the part that stands there."""
     root, known = Path(root), Path(root) / "config.json"
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    wanted = " or ".join(map(repr, kinds))
     config = read_object(known) if known.exists() else {}
     if "model_type" not in config and not any(root.glob("*.safetensors*")) and foreign(root):
         raise ValueError(f"{root}: no {SINGLE}{foreign(root)}; wanted a model in the Hub's layout "
-                         f"whose model_type is {kind!r}")
+                         f"whose model_type is {wanted}")
     check_file(known)
-    got = config.get("model_type", kind)
-    if got != kind and inside not in config:
-        raise ValueError(f"{known}: model_type is {got!r:.80}; wanted {kind!r}; pass the folder of "
+    got = config.get("model_type", kinds[0])
+    if got not in kinds and inside not in config:
+        raise ValueError(f"{known}: model_type is {got!r:.80}; wanted {wanted}; pass the folder of "
                          "another model")
     return config
 

@@ -15,10 +15,12 @@ from llama import KVCache, Llama, LlamaConfig
 from runtime import hub
 
 
-@pytest.fixture(scope="module", params=[6, 2], ids=["multi-head", "grouped-query"])
+@pytest.fixture(scope="module", params=[(6, "Llama"), (2, "Llama"), (2, "Qwen2"), (2, "Qwen3")],
+                ids=["multi-head", "grouped-query", "Qwen2.5", "Qwen3"])
 def pair(request, tmp_path_factory):
     """(the oracle, ours from its folder)."""
-    oracle, root = tiny_oracle(kv_heads=request.param), tmp_path_factory.mktemp("llama")
+    kv_heads, family = request.param
+    oracle, root = tiny_oracle(kv_heads=kv_heads, family=family), tmp_path_factory.mktemp("llama")
     oracle.save_pretrained(root)
     return oracle, Llama.from_pretrained(root)
 
@@ -29,7 +31,7 @@ def speakers(tmp_path_factory):
     pairs = []
     for seed in range(6):
         root = tmp_path_factory.mktemp(f"speaker{seed}")
-        oracle = speak(tiny_oracle(seed))
+        oracle = speak(tiny_oracle(seed, family=("Llama", "Qwen2", "Qwen3")[seed % 3]))
         oracle.save_pretrained(root)
         pairs.append((oracle, Llama.from_pretrained(root)))
     return pairs
@@ -144,10 +146,10 @@ def test_mask_and_input_errors(pair):
 
 @torch.no_grad()
 def test_save_pretrained_is_read_by_transformers(pair, tmp_path):
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
     oracle, ours = pair
     ours.save_pretrained(tmp_path)
-    again, ids = LlamaForCausalLM.from_pretrained(tmp_path), some_ids()
+    again, ids = AutoModelForCausalLM.from_pretrained(tmp_path), some_ids()
     check("saved by us, read by transformers", again.eval()(ids).logits, oracle(ids).logits)
     assert Llama.from_pretrained(tmp_path).config == ours.config
 
@@ -178,7 +180,8 @@ def test_config_styles(tmp_path):
     {"partial_rotary_factor=0.5 ": {"rope_parameters": {"partial_rotary_factor": 0.5}}},
     {"hidden_act=": {"hidden_act": "gelu"}}, {"attention_bias=": {"attention_bias": True}},
     {"mlp_bias=": {"mlp_bias": True}}, {"model_type='opt'": {"model_type": "opt"}},
-    {"model_type='mistral' .wanted 'llama'.": {"model_type": "mistral", "sliding_window": None}}])
+    {"model_type='mistral' .wanted llama, qwen2, qwen3.": {"model_type": "mistral"}},
+    {"use_sliding_window=True": {"model_type": "qwen2", "use_sliding_window": True}}])
 def test_unsupported_config(wrong):
     (named, config), = wrong.items()
     with pytest.raises(ValueError, match=f"unsupported {named}"):
@@ -221,8 +224,9 @@ def test_other_rope_theta_and_eps(tmp_path):
 
 
 @torch.no_grad()
-def test_tied_embeddings(tmp_path):
-    oracle = tiny_oracle(tie_word_embeddings=True)
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_tied_embeddings(tmp_path, family):
+    oracle = tiny_oracle(tie_word_embeddings=True, family=family)
     oracle.save_pretrained(tmp_path / "theirs")
     ours = Llama.from_pretrained(tmp_path / "theirs")
     check("tied", ours(some_ids()), oracle(some_ids()).logits)
@@ -236,6 +240,7 @@ def test_tied_embeddings(tmp_path):
         tensors["lm_head.weight"] *= head
         hub.save_folder(tmp_path / "both", tensors, oracle.config.to_dict())
         both = Llama.from_pretrained(tmp_path / "both")
+        assert both.config.tie_embeddings == (head == 1)           # Qwen3 0.6B's file holds both
         check("tied, saved twice", both(some_ids()), head * ours(some_ids()))
     theirs = type(oracle).from_pretrained(tmp_path / "both").eval()
     check("tied, but another lm_head", both(some_ids()), theirs(some_ids()).logits)

@@ -1,4 +1,4 @@
-"""A tiny LlamaForCausalLM of transformers with random weights; configs of every RoPE scaling."""
+"""A tiny LLaMA or Qwen of transformers with random weights; configs of every RoPE scaling."""
 
 import torch
 from parity import randomise
@@ -7,15 +7,16 @@ VOCAB = 37
 EOS = 2
 
 
-def tiny_oracle(seed=0, kv_heads=6, **settings):
-    """heads != layers, heads * head_dim != width, ffn and vocabulary no multiple of 8."""
-    from transformers import LlamaConfig as HubConfig
-    from transformers import LlamaForCausalLM
+def tiny_oracle(seed=0, kv_heads=6, family="Llama", **settings):
+    """heads != layers, heads * head_dim != width, ffn and vocabulary no multiple of 8.  family:
+    "Llama", "Qwen2" or "Qwen3"."""
+    import transformers
     settings = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 70, "head_dim": 10,
                 "num_hidden_layers": 2, "num_attention_heads": 6, "rms_norm_eps": 1e-6,
                 "num_key_value_heads": kv_heads, "pad_token_id": 0,
                 "attn_implementation": "eager"} | settings
-    return randomise(LlamaForCausalLM(HubConfig(**settings)), seed).eval()
+    return randomise(getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(**settings)), seed).eval()
 
 
 def speak(oracle):
