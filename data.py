@@ -109,7 +109,8 @@ META_TEXTS = {name for name, (_, wanted) in META.items() if wanted == "a string"
 @lru_cache(maxsize=10_000)
 def misspelt(key):
     """The key of META for which `key` is probably a typing error: 'metric' -> 'metrics'; or "".
-    Compounds of such a key (sample_weight, dialogue_id) are names of their own."""
+    Compounds of such a key (sample_weight, dialogue_id) are names of their own, and so is a key
+    like "labels" with a list, which none of META's but "metrics" takes (_check_meta)."""
     words = re.findall("[A-Z]?[a-z]+|[A-Z]+|[0-9]+", str(key))
     letters = "".join(words).lower()
     if key in META or len(words) > 1 and META.keys() & {word.lower() for word in words}:
@@ -164,7 +165,7 @@ def _check_meta(meta, where):
             if value is not None and not fits(value):
                 raise ValueError(f"{where}: {key} {reprlib.repr(value)} in meta, wanted {wanted}; "
                                  "correct it")
-        elif name := misspelt(key):
+        elif (name := misspelt(key)) and (name == "metrics" or not isinstance(value, (list, dict))):
             raise ValueError(f"{where}: {key!r} in meta looks like a typing error of {name!r}; "
                              "correct it, or give the key a name that is less like it")
         elif value.__class__ is not str and (wrong := _unfit(value, depth=2)):

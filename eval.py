@@ -170,6 +170,8 @@ def find_questions(config):
                 records.append(record)
     if not records:
         raise SystemExit(f"{name}: no questions of task {config.task}")
+    if (config.judge or config.judge_url) and not any(map(judge.is_judged, records)):
+        log(f'{name}: no "judged" in the meta.metrics of these questions: the judge is not asked')
     return manifests, records
 
 
