@@ -43,6 +43,7 @@ FOREIGN = (("*.gguf", "GGUF, llama.cpp's"), ("model.bin", "CTranslate2's"), ("*.
 LARGEST_JSON = 32 * 2 ** 20       # bytes; read into Python it takes up to 20 times as much
 LARGEST_SIZE = 2 ** 24            # of any width or count in a config
 MOST_LAYERS = 256                 # as each costs time before its weights can be missed
+BLOCK = 2 ** 17                   # numbers that stay in a core's cache from a copy to its check
 # Bytes of each shard, counted from names, shapes and dtype: errors report a download's size.
 PUBLISHED = {
     "openai/whisper-tiny": (151_061_672,),
@@ -383,19 +384,24 @@ def fill(target, stored):
     import torch
     value = stored()
     value = value[:len(target)] if value.shape != target.shape else value
+    size, good = BLOCK if target.device.type == "cpu" else max(1, target.numel()), True
     with torch.no_grad():
-        target.copy_(value.to(target.device))     # there in the file's dtype, then in ours
-    if not is_finite(target):
+        for ours, theirs in zip(target.view(-1).split(size), value.view(-1).split(size),
+                                strict=True):
+            ours.copy_(theirs.to(target.device))  # there in the file's dtype, then in ours
+            good = is_finite(ours) and good
+    if not good:
         what = (f"numbers too large for {target.dtype}; load it in another dtype"
                 if is_finite(value) else "NaN or infinity; download or save it again")
         raise ValueError(f"{stored.path}: {stored.name} holds {what}")
 
 
 def is_finite(tensor):
-    """Whether all numbers of a tensor are finite: in one pass, without a copy."""
+    """Whether all numbers of a tensor are finite, without a copy."""
     if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
         return True
-    return all(math.isfinite(end) for end in tensor.detach().aminmax())       # NaN becomes both
+    tensor = tensor.detach()                    # the sum is the quicker one, but may overflow
+    return math.isfinite(tensor.sum()) or all(map(math.isfinite, tensor.aminmax()))
 
 
 def _match(targets, tensors, prefix, rename, rows):
@@ -476,10 +482,11 @@ def model_config(root, kind, inside=None):
     return config
 
 
-def processor(root, part, keys):
+def processor(root, part, keys, plain=lambda key, value: value):
     """Settings of a model's input: those of `keys` that preprocessor_config.json names, or
     processor_config.json in its object `part`, where transformers 5 writes them. -> {key: value}
-    and {key: path of its file}. ValueError where the two contradict each other."""
+    and {key: path of its file}. plain(key, value) gives what several ways to write a value mean.
+    ValueError where the two files contradict each other."""
     settings, places = {}, {}
     for name in PROCESSOR_FILES:
         path = Path(root) / name
@@ -492,11 +499,12 @@ def processor(root, part, keys):
         for key in keys:
             if found.get(key) is None:
                 continue
-            if key in settings and settings[key] != found[key]:
-                raise ValueError(f"{path}: {key} {found[key]!r:.80}, but {places[key]} has "
+            value = plain(key, found[key])
+            if key in settings and settings[key] != value:
+                raise ValueError(f"{path}: {key} {value!r:.80}, but {places[key]} has "
                                  f"{settings[key]!r:.80}; remove the one that the model was not "
                                  "trained with")
-            settings[key], places[key] = found[key], path
+            settings[key], places[key] = value, path
     return settings, places
 
 

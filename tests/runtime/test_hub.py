@@ -462,6 +462,19 @@ def test_weights_that_a_dtype_cannot_hold(tmp_path, dtype, value, fits):
             hub.load_into(module, tmp_path)
 
 
+@pytest.mark.parametrize("place", [0, hub.BLOCK - 1, hub.BLOCK, -1])
+def test_the_check_for_finite_numbers_sees_all_of_a_large_tensor(tmp_path, place):
+    """Numbers whose sum overflows are finite; one that is not is found wherever it stands."""
+    numbers = torch.full((2 * hub.BLOCK + 5,), 3e38)
+    module = nn.ParameterDict({"a": nn.Parameter(torch.zeros(2, hub.BLOCK + 2))})
+    hub.save_folder(tmp_path, {"a": numbers[1:].view(2, -1)}, {})
+    assert torch.equal(hub.load_into(module, tmp_path).a.flatten(), numbers[1:])
+    numbers[1:][place] = float("nan")
+    hub.save_folder(tmp_path, {"a": numbers[1:].view(2, -1)}, {})
+    with pytest.raises(ValueError, match=f"{hub.SINGLE}: a holds NaN"):
+        hub.load_into(module, tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool,
                                    torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
 def test_weights_of_another_kind_of_number_are_named(tmp_path, dtype):
