@@ -315,30 +315,19 @@ def probe(path):
         return Media("video", _stream_end(container, _best(container, "video"), path), has_audio)
 
 
-def _timed_frames(container, stream, path, clock):
-    """Yields every decoded frame as (start, seconds, frame) in presentation time.  A frame without
-    a time stamp starts where the frame before it ended (raw H.264).  Times do not go backwards.
-    clock: the start of the first frame in seconds, None when it is unknown.
-
-    Where the rate of the sound changes, FFmpeg still counts the stamps of AAC and FLAC at the old
-    one.  From there on the samples are counted here; the stamps of containers still tell gaps."""
-    origin, broken, sound = float(_origin(container, stream)), 0, stream.type == "audio"
-    # Two integers, because arithmetic on Fractions would be slow.
-    tick, ticks = stream.time_base.numerator, stream.time_base.denominator
-    joined = _joints(container, path)[0] > 0
-    packets = ((packet for packet, _ in _joined_packets(container)
-                if packet.stream.index == stream.index) if joined else container.demux(stream))
-    first_dts = before = last = None
-    last_pts = last_dts = -math.inf
-    bad_pts = bad_dts = delay = 0
-    rate, drift, changed = None, math.inf if container.format.flags & GENERIC_INDEX else 0.5, False
+def _decoded(packets, stream, path):
+    """Yields every decoded frame, and by how many ticks the decoder has held it back: AVI numbers
+    packets, not pictures.  The pts that FFmpeg gives the B-frames of MPEG-4 are such numbers, too.
+    0 where the file has real time stamps."""
+    first_dts = before = delay = None
+    broken = 0
     while True:
         try:
             if (packet := next(packets, None)) is None:
                 break
             if first_dts is None and packet.is_keyframe:
                 first_dts = packet.dts
-            elif None not in (first_dts, before, packet.dts, packet.pts) and last is None:
+            elif delay is None and None not in (first_dts, before, packet.dts, packet.pts):
                 first_dts += packet.dts - before     # a B-frame lost by a seek: no picture follows
             before = packet.dts
             decoded = packet.decode()
@@ -350,46 +339,64 @@ def _timed_frames(container, stream, path, clock):
                 break
             continue
         for frame in decoded:
-            pts, dts = frame.pts, frame.dts
-            if last is None and pts is None and dts is not None:
-                # AVI numbers packets, not pictures: the decoder has held this one back.  The pts
-                # that FFmpeg gives the B-frames of MPEG-4 are such numbers, too.
-                delay = dts - (dts if first_dts is None else first_dts)
-            # As ffmpeg does: stamps of decoding, where those of presentation are worse or missing.
-            if pts is not None:
-                bad_pts += pts <= last_pts
-                last_pts = pts
-            if dts is not None:
-                bad_dts += dts <= last_dts
-                last_dts = dts
-            use_dts = pts is None or (dts is not None and (delay > 0 or bad_pts > bad_dts))
-            stamp = dts if use_dts else pts
-            if sound and frame.sample_rate != rate:
-                changed, rate = rate is not None, frame.sample_rate
-                if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
-                    raise MediaError(f"{path}: {rate} samples of sound per second, wanted "
-                                     f"{SAMPLE_RATES[0]} to {SAMPLE_RATES[1]}; its header is "
-                                     "wrong; make it again or drop it")
-            if stamp is not None:
-                time = (stamp - delay if use_dts else stamp) * tick / ticks - origin
-                if changed and last is not None and abs(time - clock) < drift:
-                    time = clock
-                if last is not None and (time < last - BACK or time > clock + LOST_STAMP):
-                    if not joined:
-                        joined = True
-                        _warn_joined(path)
-                    origin, time = origin + time - clock, clock
-                clock = time if last is None or sound else max(time, last)
-            if sound:
-                seconds = frame.samples / rate
-            else:
-                seconds = float((frame.duration or 0) * tick / ticks
-                                or 1 / (stream.average_rate or 25))
-            yield clock, seconds, frame
-            last = clock
-            clock = None if clock is None else clock + seconds
+            if delay is None:
+                held = frame.pts is None and None not in (frame.dts, first_dts)
+                delay = frame.dts - first_dts if held else 0
+            yield frame, delay
     if broken:
-        warnings.warn(f"{path}: {broken} broken {stream.type} packets were left out", stacklevel=3)
+        warnings.warn(f"{path}: {broken} broken {stream.type} packets were left out", stacklevel=4)
+
+
+def _timed_frames(container, stream, path, clock):
+    """Yields every decoded frame as (start, seconds, frame) in presentation time.  A frame without
+    a time stamp starts where the frame before it ended (raw H.264).  Times do not go backwards.
+    clock: the start of the first frame in seconds, None when it is unknown.
+
+    Where the rate of the sound changes, FFmpeg still counts the stamps of AAC and FLAC at the old
+    one.  From there on the samples are counted here; the stamps of containers still tell gaps."""
+    origin, sound = float(_origin(container, stream)), stream.type == "audio"
+    # Two integers, because arithmetic on Fractions would be slow.
+    tick, ticks = stream.time_base.numerator, stream.time_base.denominator
+    joined = _joints(container, path)[0] > 0
+    packets = ((packet for packet, _ in _joined_packets(container)
+                if packet.stream.index == stream.index) if joined else container.demux(stream))
+    last, last_pts, last_dts, bad_pts, bad_dts = None, -math.inf, -math.inf, 0, 0
+    rate, drift, changed = None, math.inf if container.format.flags & GENERIC_INDEX else 0.5, False
+    for frame, delay in _decoded(packets, stream, path):
+        pts, dts = frame.pts, frame.dts
+        # As ffmpeg does: stamps of decoding, where those of presentation are worse or missing.
+        if pts is not None:
+            bad_pts += pts <= last_pts
+            last_pts = pts
+        if dts is not None:
+            bad_dts += dts <= last_dts
+            last_dts = dts
+        use_dts = pts is None or (dts is not None and (delay > 0 or bad_pts > bad_dts))
+        stamp = dts if use_dts else pts
+        if sound and frame.sample_rate != rate:
+            changed, rate = rate is not None, frame.sample_rate
+            if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
+                raise MediaError(f"{path}: {rate} samples of sound per second, wanted "
+                                 f"{SAMPLE_RATES[0]} to {SAMPLE_RATES[1]}; its header is "
+                                 "wrong; make it again or drop it")
+        if stamp is not None:
+            time = (stamp - delay if use_dts else stamp) * tick / ticks - origin
+            if changed and last is not None and abs(time - clock) < drift:
+                time = clock
+            if last is not None and (time < last - BACK or time > clock + LOST_STAMP):
+                if not joined:
+                    joined = True
+                    _warn_joined(path)
+                origin, time = origin + time - clock, clock
+            clock = time if last is None or sound else max(time, last)
+        if sound:
+            seconds = frame.samples / rate
+        else:
+            seconds = float((frame.duration or 0) * tick / ticks
+                            or 1 / (stream.average_rate or 25))
+        yield clock, seconds, frame
+        last = clock
+        clock = None if clock is None else clock + seconds
 
 
 def _warn_joined(path):
