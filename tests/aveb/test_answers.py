@@ -268,6 +268,10 @@ def test_a_journal_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="file cannot be written: File exists; make"):
         Journal(tmp_path / "file", {})
+    taken = Journal(tmp_path / "best" / "parts", {})         # train.py swaps in a new best/
+    (tmp_path / "best").rename(tmp_path / "best.old")
+    taken.add([{"id": "a", "answers": {"both": "x"}}])
+    taken.remove()
     journal = Journal(tmp_path / "parts", {})
     monkeypatch.setattr(journal, "file", open("/dev/full", "w"))
     with pytest.raises(SystemExit, match="parts cannot be written: No space left on device; make"):
