@@ -9,10 +9,10 @@ A source holds config.json beside model.safetensors, or shards with model.safete
 Import is strict both ways: a tensor we miss and a tensor we do not know are errors that name them,
 and so are numbers that are not finite. Files come from strangers: nothing in them is run, and sizes
 are checked before memory is taken.
-Public: folder, Repo, anywhere, saved_source, local_source, offline, is_offline, stored_tensors,
-open_tensors, fill, load_into, load_module, save_tensors, save_folder; model_config, processor,
-make_config; atomic, write_text, write_json, read_json, read_object, read_jsonl, grown_lines,
-markdown_table."""
+Public: folder, Repo, anywhere, saved_source, local_source, local_folder, offline, is_offline,
+stored_tensors, open_tensors, fill, load_into, load_module, save_tensors, save_folder; model_config,
+processor, make_config; atomic, write_text, write_json, check_file, read_json, read_object,
+read_jsonl, grown_lines, markdown_table."""
 
 import dataclasses
 import errno
@@ -127,6 +127,13 @@ def local_source(source):
     from any working folder; tiny/ is the old name of miniature/weights/. Other sources are returned
     as they are."""
     return _ours(re.sub(r"^tiny/", "miniature/weights/", str(source))) or source
+
+
+def local_folder(source):
+    """The folder that a part is read from; None for a repo on the Hub."""
+    source = local_source(source)
+    path = Path(source).expanduser()
+    return path if path.is_dir() and not isinstance(source, Repo) else None
 
 
 def _ours(source):
@@ -621,7 +628,7 @@ def read_object(path):
 def read_jsonl(path):
     """Yields the JSON object of each line of `path`; nothing if there is no such file. Lines that a
     kill or a full disk cut off are left out."""
-    if not Path(path).exists():
+    if not Path(path).is_file():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -637,6 +644,7 @@ def grown_lines(path):
     """The JSON objects of a file that grows line by line -> list of (line number, dict).  Lines at
     its end that a kill or a full disk cut off are left out.  ValueError says what else is wrong
     with the file."""
+    check_file(path)
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:

@@ -506,7 +506,9 @@ def test_a_source_means_the_same_in_every_folder(tmp_path, monkeypatch):
     assert hub.local_source(ours) == hub.local_source("tiny/llama") == hub.REPOSITORY / ours
     saved = hub.saved_source("owner/blip")
     assert hub.anywhere(saved) == saved and isinstance(hub.anywhere(saved), hub.Repo)
-    assert isinstance(hub.local_source(saved), hub.Repo)
+    assert isinstance(hub.local_source(saved), hub.Repo) and hub.local_folder(saved) is None
+    assert hub.local_folder("tiny/llama") == hub.REPOSITORY / ours
+    assert hub.local_folder("./real/x") == Path("real/x") and hub.local_folder("owner/no") is None
     for path in (str(tmp_path), "./real/x", "~/x", "a/b/c"):
         assert hub.saved_source(path) == path and not isinstance(hub.saved_source(path), hub.Repo)
     (tmp_path / "real/model.gguf").touch()
