@@ -300,8 +300,8 @@ class Whisper(nn.Module):
             if not loops and score >= LEAST_LOGPROB:
                 return ids, temperature
             attempts.append((score, ids))
-        # DIFF: where sampling finds no sure text that does not repeat itself, the speaker does, and
-        # the first sure one is the best; Whisper's own code takes the last in any case.
+        # DIFF for long sound: if no temperature gives a sure text without repetition, the speaker
+        # repeats himself, and the first sure text is taken; Whisper's own code takes the last text.
         sure = [ids for score, ids in attempts if score >= LEAST_LOGPROB]
         return sure[0] if sure else ids, temperature
 
