@@ -6,10 +6,9 @@
      prompt + Clip -------> Sample                 one row of a batch
    The decoder itself is runtime/media.py.
 
-   Public: Record, read_manifest, write_manifest, check_record, unique_keys, parse_line, to_record,
-   find_manifest, HEAVIEST;
-   Clip, Features, Sample, load_clip, clip_from_path, load_or_skip, report_skipped; Mixing,
-   drawn_mask, mix."""
+   Public: Record, read_manifest, write_manifest, check_record, parse_line, to_record,
+   find_manifest, HEAVIEST; Clip, Features, Sample, load_clip, clip_from_path, load_or_skip,
+   report_skipped; Mixing, drawn_mask, mix."""
 
 import dataclasses
 import json
@@ -27,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime.hub import write_text
+from runtime.hub import unique_keys, write_text
 from runtime.media import AUDIO_RATE, MediaError, probe, read_audio, read_frames, read_image
 from vit_qformer import resize, resize_plain
 
@@ -192,16 +191,6 @@ def _unfit(value, depth=0):
                 return wrong
         return ""
     return "" if value is None else f"a {type(value).__name__} is no value of JSON"
-
-
-def unique_keys(pairs):
-    """(key, value) pairs of an object -> dict.  ValueError for a key that is there twice."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return values
 
 
 JSON = json.JSONDecoder(object_pairs_hook=unique_keys)

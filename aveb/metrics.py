@@ -242,7 +242,7 @@ def caption_metric(name):
             if not kept:
                 raise captions.CannotRun("no words in the references")
             result = function(tuple(answers[i] for i in kept), tuple(references[i] for i in kept))
-            own = dict(zip(kept, result.per_record or (), strict=False))
+            own = result.per_record and dict(zip(kept, result.per_record, strict=True))
             notes = filter(None, (result.note, left_out(len(rows) - len(kept))))
             return dataclasses.replace(
                 result, note=", ".join(notes),

@@ -11,8 +11,8 @@ and so are numbers that are not finite. Files come from strangers: nothing in th
 are checked before memory is taken.
 Public: folder, Repo, anywhere, saved_source, local_source, local_folder, offline, is_offline,
 stored_tensors, open_tensors, fill, load_into, load_module, save_tensors, save_folder; model_config,
-processor, make_config; atomic, write_text, write_json, check_file, read_json, read_object,
-read_jsonl, grown_lines, markdown_table."""
+processor, make_config; atomic, write_text, write_json, check_file, read_json, unique_keys,
+read_object, read_jsonl, grown_lines, markdown_table."""
 
 import dataclasses
 import errno
@@ -599,7 +599,7 @@ def read_json(path):
     try:
         if (size := os.stat(path).st_size) > LARGEST_JSON:
             raise ValueError(f"{size} bytes; wanted {LARGEST_JSON} at most")
-        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
     except (ValueError, RecursionError) as error:
@@ -607,13 +607,13 @@ def read_json(path):
             f"{path}: not valid JSON ({error}); download or save the file again") from None
 
 
-def _once(pairs):
-    """Pairs of a JSON object -> dict; ValueError for a key that is there twice."""
+def unique_keys(pairs):
+    """(key, value) pairs of an JSON object -> dict. ValueError for a key that is there twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
     return values
 
 
