@@ -6,10 +6,9 @@
      prompt + Clip -------> Sample                 one row of a batch
    The decoder itself is runtime/media.py.
 
-   Public: Record, read_manifest, write_manifest, check_record, unique_keys, parse_line, to_record,
-   find_manifest, HEAVIEST;
-   Clip, Features, Sample, load_clip, clip_from_path, load_or_skip, report_skipped; Mixing,
-   drawn_mask, mix."""
+   Public: Record, read_manifest, write_manifest, check_record, parse_line, to_record,
+   find_manifest, HEAVIEST; Clip, Features, Sample, load_clip, clip_from_path, load_or_skip,
+   report_skipped; Mixing, drawn_mask, mix."""
 
 import dataclasses
 import json
@@ -27,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime.hub import write_text
+from runtime.hub import unique_keys, write_text
 from runtime.media import AUDIO_RATE, MediaError, probe, read_audio, read_frames, read_image
 from vit_qformer import resize, resize_plain
 
@@ -109,7 +108,8 @@ META_TEXTS = {name for name, (_, wanted) in META.items() if wanted == "a string"
 @lru_cache(maxsize=10_000)
 def misspelt(key):
     """The key of META for which `key` is probably a typing error: 'metric' -> 'metrics'; or "".
-    Compounds of such a key (sample_weight, dialogue_id) are names of their own."""
+    Compounds of such a key (sample_weight, dialogue_id) are names of their own, and so is a key
+    like "labels" with a list, which none of META's but "metrics" takes (_check_meta)."""
     words = re.findall("[A-Z]?[a-z]+|[A-Z]+|[0-9]+", str(key))
     letters = "".join(words).lower()
     if key in META or len(words) > 1 and META.keys() & {word.lower() for word in words}:
@@ -164,7 +164,7 @@ def _check_meta(meta, where):
             if value is not None and not fits(value):
                 raise ValueError(f"{where}: {key} {reprlib.repr(value)} in meta, wanted {wanted}; "
                                  "correct it")
-        elif name := misspelt(key):
+        elif (name := misspelt(key)) and (name == "metrics" or not isinstance(value, (list, dict))):
             raise ValueError(f"{where}: {key!r} in meta looks like a typing error of {name!r}; "
                              "correct it, or give the key a name that is less like it")
         elif value.__class__ is not str and (wrong := _unfit(value, depth=2)):
@@ -191,16 +191,6 @@ def _unfit(value, depth=0):
                 return wrong
         return ""
     return "" if value is None else f"a {type(value).__name__} is no value of JSON"
-
-
-def unique_keys(pairs):
-    """(key, value) pairs of an object -> dict.  ValueError for a key that is there twice."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return values
 
 
 JSON = json.JSONDecoder(object_pairs_hook=unique_keys)

@@ -97,7 +97,7 @@ def main(argv=None):
             answer(args, model, folder or "random weights", device)
         else:
             first_look(model, folder or "random weights")
-    except (FileNotFoundError, ValueError) as error:        # a MediaError is a ValueError
+    except (OSError, ValueError) as error:                  # a MediaError is a ValueError
         sys.exit(str(error))
 
 

@@ -170,6 +170,8 @@ def find_questions(config):
                 records.append(record)
     if not records:
         raise SystemExit(f"{name}: no questions of task {config.task}")
+    if (config.judge or config.judge_url) and not any(map(judge.is_judged, records)):
+        log(f'{name}: no "judged" in the meta.metrics of these questions: the judge is not asked')
     return manifests, records
 
 
@@ -256,7 +258,8 @@ def main(config):
         torch.set_num_threads(max(1, cli.cores() // world))
     needed = config.checkpoint or config.system == "favor" and not config.random_init
     out = output_file(config, find_checkpoint(config.checkpoint, config.model) if needed else None)
-    if out.is_dir() or out.suffix in (".json", ".md", ".parts", ".lock"):
+    if out.suffix in (".json", ".md", ".parts", ".lock") or any(
+            path.is_dir() for path in (out, out.with_suffix(".json"), out.with_suffix(".md"))):
         raise SystemExit(f"--out {out}: wanted a file such as predictions.jsonl; the report gets "
                          "the same name with other endings")
     # A lock of its own: while train.py holds its folder, best/ can be scored.
@@ -274,7 +277,7 @@ def run(config, out, device):
             config.system, preset(config.model, **config.sources), config.model, config.checkpoint,
             config.sources, dtype, device, merge=False, compile=config.compile,
             load=memory.random_part if config.random_init else None)
-    except (FileNotFoundError, ValueError) as error:      # a part is missing or does not fit
+    except (OSError, ValueError) as error:         # a part is missing, refused or does not fit
         raise SystemExit(str(error)) from error
     manifest = ", ".join(map(str, manifests))
     log(f"{checkpoint or config.system} on {manifest}, {len(records)} questions, {device.type}, "
@@ -289,6 +292,9 @@ def run(config, out, device):
     predictions, missing = evaluate(
         model, records, cache, views, config.batch, config.beams, config.history, journal, log)
     if distributed.rank() == 0:
+        if weights_hash(checkpoint) != settings["weights"]:
+            log(f"{checkpoint} holds other weights than when this began, perhaps train.py goes on: "
+                f"the answers are those of the weights {settings['weights']}")
         save_report(out, predictions, views, missing, settings)          # in case the judge fails
         try:
             judge.ask(config, model, predictions, views, out, log)

@@ -625,8 +625,7 @@ class Favor(nn.Module):
         The windows of the whole batch go through the Q-Former side by side, so that a sample never
         meets another one's padding.  One dummy window of zeros is added, because every rank of a
         DDP run must touch every trained parameter at every step, whatever its batch holds
-        (test_train.py,
-        test_processes_with_different_samples)."""
+        (test_train.py, test_processes_with_different_samples)."""
         parts = [self.windowed_inputs(sample) for sample in self.encode_batch(samples)]
         N = max(self.visual.n_queries, self.audio_steps)
         like = self.audio_proj(self.audio_proj.weight.new_zeros(1, self.audio_proj.in_features)) * 0
@@ -718,14 +717,16 @@ class Favor(nn.Module):
             raise ValueError(self.too_long(sample, answer))
         parts = []
         if kept < frames:
-            parts.append(f"{kept} of {frames} frames ({kept / frames:.0%}) of the clip")
+            reader = f"the LLM has {self.llm.config.positions}" if K else (
+                f"the causal Q-Former has {self.config.max_positions}")
+            parts.append(f"only {kept} of {frames} frames ({kept / frames:.0%}) of the clip are "
+                         f"read, {reader} positions")
         if (left := len(sample.history)) < len(whole.history):
-            parts.append(f"the last {left} of {len(whole.history)} earlier turns")
+            parts.append(f"only the last {left} of {len(whole.history)} earlier turns are read, "
+                         f"the LLM has {self.llm.config.positions} positions")
         if not parts:
             return sample, ""
-        where = (f"the LLM has {self.llm.config.positions}" if K else
-                 f"the causal Q-Former has {self.config.max_positions}")
-        cut = f"only {' and '.join(parts)} are read, {where} positions"
+        cut = "; ".join(parts)
         warnings.warn(f"{sample.prompt[:60]!r}: {cut}", stacklevel=2)
         return sample, cut
 

@@ -141,6 +141,9 @@ class TrainConfig:
 
     def __post_init__(self):
         cli.check_choices(self)
+        for name in checkpoint.PLACES:     # a run goes on from another working folder, too
+            if source := getattr(self, name):
+                object.__setattr__(self, name, hub.anywhere(source))
         for name in ("steps", "batch", "lr", "log_every", "val_every", "clip_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; "
@@ -657,7 +660,7 @@ def learn(config, argv, out, device):
     started = time.time()
     try:
         run = prepare(config, argv, out, device)
-    except (FileNotFoundError, ValueError) as error:         # what is missing or does not fit
+    except (OSError, ValueError) as error:         # what is missing, refused or does not fit
         raise SystemExit(str(error)) from error
     with checkpoint.StopSignal() as stop, loader.worker_errors():
         stopped = train(run, config, stop)

@@ -104,7 +104,7 @@ def read_config(root):
         raise ValueError(f"{path}: num_query_tokens is {queries!r:.80}; wanted a whole number from "
                          f"1 to {hub.LARGEST_SIZE}")
     other = root / "processor_config.json"
-    if other.exists() and hub.read_object(other).get("num_query_tokens", queries) != queries:
+    if other.exists() and hub.read_object(other).get("num_query_tokens") not in (None, queries):
         raise ValueError(f"{other}: num_query_tokens is another one than {queries} in {path}; both "
                          "files must be of one model")
     check_processor(root, vit.image_size)
@@ -117,18 +117,26 @@ def check_processor(root, size):
     built = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
              "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
              "do_center_crop": False, "do_pad": False, "size": {"height": size, "width": size}}
-    settings, places = hub.processor(root, "image_processor", (*built, "image_processor_type"))
-    if isinstance(settings.get("size"), int):                        # how it was written once
-        settings["size"] = dict.fromkeys(("height", "width"), settings["size"])
+    settings, places = hub.processor(root, "image_processor", (*built, "image_processor_type"),
+                                     plain)
     kind = settings.pop("image_processor_type", "BlipImageProcessor")
     odd = [key for key, value in settings.items() if not same(value, built[key])]
-    if not str(kind).startswith("BlipImageProcessor"):               # also ...Fast and ...Pil
+    if kind != "BlipImageProcessor":
         raise ValueError(f"{places['image_processor_type']}: image_processor_type is {kind!r:.80}; "
                          "wanted BlipImageProcessor")
     if odd:
         raise ValueError(f"{places[odd[0]]}: {odd[0]} is {settings[odd[0]]!r:.80}; only "
                          f"{built[odd[0]]} is built here: frames are resized to {size} x {size} of "
                          "vision_config's image_size, normalised with CLIP's mean and deviation")
+
+
+def plain(key, value):
+    """A setting of an image processor, as several versions of transformers write it -> one form."""
+    if key == "size" and isinstance(value, int):
+        return {"height": value, "width": value}
+    if key == "image_processor_type":                                # also ...Fast and ...Pil
+        return str(value).removesuffix("Fast").removesuffix("Pil")
+    return round(value, 7) if isinstance(value, float) else value
 
 
 def same(value, wanted):

@@ -156,12 +156,24 @@ def answer_all(model, records, cache, views=tuple(VIEWS), batch=128, beams=0, hi
     return answers, [(k, line["skipped"]) for k, line in sorted(lines.items()) if "skipped" in line]
 
 
+def too_long(model, sample, question):
+    """Why this question, without turns before it, cannot be asked about a Sample's clip, or ""."""
+    return model.too_long(dataclasses.replace(sample, prompt=question, target=None),
+                          model.config.max_new_tokens)
+
+
 def answer_batch(model, part, cache, views, history, settings):
     """The journal's lines of one batch."""
     skipped = []
     # Cached features know the record's own question only, not those of the turns before it.
     read, samples = readable_samples(
         model, part, None if history == "model" else cache, skipped=skipped)
+    if history == "model" and hasattr(model, "too_long"):        # asks the earlier questions, too
+        reasons = [next(filter(None, (too_long(model, s, asked) for asked, _ in s.history)), "")
+                   for s in samples]
+        skipped += [(r.id, why) for r, why in zip(read, reasons, strict=True) if why]
+        read, samples = ([x for x, why in zip(xs, reasons, strict=True) if not why]
+                         for xs in (read, samples))
     if history != "model":
         samples = model.encode_batch(samples)                                 # once for all views
     answers = {r.id: {} for r in read}

@@ -43,7 +43,7 @@ def answer_settings(model, records):
     To be called before LoRA is merged, which rounds differently on another device."""
     config = dataclasses.asdict(model.config)
     method = {name: value for name, value in config.items() if name not in PARTS}
-    roots = [Path(hub.local_source(config[part])).expanduser() for part in PARTS]
+    roots = filter(None, (hub.local_folder(config[part]) for part in PARTS))
     files = [file for root in roots for pattern in PART_FILES
              for file in sorted(root.glob(pattern)) if file.is_file()]
     code = [file for pattern in ANSWERING for file in sorted(hub.REPOSITORY.glob(pattern))]
@@ -153,7 +153,8 @@ class Journal:
             self.file.close()
             distributed.all_gather_object(None)
             if distributed.rank() == 0:
-                shutil.rmtree(self.folder)
+                # train.py may have put a new best/ in the place of the one around it
+                shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def is_answer(line, views=None):

@@ -11,7 +11,7 @@ over https, or to a server on this machine, which is reached without a proxy.  R
 when they arrive: a run that was cut off goes on, and the same run again asks nothing.
 verdicts.jsonl: lines {"key" or "id", "verdict": "Yes" or "No"}, with "key" as in the prompts.
 
-Public: Judge, OwnJudge, JudgeError, check, ask, prompt_of, write_prompts, read_verdicts,
+Public: Judge, OwnJudge, JudgeError, check, is_judged, ask, prompt_of, write_prompts, read_verdicts,
 report."""
 
 import argparse
@@ -427,6 +427,11 @@ def check(config):
             _verdicts(_way(config).removeprefix("file:"))
     except (JudgeError, OSError) as error:
         raise SystemExit(f"the judge cannot be asked: {error}") from error
+
+
+def is_judged(record):
+    """Whether a judge is to be asked about the answer to a record."""
+    return "judged" in record.meta.get("metrics", ())
 
 
 def ask(config, model, predictions, views, out, log=print):

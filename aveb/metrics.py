@@ -196,8 +196,8 @@ def _error_rate(rows, words, note):
     """Corpus word error rate against the first reference.  An answer is compared as it is and
     without its chat prefix or quotes, and the smaller number of errors counts: so a word that the
     reference has is never taken from the answer, and an answer equal to it has no errors."""
-    answers = [canonical(row["answer"]) for row in rows]
-    references = [canonical(row["references"][0]) for row in rows]
+    answers = [" ".join(canonical(row["answer"]).split()) for row in rows]
+    references = [" ".join(canonical(row["references"][0]).split()) for row in rows]
     counts = word_error_rate(answers, references, words)
     bare = list(map(without_chat, answers))
     chatty = [i for i, answer in enumerate(answers) if bare[i] != answer]
@@ -242,7 +242,7 @@ def caption_metric(name):
             if not kept:
                 raise captions.CannotRun("no words in the references")
             result = function(tuple(answers[i] for i in kept), tuple(references[i] for i in kept))
-            own = dict(zip(kept, result.per_record or (), strict=False))
+            own = result.per_record and dict(zip(kept, result.per_record, strict=True))
             notes = filter(None, (result.note, left_out(len(rows) - len(kept))))
             return dataclasses.replace(
                 result, note=", ".join(notes),

@@ -111,8 +111,9 @@ def textvqa_words(text):
 
 
 def unquoted_vqa_words(text):
-    """vqa_words without the apostrophes around a word: "'red'" -> red."""
-    return [word for word in (w.strip("'") for w in vqa_words(text)) if word] or plain_words(text)
+    """vqa_words without the apostrophes around a word: "'one red'" -> 1 red."""
+    bare = " ".join(word.strip("'") for word in vqa_words(text)).strip()
+    return vqa_words(bare) if bare else plain_words(text)     # once more: 'one and the' were hidden
 
 
 # ---------------------------------------------------------------- distances and matches
@@ -175,7 +176,8 @@ PAUSE = rf"(?:{END}|(?=[\n,;!?/=&]| (?:or|and|because|since|as)\b| [-—=&/]|{RI
 LETTER = rf"[(\[]?\b(?:([A-Z])\b{PAUSE}|([a-z])\b{END})[)\].:]*"
 MARKED = re.compile(rf"^\W*([A-Za-z])\W*$|[(\[]([A-Z])[)\]]"
                     rf"|(?:^|\w: ?|\b(?i:option|choice|answer|ans|letter|is|be|it's|choose|chose"
-                    rf"|pick|select|go with|therefore|so|thus|hence)\b[\s.:,=-]{{0,3}}){LETTER}")
+                    rf"|pick|select|say|that's|probably|definitely|go with|therefore|so|thus|hence)"
+                    rf"\b[\s.:,=-]{{0,3}}){LETTER}")
 ANOTHER = re.compile(rf"(?:,|/| ?&| or| and){{1,2}} ?{LETTER}")
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
 NUMBER = re.compile(rf"^(?:(?:the |my )?(?:correct |best )?(?:option|choice|answer)(?: is)?:? )?"
@@ -198,10 +200,20 @@ def marked_letters(answer):
     return found, behind
 
 
+def listed_options(answer, options):
+    """The options whose letter and text stand together: both in "A. red ball B. blue ball"."""
+    parts = re.split(r"(?<!\w)([A-Za-z])[).:\]]+", answer)
+    texts = [tuple(plain_words(text)) for text in parts[2::2]]
+    own = dict(zip("abcdefghijklmnopqrstuvwxyz", options, strict=False))
+    return {option for letter, text in zip(parts[1::2], texts, strict=True)
+            if (option := own.get(letter.lower())) and text[:len(option)] == option}
+
+
 def named_options(answer, options):
     """The options that an answer names, as tuples of words.  What comes first counts:
     1. the whole answer, or all that follows its leading letter, is an option: "B. two men";
-    2. letters that mark an option (unless the options are letters themselves);
+    2. letters that mark an option (unless these letters are options themselves), and with them
+       those of a list that repeats letters and texts; the A of "A: C" means the answer;
     3. options that stand in the answer, but not inside a longer one ("red" in "dark red");
     4. a number counted from 1 or an ordinal: "2.", "Option 2", "the second option".
     Negations ("not C") are not understood."""
@@ -210,13 +222,15 @@ def named_options(answer, options):
     answer = EMPHASIS.sub(r" (\1) ", "\n".join(filter(None, lines)))
     answer = re.sub(" {2,}", " ", re.sub("[*`]", "", answer)).strip("_\"' ")
     letters, behind = marked_letters(answer)
+    if re.match("A ?: ?", answer):                          # "A: Option C"; but A in "A: a red one"
+        letters = marked_letters(re.sub("^A ?: ?", "", answer))[0] or letters
     for whole in (tuple(said), tuple(plain_words(behind))):
-        if whole in options:
+        if whole and whole in options:
             return {whole}
     marked = {option for letter, option in zip("abcdefghijklmnopqrstuvwxyz", options, strict=False)
               if letter in letters}
-    if marked and not any(re.fullmatch("[a-z]", " ".join(option)) for option in options):
-        return marked
+    if marked and not any((letter,) in options for letter in letters):
+        return marked | listed_options(answer, options)
     found = [(i, -i - len(option), option) for option in {*options} - {()}
              for i in range(len(said)) if tuple(said[i:i + len(option)]) == option]
     named, reach = set(), 0
@@ -245,7 +259,7 @@ CHAT = re.compile(
     r"|(?:sure|certainly|okay|of course)[,.!]{0,9}\s{0,9}(?=here\b|the\b)"
     r"|(?:here is|here's|the)\s(?:the\s)?(?:transcript(?:ion)?|speech|text|speaker|audio)"
     r"(?:\s[^:]{0,40})?:))+\s*", re.I)
-QUOTED = re.compile(r"""^\s*(?:"(.*)"|'([^']*)'|`([^`]*)`)\s*$""", re.S)
+QUOTED = re.compile(r"""^\s*(?:"(.*)"|'(.*)'|`(.*)`)\s*$""", re.S)
 
 
 def without_chat(answer):

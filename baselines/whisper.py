@@ -151,7 +151,11 @@ class WhisperTokenizer:
         parts = [root / name for name in ("vocab.json", "merges.txt")]
         if (root / "tokenizer.json").exists():
             hub.read_json(root / "tokenizer.json")           # its error names the file
-            self.bpe = Tokenizer.from_file(str(root / "tokenizer.json"))
+            try:
+                self.bpe = Tokenizer.from_file(str(root / "tokenizer.json"))
+            except Exception as error:        # the library raises nothing more specific
+                raise ValueError(f"{root / 'tokenizer.json'}: not readable ({error}); download it "
+                                 "again") from None
         elif all(path.exists() for path in (*parts, root / "added_tokens.json")):
             vocab, merges = models.BPE.read_file(*map(str, parts))
             added = hub.read_json(root / "added_tokens.json")
@@ -207,13 +211,13 @@ class Whisper(nn.Module):
     def from_pretrained(cls, source, dtype=None, device=None):
         """Hub repo id or local folder with weights and tokenizer -> frozen, in eval mode."""
         root = hub.folder(source, ("*.json", "merges.txt"))
+        config = WhisperDecoderConfig.from_folder(root)          # refuses another model by name
         tokenizer = WhisperTokenizer(root)    # before the weights: what is missing shows at once
-        config = WhisperDecoderConfig.from_folder(root)
         decoder = hub.load_module(lambda: WhisperDecoder(config), root, dtype, device,
                                   prefix=("model.decoder.", "decoder."))
         encoder = WhisperEncoder.from_pretrained(root, dtype, device)
         file = root / "generation_config.json"
-        settings = hub.read_json(file if file.exists() else root / "config.json")
+        settings = checked_settings(file if file.exists() else root / "config.json")
         whisper = cls(encoder, decoder, tokenizer, settings).to(device or "cpu")
         return whisper.eval().requires_grad_(False)
 
@@ -295,10 +299,11 @@ class Whisper(nn.Module):
             loops = len(text) > MOST_COMPRESSED * len(zlib.compress(text))
             if not loops and score >= LEAST_LOGPROB:
                 return ids, temperature
-            attempts.append((loops, ids))
-        # DIFF: where all attempts at long sound repeat themselves, so does the speaker, and the
-        # first is the best; Whisper's own code takes the last in any case.
-        return attempts[0][1] if all(loops for loops, _ in attempts) else ids, temperature
+            attempts.append((score, ids))
+        # DIFF for long sound: if no temperature gives a sure text without repetition, the speaker
+        # repeats himself, and the first sure text is taken; Whisper's own code takes the last text.
+        sure = [ids for score, ids in attempts if score >= LEAST_LOGPROB]
+        return sure[0] if sure else ids, temperature
 
     def _segments(self, ids):
         """New ids of a window -> those of each whole segment, and where the next window starts, in
@@ -406,6 +411,21 @@ class Whisper(nn.Module):
             logits = self.decoder(token, cache)[:, -1]
         scores, ids = zip(*(chunk.answers[0] for chunk in chunks), strict=True)
         return list(ids), list(scores)
+
+
+def checked_settings(path):
+    """A generation_config.json -> dict. ValueError if what Whisper reads of it is of a wrong kind.
+    """
+    settings = {key: value for key, value in hub.read_object(path).items() if value is not None}
+    for key in ("suppress_tokens", "begin_suppress_tokens"):
+        ids = settings.get(key, [])
+        if not isinstance(ids, list) or any(type(i) is not int or abs(i) > 2 ** 31 for i in ids):
+            raise ValueError(f"{path}: {key} is {ids!r:.80}; wanted a list of ids")
+    index = settings.get("max_initial_timestamp_index", 0)
+    if type(index) is not int or not 0 <= index <= hub.LARGEST_SIZE:
+        raise ValueError(f"{path}: max_initial_timestamp_index is {index!r:.80}; wanted a whole "
+                         "number of 0 or more")
+    return settings
 
 
 class WhisperBaseline(nn.Module):

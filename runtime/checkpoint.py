@@ -22,6 +22,7 @@ import socket
 import struct
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 
 from runtime import distributed
-from runtime.hub import read_object
+from runtime.hub import anywhere, check_file, read_object
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = ROOT / "miniature" / "weights" / "favor"       # the tiny checkpoint in this repository
@@ -38,6 +39,9 @@ COMMITTED = ROOT / "miniature" / "weights" / "favor"       # the tiny checkpoint
 STATE = {"step": int, "best": float, "nonfinite": int, "config": dict, "optimiser": dict}
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
            OverflowError, EOFError, pickle.UnpicklingError, struct.error)
+
+# Fields of TrainConfig that name a folder, or a repo on the Hub.
+PLACES = ("whisper", "instructblip", "llm", "start_from")
 
 # Fields of TrainConfig that were renamed: name in an old state.pt -> name now.
 RENAMED = {"windows": "window_frames", "clip": "grad_clip", "keep_features": "cache_features"}
@@ -112,16 +116,25 @@ def load_state(folder):
     """The dict in state.pt: tensors and plain values only, so that no pickled code runs.  Raises
     ValueError that names the file and what is wrong with it."""
     file = Path(folder) / "state.pt"
+    check_file(file)
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():                    # of other versions of pickle
+            warnings.simplefilter("ignore")
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except (*DAMAGED, OSError) as error:
         reason = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):      # torch advises to run what is in it
+            reason = "a pickle of something else"
         raise ValueError(f"{file} is damaged or no state of a run ({reason})") from error
     for name, kind in STATE.items():
         value = state.get(name) if isinstance(state, dict) else None
-        if not isinstance(value, kind) or name == "step" and value < 0 or value != value:    # NaN
+        if type(value) is not kind or name == "step" and value < 0 or value != value:    # NaN
             raise ValueError(f"{file} is damaged or no state of a run ({name!r} is missing or no "
                              f"{kind.__name__})")
+    steps = state["config"].get("steps")
+    if isinstance(steps, int) and state["step"] > steps:
+        raise ValueError(f"{file} is damaged or no state of a run (step {state['step']} of "
+                         f"{steps})")
     return state
 
 
@@ -139,6 +152,7 @@ def resume(run, settings, resumable):
     if "data" not in state:                                # of an older version: see compare_data
         resumable = {*resumable} - {"data"}
     then = {RENAMED.get(name, name): value for name, value in state["config"].items()}
+    then |= {name: anywhere(then[name]) for name in PLACES if then.get(name)}
     different = {name: (then[name], settings[name]) for name in then
                  if name in settings and name not in resumable and then[name] != settings[name]}
     if different.keys() == {"steps"}:

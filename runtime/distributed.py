@@ -26,9 +26,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  imported later, its functions would keep the group alive
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -250,6 +247,9 @@ def shard(model, device):
     With one process the model just moves to `device`.  -> the same object, with new parameters."""
     if world() == 1:
         return model.to(device)
+    # imported here, because it takes as long as a third of torch, and few runs are sharded
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(device.type, (world(),))
     replicated = {p for p in model.parameters() if not p.requires_grad} - {*model.llm.parameters()}
     for parameter in replicated:
@@ -294,7 +294,7 @@ def accumulating(model, waits):
 def grad_norm_and_clip(model, most):
     """Scales the gradients so that their norm is at most `most` -> the norm before that."""
     norm = nn.utils.clip_grad_norm_([p for _, p in _trained(model)], most)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return _full(norm).item()
 
 
 @contextmanager
@@ -303,7 +303,7 @@ def full_parameters(model):
     save_pretrained or load_trained; afterwards each process has its rows of them again."""
     sharded = [(part, name, p) for part in model.modules()
                for name, p in part.named_parameters(recurse=False)
-               if p.requires_grad and isinstance(p, DTensor)]
+               if p.requires_grad and _sharded(p)]
     for part, name, p in sharded:
         setattr(part, name, nn.Parameter(_full(p)))
     try:
@@ -356,15 +356,21 @@ def _trained(model):
     return [(name, p) for name, p in bare.named_parameters() if p.requires_grad]
 
 
+def _sharded(tensor):
+    """Whether this is a DTensor: the share of one process."""
+    return hasattr(tensor, "full_tensor")
+
+
 def _full(tensor):
     """A sharded tensor gathered whole on the CPU; any other tensor unchanged."""
-    return tensor.detach().full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().full_tensor().cpu() if _sharded(tensor) else tensor
 
 
 def _rows_of(tensor, like):
     """This process's share of a whole tensor, laid out as the sharded parameter `like`.  A tensor
     of another shape (Adam's step) or of a parameter that is not sharded stays unchanged."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+    if not _sharded(like) or tensor.shape != like.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.detach().to(like.device), like.device_mesh, like.placements,
                              src_data_rank=None)           # all have the same: nothing is sent

@@ -24,6 +24,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 import zlib
 from functools import lru_cache, partial
@@ -47,15 +48,20 @@ PROBE = Record("probe", "", "What is seen and heard?", start=0.5, end=1.5,
 
 def fingerprint(model, clip_options):
     """-> name, probe: all that features depend on apart from the clip.  The name is a hash of the
-    system, the options of data.load_clip, the code that decodes (one film does not show what it
-    does with odd files), size and time of the encoders' files, and all frozen weights.  The probe,
-    {part: tensor}, shows what the encoders' code does with PROBE; see same_probe."""
-    parts = [model.system, sorted(clip_options.items()), model.config.audio_seconds,
-             source_hash(media, load_clip), bits_hash(frozen_weights(model))]
-    for source in (model.config.whisper, model.config.instructblip):
-        root = Path(hub.local_source(source))
+    system, the options of data.load_clip, which question is read and how much of it, the code that
+    decodes and encodes (one short film does not show what it does with odd files and long sounds),
+    size and time of the encoders' files, and all frozen weights.  The probe, {part: tensor}, shows
+    what the encoders' code does with PROBE; see same_probe."""
+    config = model.config
+    encoders = [sys.modules[type(part).__module__] for name, part in model.named_children()
+                if name in ("whisper", "visual")]
+    parts = [model.system, sorted(clip_options.items()), config.audio_seconds,
+             config.question_turn, config.question_tokens, source_hash(media, load_clip, *encoders),
+             bits_hash(frozen_weights(model))]
+    for source in (config.whisper, config.instructblip):
+        root = hub.local_folder(source)
         files = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns]
-                 for f in sorted(root.rglob("*")) if f.is_file()]
+                 for f in sorted(root.rglob("*")) if f.is_file()] if root else []
         parts.append(files or source)                  # the name of a repo on the Hub
     return digest(parts).hex(), probe_features(model, clip_options)
 

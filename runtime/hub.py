@@ -9,10 +9,10 @@ A source holds config.json beside model.safetensors, or shards with model.safete
 Import is strict both ways: a tensor we miss and a tensor we do not know are errors that name them,
 and so are numbers that are not finite. Files come from strangers: nothing in them is run, and sizes
 are checked before memory is taken.
-Public: folder, Repo, anywhere, saved_source, local_source, offline, is_offline, stored_tensors,
-open_tensors, fill, load_into, load_module, save_tensors, save_folder; model_config, processor,
-make_config; atomic, write_text, write_json, read_json, read_object, read_jsonl, grown_lines,
-markdown_table."""
+Public: folder, Repo, anywhere, saved_source, local_source, local_folder, offline, is_offline,
+stored_tensors, open_tensors, fill, load_into, load_module, save_tensors, save_folder; model_config,
+processor, make_config; atomic, write_text, write_json, check_file, read_json, unique_keys,
+read_object, read_jsonl, grown_lines, markdown_table."""
 
 import dataclasses
 import errno
@@ -43,6 +43,7 @@ FOREIGN = (("*.gguf", "GGUF, llama.cpp's"), ("model.bin", "CTranslate2's"), ("*.
 LARGEST_JSON = 32 * 2 ** 20       # bytes; read into Python it takes up to 20 times as much
 LARGEST_SIZE = 2 ** 24            # of any width or count in a config
 MOST_LAYERS = 256                 # as each costs time before its weights can be missed
+BLOCK = 2 ** 17                   # numbers that stay in a core's cache from a copy to its check
 # Bytes of each shard, counted from names, shapes and dtype: errors report a download's size.
 PUBLISHED = {
     "openai/whisper-tiny": (151_061_672,),
@@ -126,6 +127,13 @@ def local_source(source):
     from any working folder; tiny/ is the old name of miniature/weights/. Other sources are returned
     as they are."""
     return _ours(re.sub(r"^tiny/", "miniature/weights/", str(source))) or source
+
+
+def local_folder(source):
+    """The folder that a part is read from; None for a repo on the Hub."""
+    source = local_source(source)
+    path = Path(source).expanduser()
+    return path if path.is_dir() and not isinstance(source, Repo) else None
 
 
 def _ours(source):
@@ -383,19 +391,24 @@ def fill(target, stored):
     import torch
     value = stored()
     value = value[:len(target)] if value.shape != target.shape else value
+    size, good = BLOCK if target.device.type == "cpu" else max(1, target.numel()), True
     with torch.no_grad():
-        target.copy_(value.to(target.device))     # there in the file's dtype, then in ours
-    if not is_finite(target):
+        for ours, theirs in zip(target.view(-1).split(size), value.view(-1).split(size),
+                                strict=True):
+            ours.copy_(theirs.to(target.device))  # there in the file's dtype, then in ours
+            good = is_finite(ours) and good
+    if not good:
         what = (f"numbers too large for {target.dtype}; load it in another dtype"
                 if is_finite(value) else "NaN or infinity; download or save it again")
         raise ValueError(f"{stored.path}: {stored.name} holds {what}")
 
 
 def is_finite(tensor):
-    """Whether all numbers of a tensor are finite: in one pass, without a copy."""
+    """Whether all numbers of a tensor are finite, without a copy."""
     if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
         return True
-    return all(math.isfinite(end) for end in tensor.detach().aminmax())       # NaN becomes both
+    tensor = tensor.detach()                    # the sum is the quicker one, but may overflow
+    return math.isfinite(tensor.sum()) or all(map(math.isfinite, tensor.aminmax()))
 
 
 def _match(targets, tensors, prefix, rename, rows):
@@ -478,10 +491,11 @@ def model_config(root, kind, inside=None):
     return config
 
 
-def processor(root, part, keys):
+def processor(root, part, keys, plain=lambda key, value: value):
     """Settings of a model's input: those of `keys` that preprocessor_config.json names, or
     processor_config.json in its object `part`, where transformers 5 writes them. -> {key: value}
-    and {key: path of its file}. ValueError where the two contradict each other."""
+    and {key: path of its file}. plain(key, value) gives what several ways to write a value mean.
+    ValueError where the two files contradict each other."""
     settings, places = {}, {}
     for name in PROCESSOR_FILES:
         path = Path(root) / name
@@ -494,11 +508,12 @@ def processor(root, part, keys):
         for key in keys:
             if found.get(key) is None:
                 continue
-            if key in settings and settings[key] != found[key]:
-                raise ValueError(f"{path}: {key} {found[key]!r:.80}, but {places[key]} has "
+            value = plain(key, found[key])
+            if key in settings and settings[key] != value:
+                raise ValueError(f"{path}: {key} {value!r:.80}, but {places[key]} has "
                                  f"{settings[key]!r:.80}; remove the one that the model was not "
                                  "trained with")
-            settings[key], places[key] = found[key], path
+            settings[key], places[key] = value, path
     return settings, places
 
 
@@ -586,7 +601,7 @@ def read_json(path):
     try:
         if (size := os.stat(path).st_size) > LARGEST_JSON:
             raise ValueError(f"{size} bytes; wanted {LARGEST_JSON} at most")
-        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
     except (ValueError, RecursionError) as error:
@@ -594,13 +609,13 @@ def read_json(path):
             f"{path}: not valid JSON ({error}); download or save the file again") from None
 
 
-def _once(pairs):
-    """Pairs of a JSON object -> dict; ValueError for a key that is there twice."""
+def unique_keys(pairs):
+    """(key, value) pairs of an JSON object -> dict. ValueError for a key that is there twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
     return values
 
 
@@ -615,7 +630,7 @@ def read_object(path):
 def read_jsonl(path):
     """Yields the JSON object of each line of `path`; nothing if there is no such file. Lines that a
     kill or a full disk cut off are left out."""
-    if not Path(path).exists():
+    if not Path(path).is_file():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -631,6 +646,7 @@ def grown_lines(path):
     """The JSON objects of a file that grows line by line -> list of (line number, dict).  Lines at
     its end that a kill or a full disk cut off are left out.  ValueError says what else is wrong
     with the file."""
+    check_file(path)
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:

@@ -108,7 +108,7 @@ def write_run_facts(out, facts, argv, first_step=0):
             write_json(out / name, value)
     then = read_json(out / "environment.json")
     changed = {key: value for key, value in now.items() if value != then.get(key)}
-    with open(out / "commands.log", "a", encoding="utf-8") as file:
+    with open(out / "commands.log", "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"{timestamp()} from step {first_step}: {command}"
                    + (f"  # now {json.dumps(changed)}" if changed else "") + "\n")
     return facts

@@ -15,6 +15,7 @@ Public: MediaError, Media, probe, read_frames, read_image, read_audio, write_vid
 write_png, AUDIO_RATE."""
 
 import math
+import mmap
 import os
 import re
 import struct
@@ -37,7 +38,7 @@ from runtime.hub import atomic
 AUDIO_RATE = 16_000       # samples per second, the rate of Whisper
 TICK = 1e-6               # s; times closer than this are equal (MPEG's own clock ticks at 1.1e-5)
 JITTER = 0.015            # s; a smaller error of a sound's time is rounding, a lost packet is 20 ms
-LATE = 0.025              # s; a picture may be stamped so much late, as by an Opus track's delay
+LATE = 0.026              # s; a picture may be stamped so much late: 25 ms is the delay of MP3
 SLIDE = 0.4               # s; what is shown for longer is a slide
 MOST_FRAMES = 7200        # per call; 1.1 GB of 224 x 224 pixels
 MOST_SECONDS = 3 * 3600   # of sound per call; 0.7 GB
@@ -48,11 +49,17 @@ TS_DISCONT = 0x200        # FFmpeg's flag of formats whose clock may jump: MPEG-
 GENERIC_INDEX = 0x100     # and of those that it indexes itself: mostly raw sound without a clock
 GENPTS = 0x1              # FFmpeg's flag to guess missing time stamps
 ATTACHED = av.stream.Disposition.attached_pic     # cover art is a "video" stream, but no video
-FORMATS = ",".join(sorted(av.formats_available - {"concat", "dash", "hls", "imf", "rtsp", "sdp"}))
+# Playlists, and what makes a picture or a sound of any text.
+FORMATS = ",".join(sorted(av.formats_available - {"concat", "dash", "hls", "imf", "rtsp", "sdp",
+                                                  "sbg", "tty"}))
 DEFAULT = av.stream.Disposition.default
 PICTURE_PIXELS = 120_000_000                      # 12000 x 10000; reading one takes at most 2 GB
 VIDEO_PIXELS = 36_000_000                         # 8192 x 4352, of which H.264 keeps up to 17
 COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)        # numbers of ITU-T H.273 that FFmpeg converts
+ONLY_THE_FIRST = ("wav", "aiff", "mov", "flv")    # formats of which FFmpeg reads one file only
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"          # the parts of Matroska
+BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"styp", b"sidx", b"mfra",
+         b"uuid", b"meta", b"emsg", b"prft", b"pdin")                   # and those of MP4
 HEIF = ("avif", "avis", "heic", "heix", "hevc", "hevx", "mif1", "msf1")        # brands of files
 
 
@@ -134,7 +141,7 @@ def _stream(container, kind, path):
 
 def _origin(container, stream):
     """Time 0 of a stream on the file's own clock: an exact fraction, seconds.  It is the first
-    moment of picture or sound.  A picture that starts up to 25 ms after the sound counts as
+    moment of picture or sound.  A picture that starts up to 26 ms after the sound counts as
     starting with it; otherwise each slide of a WebM would be late by the delay of its Opus track
     (test_slides_stamped_late)."""
     starts = {s.index: s.start_time * s.time_base
@@ -147,10 +154,11 @@ def _origin(container, stream):
 
 def _stream_end(container, stream, path):
     """The time at which the stream ends, in seconds: from its own header, otherwise from the
-    container's, otherwise by reading every packet.  Headers do not know of a clock that jumps."""
+    container's, otherwise by reading every packet.  Where every packet has been read for the
+    clock's sake, that counts: headers do not know of jumps, and FFmpeg guesses the end of MPEG."""
     origin = float(_origin(container, stream))
-    joints, ends = _joints(container, path)
-    if joints:
+    _, ends = _joints(container, path)
+    if ends:
         return ends.get(stream.index, origin) - origin
     if stream.duration and stream.start_time is not None:
         return float((stream.start_time + stream.duration) * stream.time_base) - origin
@@ -200,22 +208,62 @@ def _joined_packets(container):
 
 def _joints(container, path):
     """-> how often the clock of the file jumps, and where each stream then ends: {index: seconds on
-    the file's own clock}.  In the formats where that may happen this reads every packet, once per
-    process and file."""
-    if not container.format.flags & TS_DISCONT:
+    the file's own clock}.  In the formats where that may happen, and where a second file is
+    appended to the first, this reads every packet, once per process and file."""
+    format, appended = container.format, _appended(*_state(path))
+    if format.name.startswith(ONLY_THE_FIRST) or not (appended or format.flags & TS_DISCONT):
         return 0, {}
+    return _read_joints(*_state(path), appended)
+
+
+def _state(path):
     state = os.stat(path)
-    return _read_joints(str(path), state.st_size, state.st_mtime_ns)
+    return str(path), state.st_size, state.st_mtime_ns
 
 
 @lru_cache(maxsize=4096)
-def _read_joints(path, size, changed):
-    joints, shift, ends = 0, 0.0, {}
+def _appended(path, size, changed):
+    """Whether a second file follows inside this one, as in `cat a.avi b.avi`.  The header counts
+    only the first one, and FFmpeg cannot seek in the second."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        if head.startswith((b"fLaC", b"FLV")):     # these do not tell where they end
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return content.find(head, 8) > 0
+        at, seen = 0, set()
+        for _ in range(20_000):
+            file.seek(at)
+            name, length = _part(file.read(16))
+            if name in seen or not 8 <= length <= size - at:
+                return name in seen
+            seen |= {name} & {b"AVI ", b"WAVE", b"AIFF", b"moov", EBML}
+            at += length
+    return False
+
+
+def _part(head):
+    """First 16 bytes of a part of an AVI, WAV, AIFF, MP4 or Matroska file -> its name, length."""
+    if head[:4] in (b"RIFF", b"FORM"):
+        length = int.from_bytes(head[4:8], "little" if head[:4] == b"RIFF" else "big")
+        return head[8:12], 8 + length + length % 2
+    if head[:4] in (EBML, SEGMENT) and head[4:5] > b"\0":
+        n = 9 - head[4].bit_length()               # the length is a number of n bytes
+        length = int.from_bytes(head[4:4 + n], "big") & ((1 << 7 * n) - 1)
+        return head[:4], 4 + n + length
+    long = head[:4] == b"\0\0\0\1"
+    length = int.from_bytes(head[8:16] if long else head[:4], "big")
+    return head[4:8], length if head[4:8] in BOXES else 0
+
+
+@lru_cache(maxsize=4096)
+def _read_joints(path, size, changed, appended):
+    joints, shift, ends, read = int(appended), 0.0, {}, 0
     with _open(path) as container:
         try:
             for packet, moved in _joined_packets(container):
                 if moved != shift:
                     joints, shift = joints + 1, moved
+                read = max(read, (packet.pos or 0) + packet.size)
                 stamp = packet.pts if packet.pts is not None else packet.dts
                 if stamp is not None:
                     end, key = stamp + (packet.duration or 0), packet.stream.index
@@ -223,6 +271,10 @@ def _read_joints(path, size, changed):
                         ends[key] = end
         except (av.FFmpegError, IndexError):  # the file breaks off; what came before is known
             pass
+        if appended and read < 0.9 * size:        # of three Matroska files it finds two
+            warnings.warn(f"{path}: several files in one, of which only the first "
+                          f"{read / size:.0%} are read; take them apart or join them (ffmpeg -f "
+                          "concat)", stacklevel=2)
         return joints, {key: float(end * container.streams[key].time_base)
                         for key, end in ends.items()}
 
@@ -263,29 +315,21 @@ def probe(path):
         return Media("video", _stream_end(container, _best(container, "video"), path), has_audio)
 
 
-def _timed_frames(container, stream, path, clock):
-    """Yields every decoded frame as (start, seconds, frame) in presentation time.  A frame without
-    a time stamp starts where the frame before it ended (raw H.264).  Times do not go backwards.
-    clock: the start of the first frame in seconds, None when it is unknown.
-
-    Where the rate of the sound changes, FFmpeg still counts the stamps of AAC and FLAC at the old
-    one.  From there on the samples are counted here; the stamps of containers still tell gaps."""
-    origin, broken, sound = float(_origin(container, stream)), 0, stream.type == "audio"
-    # Two integers, because arithmetic on Fractions would be slow.
-    tick, ticks = stream.time_base.numerator, stream.time_base.denominator
-    joined = _joints(container, path)[0] > 0
-    packets = ((packet for packet, _ in _joined_packets(container)
-                if packet.stream.index == stream.index) if joined else container.demux(stream))
-    first_dts = last = None
-    last_pts = last_dts = -math.inf
-    bad_pts = bad_dts = delay = 0
-    rate, drift, changed = None, math.inf if container.format.flags & GENERIC_INDEX else 0.5, False
+def _decoded(packets, stream, path):
+    """Yields every decoded frame, and by how many ticks the decoder has held it back: AVI numbers
+    packets, not pictures.  The pts that FFmpeg gives the B-frames of MPEG-4 are such numbers, too.
+    0 where the file has real time stamps."""
+    first_dts = before = delay = None
+    broken = 0
     while True:
         try:
             if (packet := next(packets, None)) is None:
                 break
             if first_dts is None and packet.is_keyframe:
                 first_dts = packet.dts
+            elif delay is None and None not in (first_dts, before, packet.dts, packet.pts):
+                first_dts += packet.dts - before     # a B-frame lost by a seek: no picture follows
+            before = packet.dts
             decoded = packet.decode()
         # The rest of the file may still be good.  PyAV raises an IndexError at the end of a file in
         # which a stream turns up that its header does not name.
@@ -295,45 +339,64 @@ def _timed_frames(container, stream, path, clock):
                 break
             continue
         for frame in decoded:
-            pts, dts = frame.pts, frame.dts
-            if last is None and pts is None and dts is not None:
-                # AVI numbers packets, not pictures: the decoder has held this one back.
-                delay = dts - (dts if first_dts is None else first_dts)
-            # As ffmpeg does: stamps of decoding, where those of presentation are worse or missing.
-            if pts is not None:
-                bad_pts += pts <= last_pts
-                last_pts = pts
-            if dts is not None:
-                bad_dts += dts <= last_dts
-                last_dts = dts
-            use_dts = pts is None or (bad_pts > bad_dts and dts is not None)
-            stamp = dts if use_dts else pts
-            if sound and frame.sample_rate != rate:
-                changed, rate = rate is not None, frame.sample_rate
-                if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
-                    raise MediaError(f"{path}: {rate} samples of sound per second, wanted "
-                                     f"{SAMPLE_RATES[0]} to {SAMPLE_RATES[1]}; its header is "
-                                     "wrong; make it again or drop it")
-            if stamp is not None:
-                time = (stamp - delay if use_dts else stamp) * tick / ticks - origin
-                if changed and last is not None and abs(time - clock) < drift:
-                    time = clock
-                if last is not None and (time < last - BACK or time > clock + LOST_STAMP):
-                    if not joined:
-                        joined = True
-                        _warn_joined(path)
-                    origin, time = origin + time - clock, clock
-                clock = time if last is None or sound else max(time, last)
-            if sound:
-                seconds = frame.samples / rate
-            else:
-                seconds = float((frame.duration or 0) * tick / ticks
-                                or 1 / (stream.average_rate or 25))
-            yield clock, seconds, frame
-            last = clock
-            clock = None if clock is None else clock + seconds
+            if delay is None:
+                held = frame.pts is None and None not in (frame.dts, first_dts)
+                delay = frame.dts - first_dts if held else 0
+            yield frame, delay
     if broken:
-        warnings.warn(f"{path}: {broken} broken {stream.type} packets were left out", stacklevel=3)
+        warnings.warn(f"{path}: {broken} broken {stream.type} packets were left out", stacklevel=4)
+
+
+def _timed_frames(container, stream, path, clock):
+    """Yields every decoded frame as (start, seconds, frame) in presentation time.  A frame without
+    a time stamp starts where the frame before it ended (raw H.264).  Times do not go backwards.
+    clock: the start of the first frame in seconds, None when it is unknown.
+
+    Where the rate of the sound changes, FFmpeg still counts the stamps of AAC and FLAC at the old
+    one.  From there on the samples are counted here; the stamps of containers still tell gaps."""
+    origin, sound = float(_origin(container, stream)), stream.type == "audio"
+    # Two integers, because arithmetic on Fractions would be slow.
+    tick, ticks = stream.time_base.numerator, stream.time_base.denominator
+    joined = _joints(container, path)[0] > 0
+    packets = ((packet for packet, _ in _joined_packets(container)
+                if packet.stream.index == stream.index) if joined else container.demux(stream))
+    last, last_pts, last_dts, bad_pts, bad_dts = None, -math.inf, -math.inf, 0, 0
+    rate, drift, changed = None, math.inf if container.format.flags & GENERIC_INDEX else 0.5, False
+    for frame, delay in _decoded(packets, stream, path):
+        pts, dts = frame.pts, frame.dts
+        # As ffmpeg does: stamps of decoding, where those of presentation are worse or missing.
+        if pts is not None:
+            bad_pts += pts <= last_pts
+            last_pts = pts
+        if dts is not None:
+            bad_dts += dts <= last_dts
+            last_dts = dts
+        use_dts = pts is None or (dts is not None and (delay > 0 or bad_pts > bad_dts))
+        stamp = dts if use_dts else pts
+        if sound and frame.sample_rate != rate:
+            changed, rate = rate is not None, frame.sample_rate
+            if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
+                raise MediaError(f"{path}: {rate} samples of sound per second, wanted "
+                                 f"{SAMPLE_RATES[0]} to {SAMPLE_RATES[1]}; its header is "
+                                 "wrong; make it again or drop it")
+        if stamp is not None:
+            time = (stamp - delay if use_dts else stamp) * tick / ticks - origin
+            if changed and last is not None and abs(time - clock) < drift:
+                time = clock
+            if last is not None and (time < last - BACK or time > clock + LOST_STAMP):
+                if not joined:
+                    joined = True
+                    _warn_joined(path)
+                origin, time = origin + time - clock, clock
+            clock = time if last is None or sound else max(time, last)
+        if sound:
+            seconds = frame.samples / rate
+        else:
+            seconds = float((frame.duration or 0) * tick / ticks
+                            or 1 / (stream.average_rate or 25))
+        yield clock, seconds, frame
+        last = clock
+        clock = None if clock is None else clock + seconds
 
 
 def _warn_joined(path):
@@ -356,6 +419,9 @@ def _decode(path, kind, start):
                 if back is not None:
                     continue
                 _warn_joined(path)
+            elif container.format.name.startswith(ONLY_THE_FIRST) and _appended(*_state(path)):
+                warnings.warn(f"{path}: a second file is appended to it, which is not read; take "
+                              "them apart or join them (ffmpeg -f concat)", stacklevel=1)
             if back is not None:
                 ticks = (Fraction(start) - back + _origin(container, stream)) / stream.time_base
                 try:
@@ -606,6 +672,8 @@ def _first_picture(path):
                 if stream.codec_context.name == "tiff" and _compression(bytes(packet)) in (6, 7):
                     raise MediaError(f"{path}: a TIFF that holds a JPEG, which FFmpeg cannot "
                                      "decode; convert it to jpg or png")
+                if stream.codec_context.name == "tiff":
+                    frames[0].color_range = 2         # YCbCr of TIFF uses all 256 values
                 if not strict:
                     warnings.warn(f"{path}: damaged or cut off; using what can be decoded",
                                   stacklevel=3)

@@ -872,7 +872,8 @@ def test_a_dialogue_longer_than_the_llm_loses_its_oldest_turns(build):
     short = dataclasses.replace(first_frames(sample, 2), history=turns[2:])
     loss = model([short])["ce"]
     with_positions(model, model.length(short) + 2)
-    with pytest.warns(UserWarning, match="only 2 of 9 frames .* and the last 1 of 3 earlier turns"):
+    with pytest.warns(UserWarning,
+                      match="only 2 of 9 frames .*; only the last 1 of 3 earlier turns"):
         assert model([sample])["ce"] == pytest.approx(loss.item(), abs=1e-6)
     with_positions(model, model.length(short) - 8)
     text = dataclasses.replace(sample, prompt="what is it " * 9, history=())

@@ -40,6 +40,7 @@ from test_train import (  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import demo
 import eval as evaluation
 import train
 from favor import Favor
@@ -425,6 +426,43 @@ def test_a_run_goes_on_with_its_own_data_only(command, small_miniature, two_step
     assert "going on from" in capsys.readouterr().out
 
 
+def test_a_part_by_relative_path_is_the_same_from_another_folder(tmp_path, monkeypatch):
+    """What --llm and --start-from mean is compared, also with a state that holds the text alone."""
+    for name in ("parts/llama", "first"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    then = dataclasses.asdict(train.TrainConfig(llm="parts/llama", start_from="first"))
+    assert then["llm"] == str(tmp_path / "parts" / "llama")
+    monkeypatch.chdir(tmp_path / "parts")
+    assert then == dataclasses.asdict(train.TrainConfig(llm="./llama", start_from="../first"))
+    assert train.TrainConfig(llm="owner/llama", start_from="").llm == "owner/llama"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "last").mkdir()
+    torch.save({"step": 1, "best": 0.5, "nonfinite": 0, "optimiser": {}, "data": [],
+                "config": then | {"llm": "./parts/llama", "start_from": ""}},
+               tmp_path / "last" / "state.pt")
+    assert checkpoints.resume(tmp_path, then | {"start_from": ""}, ())
+    with pytest.raises(SystemExit, match="other settings.*'llm'"):
+        checkpoints.resume(tmp_path, then | {"start_from": "", "llm": "owner/llama"}, ())
+
+
+@pytest.mark.parametrize("program", [train, evaluation, demo])
+def test_a_gated_repo_is_one_sentence(tmp_path, monkeypatch, program):
+    def refused(*_, **__):
+        raise PermissionError("owner/llm: the Hub refuses config.json (gated); accept the terms")
+    monkeypatch.setattr(train, "prepare", refused)
+    monkeypatch.setattr(evaluation, "load_system", refused)
+    monkeypatch.setattr(evaluation, "find_questions", lambda config: ([tmp_path], []))
+    monkeypatch.setattr(demo, "load_system", refused)
+    with pytest.raises(SystemExit, match="^owner/llm: the Hub refuses.*accept the terms$"):
+        if program is train:
+            train.learn(train.TrainConfig(), [], tmp_path, torch.device("cpu"))
+        elif program is evaluation:
+            evaluation.run(evaluation.EvalConfig(), tmp_path / "p.jsonl", torch.device("cpu"))
+        else:
+            demo.main([])
+
+
 def change_state(change):
     def damage(last):
         state = torch.load(last / "state.pt", weights_only=True)
@@ -442,10 +480,13 @@ def of_optimiser(name, value):
     (lambda last: (last / "state.pt").write_text("a text\n" * 9), "state.pt is damaged"),
     (lambda last: (last / "state.pt").write_bytes((last / "state.pt").read_bytes()[:5000]),
      "state.pt is damaged"),
-    (lambda last: (last / "state.pt").write_bytes(pickle.dumps(Path("/"))), "state.pt is damaged"),
+    (lambda last: (last / "state.pt").write_bytes(pickle.dumps(Path("/"))), "of something else"),
     (change_state(lambda state: [1, 2]), "state.pt is damaged or no state of a run .'step'"),
     (change_state(lambda state: {"model": {}}), "'step' is missing"),
     (change_state(lambda state: state.update(step=-1)), "'step' is missing or no int"),
+    (change_state(lambda state: state.update(step=True)), "'step' is missing or no int"),
+    (change_state(lambda state: state.update(step=99)), "state.pt is damaged .*step 99 of 2"),
+    (lambda last: ((last / "state.pt").unlink(), os.mkfifo(last / "state.pt")), "state.pt: .*pipe"),
     (change_state(lambda state: state.update(optimiser=None)), "'optimiser' is missing or no dict"),
     (change_state(lambda state: state["optimiser"].clear()), "the optimiser's state is not one of"),
     (change_state(lambda state: state["optimiser"]["state"].update({999: {}})), "not one of"),

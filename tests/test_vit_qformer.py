@@ -212,6 +212,19 @@ def test_image_processors_that_are_not_built_are_named(tiny, tmp_path, change):
         vit_qformer.read_config(tmp_path)
 
 
+@pytest.mark.parametrize("change", [
+    {"size": 42}, {"image_processor_type": "BlipImageProcessorFast"}, {"do_pad": None},
+    {"image_processor_type": "BlipImageProcessorPil"}, {"rescale_factor": 0.003921568859368563}])
+def test_versions_of_transformers_that_write_the_same_differently(tiny, tmp_path, change):
+    """The published file, and beside it that of a processor which another version saved there."""
+    shutil.copy(tiny.root / "config.json", tmp_path)
+    good = transformers.BlipImageProcessor(size={"height": 42, "width": 42}).to_dict()
+    hub.write_json(tmp_path / "preprocessor_config.json", good | change)
+    hub.write_json(tmp_path / "processor_config.json",
+                   {"image_processor": good, "num_query_tokens": None})
+    assert vit_qformer.read_config(tmp_path)[0].image_size == 42
+
+
 @pytest.mark.parametrize("part, key, value", [
     ("vision_config", "num_hidden_layers", 10 ** 6), ("vision_config", "hidden_size", "48"),
     ("vision_config", "num_attention_heads", 0), ("vision_config", "num_attention_heads", 5),

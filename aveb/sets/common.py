@@ -19,7 +19,8 @@ from functools import cached_property
 from pathlib import Path
 
 from aveb.tasks import METRICS
-from data import Record, check_record, unique_keys
+from data import Record, check_record
+from runtime.hub import unique_keys
 
 SETS = {}                         # {name: Set}
 

@@ -268,6 +268,10 @@ def test_a_journal_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="file cannot be written: File exists; make"):
         Journal(tmp_path / "file", {})
+    taken = Journal(tmp_path / "best" / "parts", {})         # train.py swaps in a new best/
+    (tmp_path / "best").rename(tmp_path / "best.old")
+    taken.add([{"id": "a", "answers": {"both": "x"}}])
+    taken.remove()
     journal = Journal(tmp_path / "parts", {})
     monkeypatch.setattr(journal, "file", open("/dev/full", "w"))
     with pytest.raises(SystemExit, match="parts cannot be written: No space left on device; make"):
@@ -372,3 +376,13 @@ def test_a_damaged_checkpoint_or_no_clip_ends_with_a_sentence(checkpoint, tmp_pa
 def test_unknown_history():
     with pytest.raises(ValueError, match="--history silver: no such choice; choose from gold, no"):
         evaluation.EvalConfig(history="silver")
+
+
+def test_an_earlier_question_that_is_too_long(checkpoint, records):
+    """--history model asks it, which leaves out its dialogue alone."""
+    talks = [r for r in records if r.task == "avsd"][:2]
+    talks[0] = dataclasses.replace(talks[0], history=(("why " * 3000, "so"),))
+    said, skipped = answer_all(Favor.from_pretrained(checkpoint), talks, None, ("both",),
+                               history="model", log=lambda *_: None)
+    assert {*said} == {talks[1].id} and skipped[0][0] == talks[0].id
+    assert "the LLM has" in skipped[0][1]

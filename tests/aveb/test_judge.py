@@ -21,7 +21,7 @@ import pytest
 from aveb import judge as judging
 from aveb import metrics
 from aveb.judge import Judge, JudgeError, clean, key_of, label_match, prompt_of
-from eval import EvalConfig, resolve_config
+from eval import EvalConfig, find_questions, resolve_config
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -272,6 +272,14 @@ def test_verdicts_are_looked_at_before_anything_is_answered(content, said, tmp_p
         judging.check(config)
     with pytest.raises(SystemExit, match=said):
         resolve_config(EvalConfig(judge=f"file:{path}", random_init=True))
+
+
+def test_a_judge_that_nobody_needs_is_told_before_anything_is_answered(tmp_path, capsys):
+    for metric in ("exact", "judged"):
+        (tmp_path / "test.jsonl").write_text(json.dumps({
+            "id": "a", "task": "avsd", "prompt": "", "target": "", "meta": {"metrics": [metric]}}))
+        find_questions(EvalConfig(data=str(tmp_path), judge="none"))
+        assert ("the judge is not asked" in capsys.readouterr().out) == (metric == "exact")
 
 
 def test_offline_is_said_before_anything_is_answered(tmp_path, monkeypatch):

@@ -261,6 +261,10 @@ def test_texts_that_look_different():
     assert value("exact", row("", "?!")) == value("word_match", row("", "👍")) == 0
     assert value("wer_basic", row("'red' it's", "red it's")) == 0
     assert value("wer_basic", row("the dogs", "the dogs'")) == 50
+    assert value("wer", row("it's\ngot\nred", "it's got red")) == 0
+    for quoted in ("'one penny'", "'the' 'one penny'", "\"'One penny.'\""):
+        assert value("textvqa_soft", row(quoted, *["one penny"] * 10)) == 100
+        assert value("textvqa_equal", row(quoted, *["one penny"] * 10)) == 100
     assert text.canonical("a\ud800b").encode() == "a\ufffdb".encode()
     for form in map(text.canonical, [*TRICKY, "ŉ’’ ＇ ﷺ ㎏ Ⅳ ﬃ"]):
         assert text.canonical(form) == form
@@ -268,7 +272,7 @@ def test_texts_that_look_different():
 
 @pytest.mark.parametrize("part", [
     " ", "\n", "'", '"', "*", "(", "<", "[", "1", "a", "one ", "C or ", "answer: ", "is ", "red ",
-    "million ", ". ", "\\text{", "and a half "])
+    "million ", ". ", "A. red ", "\\text{", "and a half "])
 def test_an_answer_that_never_ends(part):
     """In linear time, or this test takes minutes."""
     answer = part * (60_000 // len(part))
@@ -280,6 +284,7 @@ def test_an_answer_that_never_ends(part):
 @pytest.mark.parametrize("answer, left", [
     ("Sure! Here is the transcript: red ball", "red ball"), ("ASSISTANT: 'red'", "red"),
     ("The speaker says: “red”", "red"), ("the text is red", "the text is red"),
+    ("'I don't, it's red'", "I don't, it's red"),
     ("sure enough it fell", "sure enough it fell"), ("'tis the dogs", "'tis the dogs")])
 def test_without_chat(answer, left):
     assert metrics.without_chat(answer) == left
@@ -365,10 +370,12 @@ NAMED = {2: r"""The answer is C|**C**|[C]|(c)|C)|c.|Option C|C. text|C: text|Ans
 I'd go with option C.|The correct answer is (C).|The best option is: **C**|choice (c)|C is correct
 answer is option c.|The answer is C because the dog is red|C, because of the dog|C - dark red
 {C}|> C|Correct: C|Ans. C|C .|\(C\)|C dark red|A: dark red|dark red|It is dark red.|**dark red**
+A: C|A: Option C|A: The answer is (C).|That's C.|Probably (C)
 the third option|The 3rd choice|3.|(3)|#3|Option 3|option three|Option 3 is correct""",
          3: """red|'red'|“red”|`red`|A red ball|I think it is red|the answer is a red ball
 vitamin C is red""", 0: "A dog|The answer is a dog|e.g. the dog", 1: "i.e. two men|B two men",
          None: """C or D|C and D|C, D|C/D|(C) or (D)|The answer is C or D|Both A and C
+A. dog B. two men C. dark red D. red|(c) dark red (d) red
 dark red or red|F|(z)|Option 9|I am sure|U.S. soldiers|it is a thing||A cat|?|0.
 None of the above"""}
 NAMED = [(answer, place) for place, answers in NAMED.items()
@@ -389,6 +396,8 @@ def test_options_that_are_letters():
     one = row("The answer is B", "B", options=["B", "A"])
     assert value("choice_lenient", one) == value("choice_lenient", {**one, "answer": "B."}) == 100
     assert value("choice_lenient", {**one, "answer": "A"}) == 0
+    assert value("choice_lenient", row("B", "y", options=["x", "y", "z"])) == 100
+    assert value("choice_lenient", row("B", "red", options=["", "red"])) == 100
 
 
 def test_by_type():

@@ -443,7 +443,8 @@ LOOP = " a red circle" * 30
     ({0: (" a red lamp", -1.3), 0.4: (" a grey lamp", -0.9)}, 0, [0.0, 0.2, 0.4], "a grey lamp"),
     ({0: (LOOP, -0.1), 0.2: (" a grey lamp", -0.9)}, 0, [0.0, 0.2], "a grey lamp"),
     ({0: (" a red lamp", -1.3), 1: (" café", -1.1)}, 0, whisper.TEMPERATURES, "café"),
-    ({0: (LOOP, -0.1), 1: (LOOP + " café", -0.3)}, 0, whisper.TEMPERATURES, LOOP.strip())])
+    ({0: (LOOP, -0.1), 1: (LOOP + " café", -0.3)}, 0, whisper.TEMPERATURES, LOOP.strip()),
+    ({0: (LOOP, -0.1), 1: (" grey noise", -4.9)}, 0, whisper.TEMPERATURES, LOOP.strip())])
 def test_what_is_decoded_again(tiny, monkeypatch, script, silence, temperatures, text):
     asked = scripted(tiny, monkeypatch, script, silence)
     said = tiny.ours.transcribe([torch.zeros(16001)])                 # 1 window and 1 frame less
@@ -597,3 +598,28 @@ def test_tokenizer_of_another_model_or_broken(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer.json: not valid JSON"):
         WhisperTokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json: not readable"):
+        WhisperTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"config.json": '{"model_type": "dinov2"}'}, "model_type is 'dinov2'; wanted 'whisper'"),
+    ({"config.json": "{}", "model.bin": "x", "tokenizer.json": "{}"}, r"model.bin \(CTranslate2")])
+def test_folders_of_other_models(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Whisper.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"suppress_tokens": ["a"]}, "suppress_tokens is"), ({"begin_suppress_tokens": 3}, "is 3"),
+    ({"suppress_tokens": [10 ** 30]}, "suppress_tokens is"),
+    ({"max_initial_timestamp_index": "x"}, "timestamp_index is 'x'"), (None, "holds a list")])
+def test_settings_of_a_wrong_kind(tmp_path, change, message):
+    hub.write_json(tmp_path / "g.json", [] if change is None else change)
+    with pytest.raises(ValueError, match=f"g.json: .*{message}"):
+        whisper.checked_settings(tmp_path / "g.json")
+    hub.write_json(tmp_path / "g.json", {"suppress_tokens": None, "x": 1})
+    assert whisper.checked_settings(tmp_path / "g.json") == {"x": 1}

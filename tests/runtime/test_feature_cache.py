@@ -28,7 +28,7 @@ import whisper_enc
 from aveb.answers import readable_samples
 from baselines.instructblip import InstructBlip
 from favor import Favor, Features
-from runtime import distributed
+from runtime import distributed, hub
 from runtime import feature_cache as features
 from runtime.feature_cache import PROBE, FeatureCache, cache_features
 from runtime.media import probe, read_audio
@@ -217,7 +217,8 @@ def test_what_makes_features_anew(small_parts, records, tmp_path, encoded):
                          ("audio", records[0].audio)):
         assert anew(dataclasses.replace(film, **{field: value})), field
     for field, value in (("fps", 4.0), ("frame_times", "ends"), ("audio_seconds", 3.0),
-                         ("antialias", False), ("max_seconds", 3.0)):
+                         ("antialias", False), ("max_seconds", 3.0), ("question_tokens", 64),
+                         ("question_turn", "first")):
         assert anew(**{field: value}), field
     assert not anew(options={"max_seconds": 3.0})             # as the config had it
     assert anew(options={"max_seconds": 2.0}) and not anew(window_frames=2, diversity=0.5)
@@ -248,6 +249,23 @@ class Rectified(whisper_enc.WhisperEncoder):
 
     def encode_all(self, sounds):
         return [vectors.relu() for vectors in super().encode_all(sounds)]
+
+
+def test_the_source_of_an_encoder_and_a_repo_of_a_folders_name_count(
+        small_model, tmp_path, monkeypatch):
+    """What the probe is too short for, and a Hub repo, which is no folder of that name here."""
+    names = {features.fingerprint(small_model, {})[0]}
+    monkeypatch.setattr(small_model.whisper, "__class__", type(
+        "Other", (whisper_enc.WhisperEncoder,), {"__module__": "vit_qformer"}))
+    names.add(features.fingerprint(small_model, {})[0])
+    monkeypatch.setattr(small_model, "config", dataclasses.replace(
+        small_model.config, whisper=hub.Repo("owner/whisper")))
+    names.add(features.fingerprint(small_model, {})[0])
+    assert len(names) == 3
+    (tmp_path / "owner" / "whisper").mkdir(parents=True)
+    (tmp_path / "owner" / "whisper" / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    assert features.fingerprint(small_model, {})[0] in names
 
 
 @pytest.mark.parametrize("where, name, value", [

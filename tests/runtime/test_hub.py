@@ -462,6 +462,19 @@ def test_weights_that_a_dtype_cannot_hold(tmp_path, dtype, value, fits):
             hub.load_into(module, tmp_path)
 
 
+@pytest.mark.parametrize("place", [0, hub.BLOCK - 1, hub.BLOCK, -1])
+def test_the_check_for_finite_numbers_sees_all_of_a_large_tensor(tmp_path, place):
+    """Numbers whose sum overflows are finite; one that is not is found wherever it stands."""
+    numbers = torch.full((2 * hub.BLOCK + 5,), 3e38)
+    module = nn.ParameterDict({"a": nn.Parameter(torch.zeros(2, hub.BLOCK + 2))})
+    hub.save_folder(tmp_path, {"a": numbers[1:].view(2, -1)}, {})
+    assert torch.equal(hub.load_into(module, tmp_path).a.flatten(), numbers[1:])
+    numbers[1:][place] = float("nan")
+    hub.save_folder(tmp_path, {"a": numbers[1:].view(2, -1)}, {})
+    with pytest.raises(ValueError, match=f"{hub.SINGLE}: a holds NaN"):
+        hub.load_into(module, tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool,
                                    torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
 def test_weights_of_another_kind_of_number_are_named(tmp_path, dtype):
@@ -493,7 +506,9 @@ def test_a_source_means_the_same_in_every_folder(tmp_path, monkeypatch):
     assert hub.local_source(ours) == hub.local_source("tiny/llama") == hub.REPOSITORY / ours
     saved = hub.saved_source("owner/blip")
     assert hub.anywhere(saved) == saved and isinstance(hub.anywhere(saved), hub.Repo)
-    assert isinstance(hub.local_source(saved), hub.Repo)
+    assert isinstance(hub.local_source(saved), hub.Repo) and hub.local_folder(saved) is None
+    assert hub.local_folder("tiny/llama") == hub.REPOSITORY / ours
+    assert hub.local_folder("./real/x") == Path("real/x") and hub.local_folder("owner/no") is None
     for path in (str(tmp_path), "./real/x", "~/x", "a/b/c"):
         assert hub.saved_source(path) == path and not isinstance(hub.saved_source(path), hub.Repo)
     (tmp_path / "real/model.gguf").touch()
@@ -520,7 +535,8 @@ def test_a_checkpoints_repo_is_no_folder_of_that_name(remote, instructblip, tmp_
 @pytest.mark.parametrize("text, message", [
     ("", "not valid JSON"), ("{", "not valid JSON"), ("[" * 200_000, "not valid JSON"),
     ("\ufeff{}", "not valid JSON"), (b'{"\xe9": 1}', "not valid JSON"),
-    ('{"a": {"b": 1, "b": 2}}', "the key 'b' is there twice"), ("1" * 5000, "not valid JSON"),
+    ('{"a": {"b": 1, "b": 2}}', "the key 'b' stands twice in one object"),
+    ("1" * 5000, "not valid JSON"),
     ("[1]", "holds a list; wanted a JSON object"), ("null", "holds a NoneType")])
 def test_json_that_is_none(tmp_path, text, message):
     path = tmp_path / "config.json"

@@ -146,6 +146,7 @@ def test_what_is_not_odd(tmp_path):
     """The values at the limits, names that only resemble ours, escapes that are fine."""
     rest = [meta('"weight": 1e6, "chance": 1'), meta('"weight": null, "type": null, "x": null'),
             meta('"height": 2, "sample_weight": 9, "dialogue_id": 3, "typeId": 4, "label2": "x"'),
+            meta('"labels": ["dog", "cat"], "sources": [], "types": {"structural": "verify"}'),
             meta(f'"a": {"[" * 18}{"]" * 18}'), '"prompt": "\\ud83d\\ude00 \\\\u0000 2021e8: {[("',
             '"start": -0.0, "end": 1e9', meta('"big": 1e308, "long": 123456789012345678901')]
     lines = [f'{{"task": "t", "target": "", "id": "{k}", {one}}}' if '"prompt"' in one else
@@ -155,8 +156,8 @@ def test_what_is_not_odd(tmp_path):
     path.write_text("\r\n".join(lines))
     records, index = data.read_manifest(path), Index.of(path, quiet)
     assert [index.record(k) for k in range(len(index))] == records and len(records) == len(rest)
-    assert index.rows["weight"].tolist() == [1e6] + [1] * 6
-    assert records[1].meta == {"x": None} and records[4].prompt == "😀 \\u0000 2021e8: {[("
+    assert index.rows["weight"].tolist() == [1e6] + [1] * 7
+    assert records[1].meta == {"x": None} and records[5].prompt == "😀 \\u0000 2021e8: {[("
     data.write_manifest(tmp_path / "b.jsonl", records)
     assert data.read_manifest(tmp_path / "b.jsonl") == records
 

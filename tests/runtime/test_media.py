@@ -525,6 +525,22 @@ def test_damaged_jpegs_are_told(tmp_path, progressive):
     assert got.shape == full.shape and np.abs(got - full)[:16].mean() < 30
 
 
+def test_ycbcr_of_tiff_uses_all_values(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    image.fromarray(colours(61, 43)).convert("YCbCr").save(tmp_path / "a.tiff")
+    difference = np.abs(picture_pixels(tmp_path / "a.tiff") - as_pil(tmp_path / "a.tiff"))
+    assert difference.max() <= 2
+
+
+@pytest.mark.parametrize("name", ["page.txt", "page.nfo", "page.mp4", "page.sbg"])
+def test_text_is_no_picture(tmp_path, name):
+    """A page "404 Not Found" saved under the name of a film, or a list beside it."""
+    (tmp_path / name).write_text("-SE\nbase: pink/40 100+1/80\nNOW base\n" if "sbg" in name else
+                                 "<html><body>404 Not Found</body></html>\n" * 50)
+    with pytest.raises(MediaError, match="not readable as media"):
+        probe(tmp_path / name)
+
+
 def test_jpeg_inside_a_tiff_is_refused(tmp_path):
     """FFmpeg decodes it to black."""
     image = pytest.importorskip("PIL.Image")
@@ -772,6 +788,47 @@ def test_chained_ogg(tmp_path):
     assert onset(audio[32000:]) == pytest.approx(16000, abs=500)
 
 
+@pytest.mark.parametrize("suffix, codec, seconds", [("avi", "pcm_s16le", 6), ("mkv", "flac", 6),
+                                                    ("flac", "flac", 20)])
+def test_files_appended_to_each_other(tmp_path, suffix, codec, seconds):
+    """Their headers count only the first, and no seek finds the second."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (2, seconds * 16000)).astype(np.float32)
+    pts = [] if suffix == "flac" else range(25 * seconds)
+    path = append(tmp_path / f"all.{suffix}", *(
+        encode(tmp_path / f"{i}.{suffix}", pts, Fraction(1, 25), audio=noise[i], gop=12, bframes=0,
+               audio_codec=codec) for i in range(2)))
+    with pytest.warns(UserWarning, match="parts are joined"):
+        clip = clip_from_path(path)
+    assert len(clip.audio) == pytest.approx(2 * seconds * 16000, abs=1600)
+    difference = clip.audio - torch.from_numpy(noise.ravel())[:len(clip.audio)]
+    assert float(difference.abs().max()) < 1e-4                 # 16 bits
+    if pts:
+        whole = [*range(0, 25 * seconds, 5)] * 2
+        assert numbers(read_frames(path, fps=5)[0]) == whole
+        assert numbers(read_frames(path, fps=5, start=7, end=8)[0]) == whole[35:40]
+    for start in (3.5, 5.5, 7.5, 1.5 * seconds):
+        part = read_audio(path, start, start + 1)
+        assert torch.equal(part, clip.audio[round(start * 16000):][:16000])
+
+
+@pytest.mark.parametrize("suffix, codec", [("wav", "pcm_s16le"), ("aiff", "pcm_s16be"),
+                                           ("m4a", "aac"), ("mp4", "aac"), ("flv", "aac")])
+def test_appended_files_that_ffmpeg_does_not_read_are_told(tmp_path, suffix, codec):
+    path = encode(tmp_path / f"a.{suffix}", range(25) if suffix in ("mp4", "flv") else [],
+                  Fraction(1, 25), audio=click_track(1, 0.5, 44100), rate=44100, audio_codec=codec,
+                  format="mp4" if suffix == "m4a" else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one = clip_from_path(path)
+    with pytest.warns(UserWarning, match="a second file is appended"):
+        two = clip_from_path(append(tmp_path / f"b.{suffix}", path, path))
+    assert len(one.audio) == len(two.audio)
+    third = append(tmp_path / "c.mkv", *[encode(tmp_path / "a.mkv", range(25), Fraction(1, 25),
+                                                audio=click_track(1, 0.5), audio_codec="flac")] * 3)
+    with pytest.warns(UserWarning, match="only the first .*% are read"):
+        clip_from_path(third)
+
+
 def test_real_gap_is_no_jump(tmp_path):
     """In MP4 and Matroska a hole of 20 s is one: the last picture stays, the sound is silent."""
     for suffix in ("mp4", "mkv"):
@@ -790,6 +847,26 @@ def test_avi_stores_no_presentation_times(tmp_path, bframes, gop):
     assert numbers(frames) == list(range(0, 100, 5)) and times == sorted(times)
     assert numbers(read_frames(path, fps=5, start=3.2, end=3.8)[0]) == [80, 85, 90]
     assert onset(read_audio(path)) == 32000
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "mpeg2video"])
+@pytest.mark.parametrize("suffix, format", [("avi", "avi"), ("mpg", "mpeg")])
+def test_b_frames_of_mpeg(tmp_path, codec, suffix, format):
+    """In AVI FFmpeg gives the B-frames of MPEG-2 and MPEG-4 (DivX, Xvid) a time, the others none.
+    Of the length of a program stream it misses the last frames."""
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w", format=format) as container:
+        video = container.add_stream(codec, rate=25, options={
+            "bf": "2", "g": "12", "qmin": "2", "qmax": "2", "sc_threshold": "1000000000"})
+        video.width, video.height, video.pix_fmt = W, H, "yuv420p"
+        for n in range(100):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(numbered(n), format="rgb24")))
+        container.mux(video.encode(None))
+    if suffix == "mpg":
+        assert probe(path).seconds == pytest.approx(4, abs=0.13)
+    else:
+        assert numbers(read_frames(path, fps=25)[0]) == list(range(100))
+        assert numbers(read_frames(path, fps=25, start=3.2, end=3.4)[0]) == list(range(80, 85))
 
 
 # ---------------------------------------- which stream, which frame
