@@ -335,13 +335,14 @@ class Sample:
 
 
 def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None, antialias=True,
-              sound_only=False):
+              resample="bicubic", sound_only=False):
     """Record -> Clip.  start, end and max_seconds apply to the video, to its sound and to an audio
     file.  The sound of a video is cut where its picture ends; a silent video gives audio None.
     fps: video frames per second; frame_times: "regular", or "ends" as in the authors' code; size:
-    pixels; antialias=False resizes video frames as the authors' code does; sound_only: pictures
-    are not read, for models that cannot see.  If only the picture of a video or only the sound
-    cannot be read, the clip has the other one, and a warning says why.
+    pixels; antialias=False resizes video frames as the authors' code does; resample: "bicubic", or
+    "bilinear" as some visual encoders were trained; sound_only: pictures are not read, for models
+    that cannot see.  If only the picture of a video or only the sound cannot be read, the clip has
+    the other one, and a warning says why.
     Raises MediaError for a file that cannot be read, and when nothing of the clip can."""
     start, end = record.start or 0.0, record.end
     if max_seconds:
@@ -350,11 +351,12 @@ def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None
     if record.image is not None and record.video is not None:
         raise ValueError(f"record {record.id!r} has an image and a video; use only one of the two")
     if record.image is not None and not sound_only:
-        clip.frames = read_image(record.image, partial(resize, size=size))
+        clip.frames = read_image(record.image, partial(resize, size=size, mode=resample))
     failed = []
     media = None if record.video is None else probe(record.video)
     if media and not sound_only:
-        shrink = partial(resize if antialias else resize_plain, size=size)
+        shrink = (partial(resize, size=size, mode=resample) if antialias
+                  else partial(resize_plain, size=size))
         try:
             clip.frames, _ = read_frames(record.video, shrink, fps, start, end, frame_times)
         except MediaError as error:

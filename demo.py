@@ -22,7 +22,7 @@ import torch
 
 from baselines.systems import load_system
 from data import clip_from_path
-from favor import PRESETS, preset
+from favor import PRESETS, SOURCES, habits, preset
 from runtime import distributed, hub
 from runtime.checkpoint import trained_preset
 from runtime.log import in_words, peak_memory
@@ -30,7 +30,6 @@ from runtime.media import probe
 from tools import memory
 
 EXAMPLE = Path(__file__).parent / "miniature" / "demo.json"
-PARTS = ("whisper", "instructblip", "llm")
 
 
 def arguments():
@@ -51,11 +50,13 @@ def arguments():
     model.add_argument("--checkpoint", default="", metavar="FOLDER",
                        help="checkpoint of train.py (default: runs/<model>/best; for tiny, if "
                             "there is none, the committed one)")
-    for part in PARTS:
-        model.add_argument(f"--{part}", metavar="SOURCE", help=f"folder or Hub repository of "
+    for part in SOURCES:
+        old = ["--instructblip"] * (part == "visual")              # the name that it had before
+        model.add_argument(f"--{part}", *old, metavar="SOURCE", help="folder or Hub repository of "
                            f"{part} (default: where the checkpoint says)")
     model.add_argument("--dtype", default="", choices=("bfloat16", "float32"),
-                       help="of frozen weights (default: float32 for tiny on a CPU, else bfloat16)")
+                       help="of frozen weights (default: float32 for tiny and the small presets on "
+                            "a CPU, else bfloat16)")
     model.add_argument("--merge", action=argparse.BooleanOptionalAction, default=True,
                        help="add LoRA into the LLM's own weights, so that it costs nothing "
                             "(default: on)")
@@ -86,12 +87,13 @@ def main(argv=None):
         sys.exit(wrong)
     hub.offline(args.offline)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sources = {part: source for part in PARTS if (source := getattr(args, part))}
+    sources = {part: source for part in SOURCES if (source := getattr(args, part))}
     try:
         name = args.model if args.random_init else trained_preset(args.checkpoint, args.model)
         model, folder = load_system(
             "favor", preset(args.model, **sources), args.model, args.checkpoint, sources,
-            distributed.precision(args.dtype, name, device)[0], device, args.merge, args.compile,
+            distributed.precision(args.dtype, name, device, habits(name).dtype_on_cpu)[0],
+            device, args.merge, args.compile,
             memory.random_part if args.random_init else None)
         if args.clip:
             answer(args, model, folder or "random weights", device)

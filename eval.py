@@ -32,7 +32,7 @@ from aveb.journal import PARTS, Journal, answer_settings
 from aveb.tables import report_text, write_report
 from aveb.tasks import TASKS
 from baselines.systems import SYSTEMS, load_system
-from favor import preset
+from favor import habits, preset
 from miniature import generate, scenes
 from runtime import cli, distributed, hub
 from runtime.checkpoint import (
@@ -58,13 +58,13 @@ class EvalConfig:
     task: str = "all"  # <tasks> tasks to score: all, or some of asr, ac, ic, ocr, vqa, videoqa,
                        # avsr, avsd, isqa, avssd, avm, favd and valor with commas between them
     limit: int = 0  # <questions> questions to answer of each task, at most; 0 answers all
-    cache_features: bool = True  # encode each clip once and store its features on disk; only for
-                                 # tiny
+    cache_features: bool | None = None  # encode each clip once and store its features on disk
+                                        # (default: off for 7b and 13b, else on)
     features: str = ""  # <folder> folder of the feature cache (default: features/ beside the
                         # manifest)
     # -- model
-    model: Literal["tiny", "7b", "13b"] = "tiny"  # preset of all sizes; a given --checkpoint
-                                                  # records its own
+    model: Literal["tiny", "small-laptop", "small", "7b", "13b"] = "tiny"  # preset of all sizes;
+                                                              # a --checkpoint records its own
     system: Literal["favor", "instructblip", "whisper"] = "favor"  # system to score: FAVOR, or one
                                                # of the paper's single-modality baselines
     checkpoint: str = ""  # <folder> checkpoint of train.py (default: runs/<model>/best; for tiny,
@@ -72,10 +72,10 @@ class EvalConfig:
     whisper: str | None = None  # <source> folder or Hub repository of Whisper, such as
                                 # openai/whisper-large-v2 (default: where the checkpoint says, or
                                 # else the preset)
-    instructblip: str | None = None  # <source> folder or Hub repository of InstructBLIP, for its
-                                     # ViT and Q-Former (default: as for --whisper)
-    llm: str | None = None  # <source> folder or Hub repository of a LLaMA, or of an InstructBLIP
-                            # that holds one (default: as for --whisper)
+    visual: str | None = None  # <source> folder or Hub repository of the visual encoder: an
+                               # InstructBLIP, SigLIP or DINOv2 (default: as for --whisper)
+    llm: str | None = None  # <source> folder or Hub repository of a LLaMA, Qwen2.5 or Qwen3, or of
+                            # an InstructBLIP that holds one (default: as for --whisper)
     random_init: bool = False  # use random weights of the full size, without a download, to see
                                # whether a model fits into memory and how fast it answers
     offline: bool = False  # take what the Hub's cache has and open no connection
@@ -106,10 +106,11 @@ class EvalConfig:
                    # folder; for the committed checkpoint, in runs/tiny-committed)
     # -- distributed
     batch: int = 128  # <questions> questions that a process answers at a time
-    processes: int = 0  # <n> processes to start on a CPU without torchrun; 0 starts one per core
-                        # for tiny, four at most, and else one
+    processes: int = 0  # <n> processes to start on a CPU without torchrun; 0 starts one per core,
+                        # four at most for tiny, two for the small presets and one for the others
 
-    ALIASES = {"keep-features": "cache_features"}             # the name that the flag had before
+    ALIASES = {"keep-features": "cache_features",             # the names that flags had before
+               "instructblip": "visual"}
 
     def __post_init__(self):
         cli.check_choices(self)
@@ -198,7 +199,9 @@ def trained_on(model, checkpoint):
 
 def caches(config):
     """Whether the answers come from cached features, which are rounded to fp16."""
-    return config.cache_features and config.model == "tiny" and config.system != "whisper"
+    cached = config.cache_features
+    return config.system != "whisper" and (
+        habits(config.model).cache_features if cached is None else cached)
 
 
 def open_cache(config, model, manifests, records):
@@ -270,7 +273,8 @@ def main(config):
 def run(config, out, device):
     """Answers the questions, scores the answers and writes both to `out`."""
     manifests, records = find_questions(config)
-    dtype, _, why = distributed.precision(config.dtype, config.model, device)
+    dtype, _, why = distributed.precision(config.dtype, config.model, device,
+                                          habits(config.model).dtype_on_cpu)
     hub.offline(config.offline)
     try:
         model, checkpoint = load_system(
@@ -315,5 +319,5 @@ if __name__ == "__main__":
             read_manifests(find_manifests(settings.data, settings.tasks),
                            metrics.unscorable)
     distributed.launch_local(settings.processes,              # each has its own copy of the weights
-                             most=4 if settings.model == "tiny" else 1)
+                             most=habits(settings.model).processes)
     main(settings)

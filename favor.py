@@ -20,8 +20,10 @@ Masks are bool; True marks a real vector, or a key that may be attended to.
 Public: FavorConfig, PRESETS, preset, synchronise, split_windows, block_causal_mask, CausalQFormer,
 diversity_loss, prompt_ids, dialogue_ids, Favor."""
 
+import contextlib
 import dataclasses
 import math
+import typing
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +38,8 @@ import lora
 from data import Features, Sample, clip_from_path
 from llama import Llama, Tokenizer
 from runtime import fast, hub
-from vit_qformer import FRAMES_AT_ONCE, QFormerTokenizer, VisualEncoder, to_pixels
+from vit import GridEncoder
+from vit_qformer import FRAMES_AT_ONCE, QFormerTokenizer, VisualEncoder
 from whisper_enc import WhisperEncoder
 
 MODALITY_MASKS = (None, "audio", "visual", "both")         # what Sample.mask hides
@@ -49,8 +52,11 @@ class FavorConfig:
     """Every switch of the method.  The defaults are the 7B model as the paper describes it."""
     # the frozen parts: each a folder in the Hub's layout or a Hub repository
     whisper: str = "openai/whisper-large-v2"
-    instructblip: str = "Salesforce/instructblip-vicuna-7b"
+    visual: str = "Salesforce/instructblip-vicuna-7b"
     llm: str = "Salesforce/instructblip-vicuna-7b"
+    visual_grid: int = 0                    # DIFF: 0: `visual` is an InstructBLIP, whose Q-Former
+    #                                         gives V; g: a SigLIP or a DINOv2, V = g x g cells
+    prompt: str = "vicuna"                  # DIFF: or "chatml", for LLMs that were tuned on it
     variant: str = "paper"                  # "official": what the authors' released code does
     # what the paper ablates (Tables 5, 9, 10; Figs 3, 4)
     sync: bool = True                       # False: each modality through the Q-Former on its own
@@ -77,6 +83,13 @@ class FavorConfig:
     dropout: float = 0.1
     max_positions: int = 4096               # joint vectors in one window
     encoder_dropout: float = 0.0            # of the frozen Q-Former in training (released: 0.1)
+    # how the causal Q-Former starts (docs/start.md; DIFF: all off in the paper's presets)
+    feature_norm: str = "joint"             # one LayerNorm over both halves of a joint vector;
+    #                                         "halves": one each; "standard": features less their
+    #                                         mean, by their deviation, as measured before step 1
+    position_std: float = 1.0               # of the position embeddings at the start
+    match_embeddings: bool = False          # True: clip vectors start as large as the LLM's words
+    direct: int = 0                         # width of a direct path beside the queries; 0: none
     # dialogues
     learn_history: bool = False             # True: all answers of a dialogue are learnt (released)
     question_turn: str = "last"             # the frozen Q-Former reads the last question or, as
@@ -96,7 +109,8 @@ class FavorConfig:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for part in SOURCES:              # a folder keeps its meaning in another working folder
             object.__setattr__(self, part, hub.anywhere(getattr(self, part)))
-        for name, allowed in (("variant", ("paper", "official")),
+        for name, allowed in (("variant", ("paper", "official")), ("prompt", ("vicuna", "chatml")),
+                              ("feature_norm", ("joint", "halves", "standard")),
                               ("causal", ("past", "future", "none")),
                               ("diversity_reduction", ("mean", "sum")),
                               ("frame_times", ("regular", "ends")),
@@ -104,12 +118,18 @@ class FavorConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; "
                                  f"wanted one of {', '.join(allowed)}")
-        for name in ("queries", "width", "layers", "heads", "causal_heads", "ffn", "max_positions",
-                     "lora_r", "fps", "beams", "repetition_penalty", "max_new_tokens",
-                     "image_frames"):
+        for name in ("queries", "width", "heads", "causal_heads", "ffn", "max_positions", "lora_r",
+                     "fps", "beams", "repetition_penalty", "max_new_tokens", "image_frames"):
             if not 0 < getattr(self, name) <= LARGEST.get(name, math.inf):
                 raise ValueError(f"{name}={getattr(self, name)}; wanted more than 0"
                                  + (f", {LARGEST[name]} at most" if name in LARGEST else ""))
+        for name in ("visual_grid", "direct", "position_std", "layers"):
+            if not 0 <= getattr(self, name) <= LARGEST.get(name, math.inf):
+                raise ValueError(f"{name}={getattr(self, name)}; wanted 0 or more"
+                                 + (f", {LARGEST[name]} at most" if name in LARGEST else ""))
+        if not self.layers and not self.direct:
+            raise ValueError("layers=0 and direct=0: nothing would read the clip; wanted one of "
+                             "them above 0")
         if not 0 <= self.window_frames <= self.max_positions:
             raise ValueError(f"window_frames={self.window_frames}; wanted frames per window, at "
                              f"most max_positions ({self.max_positions}), or 0 for one window")
@@ -133,9 +153,10 @@ class FavorConfig:
         return hub.make_config(cls, values | sources, known, where, zero=known)
 
 
-SOURCES = ("whisper", "instructblip", "llm")
-LARGEST = {"beams": 1000, "max_new_tokens": 100_000, "image_frames": 10_000}    # for the memory
-RENAMED = {"windows": "window_frames"}        # the field's old name: its name now
+SOURCES = ("whisper", "visual", "llm")
+LARGEST = {"beams": 1000, "max_new_tokens": 100_000, "image_frames": 10_000,    # for the memory
+           "visual_grid": 64, "direct": 100_000}
+RENAMED = {"windows": "window_frames", "instructblip": "visual"}     # old name of a field: new
 OFFICIAL = {"variant": "official", "causal": "future", "mask_padding": False,
             "frame_times": "ends", "audio_seconds": 30.0, "image_frames": 60,
             "max_seconds": 60.0, "antialias": False,
@@ -146,18 +167,48 @@ VICUNA_13B = "Salesforce/instructblip-vicuna-13b"
 MINIATURE = "miniature/weights"               # beside this file, see hub.local_source
 PRESETS = {                                   # DIFF: the default model is tiny, the paper's 13b
     "tiny": FavorConfig(
-        whisper=f"{MINIATURE}/whisper", instructblip=f"{MINIATURE}/instructblip",
+        whisper=f"{MINIATURE}/whisper", visual=f"{MINIATURE}/instructblip",
         llm=f"{MINIATURE}/llama", window_frames=5, queries=10, width=128, heads=4, causal_heads=4,
         ffn=512, dropout=0.0, max_positions=1024, lora_r=16, lora_alpha=16, lora_dropout=0.0,
         max_new_tokens=24),
     "7b": FavorConfig(),
-    "13b": FavorConfig(instructblip=VICUNA_13B, llm=VICUNA_13B),
+    "13b": FavorConfig(visual=VICUNA_13B, llm=VICUNA_13B),
+    # Of public parts under permissive licences, for one GPU and for a laptop: docs/small.md.
+    "small": FavorConfig(
+        whisper="openai/whisper-small", visual="google/siglip2-base-patch16-224",
+        llm="HuggingFaceTB/SmolLM2-360M-Instruct", visual_grid=7, prompt="chatml",
+        max_positions=512),
+    "small-laptop": FavorConfig(
+        whisper="openai/whisper-base", visual="google/siglip2-base-patch16-224",
+        llm="HuggingFaceTB/SmolLM2-135M-Instruct", visual_grid=5, prompt="chatml",
+        max_positions=512),
 }
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How a preset is trained and scored where the command line does not say."""
+    lr: float = 1e-4
+    cache_features: bool = False            # each clip is encoded once, its features are stored
+    micro_tokens: int = 2048                # LLM positions at a time; 0: no limit
+    processes: int = 1                      # on a CPU at most; each has its own copy of the weights
+    threads: int = 0                        # of the processor per process; 0: all
+    dtype_on_cpu: str = "bfloat16"          # of the frozen weights
+
+
+SMALL = Habits(lr=3e-4, cache_features=True, processes=2, dtype_on_cpu="float32")
+HABITS = {"tiny": Habits(1.5e-3, True, 0, 4, 1, "float32"), "small": SMALL, "small-laptop": SMALL}
+
+
+def habits(name):
+    """The Habits of a preset."""
+    return HABITS.get(name, Habits())
 
 
 def preset(name, variant="paper", **changes):
     """PRESETS[name] in a variant ("paper", "official"), with single fields changed.  ValueError
     lists the valid names."""
+    changes = {RENAMED.get(field, field): value for field, value in changes.items()}
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     if variant not in ("paper", "official"):
@@ -168,6 +219,27 @@ def preset(name, variant="paper", **changes):
                          f"there are {sorted(known)}")
     return dataclasses.replace(
         PRESETS[name], **((OFFICIAL if variant == "official" else {}) | changes))
+
+
+def method_settings(words):
+    """["direct=512", "feature_norm=halves"] -> {field of FavorConfig: value of its type}.
+    ValueError for a word that is none."""
+    kinds, settings = typing.get_type_hints(FavorConfig), {}
+    for word in words:
+        name, sign, text = word.partition("=")
+        kind = kinds.get(name)
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        if kind in (int, float, float | None) and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = int(text) if kind is int else float(text)
+        if name == "lora_targets":
+            value = tuple(text.split(","))
+        wanted = tuple if typing.get_origin(kind) is tuple else kind
+        if not sign or kind is None or not isinstance(value, wanted) or name in settings:
+            raise ValueError(f"{word!r}; wanted FIELD=VALUE, each field of FavorConfig once, such "
+                             "as direct=512 or causal=none")
+        settings[name] = value
+    return settings
 
 
 # ---------------------------------------------------------------- Eq. (1): synchronisation, windows
@@ -299,8 +371,11 @@ class CausalQFormer(nn.Module):
     def __init__(self, config, joint_width):
         super().__init__()
         self.config = config
-        self.joint_norm = nn.LayerNorm(joint_width)
-        self.positions = nn.Embedding(config.max_positions, joint_width)    # N(0,1), one per vector
+        halves = 2 if config.feature_norm == "halves" else 1
+        self.joint_norm = nn.ModuleList(nn.LayerNorm(joint_width // 2) for _ in range(2)) if (
+            halves == 2) else nn.LayerNorm(joint_width)
+        self.positions = nn.Embedding(config.max_positions, joint_width)        # one per vector
+        nn.init.normal_(self.positions.weight, std=config.position_std)
         self.queries = nn.Parameter(torch.empty(1, config.queries, config.width).normal_(std=0.02))
         self.query_norm = nn.LayerNorm(config.width, eps=1e-12)
         self.layers = nn.ModuleList(
@@ -311,6 +386,15 @@ class CausalQFormer(nn.Module):
                 narrow = max(1.0, 768 / module.in_features)
                 nn.init.normal_(module.weight, std=0.02 * math.sqrt(narrow))
                 nn.init.zeros_(module.bias)
+        self.direct = DirectPath(joint_width, config.direct, config.width) if (
+            config.direct) else None
+
+    def normalise(self, windows):
+        """(W,K*N,D_joint) through one LayerNorm, or with "halves" each modality through its own."""
+        if isinstance(self.joint_norm, nn.LayerNorm):
+            return self.joint_norm(windows)
+        return torch.cat([norm(half) for norm, half in
+                          zip(self.joint_norm, windows.chunk(2, dim=-1), strict=True)], dim=-1)
 
     def forward(self, windows, mask, per_frame):
         """windows (W,K*N,D_joint), mask (W,K*N), per_frame = N -> (W,Q,D).
@@ -322,7 +406,8 @@ class CausalQFormer(nn.Module):
                 f"there are {self.config.max_positions} positions; use shorter windows "
                 "(window_frames=10) or a shorter clip")
         position = torch.arange(length, device=windows.device)
-        x = self.joint_norm(windows) + self.positions(position)                   # (W,K*N,D_joint)
+        content = self.normalise(windows)                                         # (W,K*N,D_joint)
+        x = content + self.positions(position)
         # A window without a real vector (the dummy) attends to its zeros: no softmax is over an
         # empty set.
         mask = mask | ~mask.any(dim=1, keepdim=True)                              # (W,K*N)
@@ -337,7 +422,54 @@ class CausalQFormer(nn.Module):
         queries = queries.expand(len(windows), -1, -1)                            # (W,Q,D)
         for layer in self.layers:
             queries = layer(queries, x, mask, causal_mask, attend)
-        return queries
+        return queries if self.direct is None else queries + self.direct(
+            content, mask, queries.shape[1])
+
+
+class DirectPath(nn.Module):
+    """DIFF, off in the paper's presets: a way past the attention.  Each joint vector goes through
+    an MLP, and query i of a window is given the mean over the i-th of Q parts of its vectors.  It
+    hands something on from the first step, while the attention of fresh queries is still flat."""
+
+    def __init__(self, joint_width, hidden, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(joint_width, hidden), nn.Linear(hidden, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, content, mask, n_queries):
+        """content (W,K*N,D_joint), mask (W,K*N) -> (W,Q,D).  Part i are the real vectors number
+        floor(i n / Q) to ceil((i + 1) n / Q) of the window's n, in the order of time."""
+        y = self.down(F.gelu(self.up(content)))                                   # (W,K*N,D)
+        i = torch.arange(n_queries, device=mask.device)[:, None]                  # (Q,1)
+        n, number = mask.sum(dim=1)[:, None, None], (mask.cumsum(dim=1) - 1)[:, None]
+        first, end = i * n // n_queries, -(-(i + 1) * n // n_queries)             # (W,Q,1)
+        part = (number >= first) & (number < end) & mask[:, None]                 # (W,Q,K*N)
+        return self.norm((part / (end - first)).to(y) @ y)
+
+
+class FeatureStatistics(nn.Module):
+    """DIFF, off in the paper's presets: features less their mean, divided by their deviation, for
+    each dimension of each modality.  Single dimensions of frozen encoders are many times as large
+    as the others; a LayerNorm over all dimensions leaves these in charge."""
+
+    def __init__(self, **widths):
+        super().__init__()
+        for name, width in widths.items():
+            self.register_buffer(f"{name}_mean", torch.zeros(width))
+            self.register_buffer(f"{name}_std", torch.ones(width))
+
+    @torch.no_grad()
+    def measure(self, **vectors):
+        """Takes mean and deviation of each modality from vectors {name: list of (..., D)}."""
+        for name, some in vectors.items():
+            if some:
+                flat = torch.cat([x.reshape(-1, x.shape[-1]).double() for x in some])
+                std = flat.std(dim=0)
+                getattr(self, f"{name}_mean").copy_(flat.mean(dim=0))
+                getattr(self, f"{name}_std").copy_(std.clamp(min=float(std.mean()) / 100))
+
+    def forward(self, name, x):
+        return (x - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_std")
 
 
 # ---------------------------------------------------------------- Eq. (4): the diversity loss
@@ -356,30 +488,45 @@ def diversity_loss(queries, reduction="mean"):
 
 
 # ---------------------------------------------------------------- prompt and labels
-def dialogue_ids(tokenizer, prompt, history=(), target=None, has_clip=True):
+def dialogue_ids(tokenizer, prompt, history=(), target=None, has_clip=True, style="vicuna"):
     """Ids before the clip's vectors, and behind them a list of (ids of a question, ids of its
     answer), one for each turn of the dialogue.
 
-     <s> USER: <Img> |vectors| </Img> {question}\\nASSISTANT: | {answer}</s>
+    vicuna: <s> USER: <Img> |vectors| </Img> {question}\\nASSISTANT: | {answer}</s>
+    chatml: <|im_start|>user\\n<Img>|vectors|</Img>\\n{question}<|im_end|>\\n
+            <|im_start|>assistant\\n|{answer}<|im_end|>
     Earlier turns of a dialogue stand between: {question}\\nASSISTANT: {answer}</s>USER: ...
     Without a clip there is no <Img> </Img>.  A target of None gives [].  The segments are encoded
     one by one, as in the released code, each with a word boundary before it.  DIFF: <s> USER: <Img>
-    stands before the queries, as in the released code; Eq. (3) has the whole prompt behind them."""
-    before = [tokenizer.bos_id] + tokenizer.encode("USER: <Img>" if has_clip else "USER:")
-    turns, gap = [], tokenizer.boundary
-    for i, (question, answer) in enumerate([*history, (prompt, target)]):
+    stands before the queries, as in the released code; Eq. (3) has the whole prompt behind them.
+    ChatML (DIFF) has no system turn; its two special tokens are placed by id, so that a question
+    cannot contain them, and the newline before an answer is its word boundary."""
+    encode, chatml = tokenizer.encode, style == "chatml"
+    if chatml:
+        start, end = tokenizer.special_id("<|im_start|>"), tokenizer.special_id("<|im_end|>")
+        before = [start] + (encode("user\n<Img>") if has_clip else [])
+        first, later, gap = "</Img>\n" if has_clip else "user\n", "user\n", ""
+        again = [*encode("\n"), start]
+        asked = [end, *again, *encode("assistant\n")]
+    else:
+        end, gap = tokenizer.eos_id, tokenizer.boundary
+        before = [tokenizer.bos_id] + encode("USER: <Img>" if has_clip else "USER:")
         # Text alone is Vicuna's "USER: {question}".
-        opening = ("</Img> " if has_clip else gap) if i == 0 else "USER: "
-        turns.append((tokenizer.encode(f"{opening}{question}\nASSISTANT:"),
-                      [] if answer is None else
-                      [*tokenizer.encode(gap + answer if answer else ""), tokenizer.eos_id]))
+        first, later = "</Img> " if has_clip else gap, "USER: "
+    turns = []
+    for i, (question, answer) in enumerate([*history, (prompt, target)]):
+        opening = later if i else first
+        ids = [*(again if i else []), *encode(f"{opening}{question}"), *asked] if chatml else (
+            encode(f"{opening}{question}\nASSISTANT:"))
+        turns.append((ids, [] if answer is None else
+                      [*encode(gap + answer if answer else ""), end]))
     return before, turns
 
 
-def prompt_ids(tokenizer, prompt, history=(), target=None, has_clip=True):
+def prompt_ids(tokenizer, prompt, history=(), target=None, has_clip=True, style="vicuna"):
     """The same in three: ids before the clip's vectors, ids behind them, and the ids to learn: only
     the last answer and its </s>; a target of None gives []."""
-    before, turns = dialogue_ids(tokenizer, prompt, history, target, has_clip)
+    before, turns = dialogue_ids(tokenizer, prompt, history, target, has_clip, style)
     *earlier, (question, answer) = turns
     return before, [i for turn in earlier for part in turn for i in part] + question, answer
 
@@ -391,18 +538,26 @@ class Favor(nn.Module):
     system, tasks = "favor", None          # the other systems: baselines/; None: all tasks
     needs_picture = False                  # True: records without a picture are useless to train on
 
-    def __init__(self, config, whisper, visual, llm, tokenizer, qformer_tokenizer):
+    def __init__(self, config, whisper, visual, llm, tokenizer, qformer_tokenizer=None):
         super().__init__()
         self.config, self.tokenizer, self.qformer_tokenizer = config, tokenizer, qformer_tokenizer
         self.whisper, self.visual, self.llm = whisper, visual, llm
         for part in (whisper, visual, llm):
             part.requires_grad_(False)
-        visual.qformer.set_dropout(config.encoder_dropout)
+        if visual.reads_question:
+            visual.qformer.set_dropout(config.encoder_dropout)
         self.audio_steps = audio_steps_per_frame(whisper.config.positions_hz, config.fps)
         audio_width, visual_width = whisper.config.width, visual.width
         self.audio_proj = nn.Linear(audio_width, visual_width)     # DIFF, left open: 1280 -> 768
         self.qformer = CausalQFormer(config, 2 * visual_width)
         self.llm_proj = nn.Linear(config.width, llm.config.width)
+        if config.match_embeddings:               # of queries, whose LayerNorm gives deviation 1
+            words = llm.model.embed_tokens.weight
+            spread = 1.0 if words.is_meta else float(words[:10_000].float().std())
+            nn.init.normal_(self.llm_proj.weight, std=spread / math.sqrt(config.width))
+            nn.init.zeros_(self.llm_proj.bias)
+        self.statistics = FeatureStatistics(visual=visual_width, audio=audio_width) if (
+            config.feature_norm == "standard") else None
         lora.inject(llm, lora.LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout,
                                          config.lora_targets))
 
@@ -416,10 +571,12 @@ class Favor(nn.Module):
         load = load or load_pretrained
         place = {"dtype": dtype, "device": device}
         tokenizer = load(Tokenizer, config.llm)
-        qformer_tokenizer = load(QFormerTokenizer, config.instructblip)
+        grid = {"grid": config.visual_grid} if config.visual_grid else {}
+        qformer_tokenizer = None if grid else load(QFormerTokenizer, config.visual)
         with torch.device("meta" if device == "meta" else "cpu"):
             model = cls(config, load(WhisperEncoder, config.whisper, **place),
-                        load(VisualEncoder, config.instructblip, **place),
+                        load(GridEncoder if grid else VisualEncoder, config.visual, **grid,
+                             **place),
                         # InstructBLIP pads the vocabulary of 32000 to 32064
                         load(Llama, config.llm, vocab_size=tokenizer.vocab_size, **place),
                         tokenizer, qformer_tokenizer)
@@ -428,8 +585,7 @@ class Favor(nn.Module):
     @classmethod
     def from_pretrained(cls, run_folder, dtype=None, device=None, **sources):
         """A folder that save_pretrained (train.py) wrote, or such a Hub repository -> model in eval
-        mode.  sources: other places of whisper, instructblip or llm than those of the run.
-        """
+        mode.  sources: other places of whisper, visual or llm than those of the run."""
         root = hub.folder(run_folder, ("lora/*",), config="favor.json")
         if not (root / "favor.json").exists():
             raise FileNotFoundError(f"{root}: no favor.json; wanted a checkpoint of train.py such "
@@ -437,6 +593,7 @@ class Favor(nn.Module):
         saved = hub.read_object(root / "favor.json")
         if saved.get("system", "favor") != cls.system:
             raise ValueError(f"{root}: a checkpoint of --system {saved['system']}; pass that")
+        sources = {RENAMED.get(part, part): source for part, source in sources.items()}
         config = dataclasses.replace(FavorConfig.from_saved(saved, root / "favor.json"), **sources)
         cls.check_saved(config, root)
         model = cls.from_config(config, dtype, device)
@@ -462,8 +619,8 @@ class Favor(nn.Module):
 
     def aligner(self):
         """The trained parts outside the LLM as one module."""
-        return nn.ModuleDict({"audio_proj": self.audio_proj, "qformer": self.qformer,
-                              "llm_proj": self.llm_proj})
+        parts = {"audio_proj": self.audio_proj, "qformer": self.qformer, "llm_proj": self.llm_proj}
+        return nn.ModuleDict(parts | ({"statistics": self.statistics} if self.statistics else {}))
 
     def save_pretrained(self, folder, **facts):
         """favor.json (config and `facts`), model.safetensors (aligner) and lora/ (as peft's)."""
@@ -486,20 +643,31 @@ class Favor(nn.Module):
     def trained_parameters(self):
         return [p for p in self.parameters() if p.requires_grad]
 
+    def measure(self, samples):
+        """With feature_norm="standard": takes mean and deviation from the clips of these samples, a
+        few hundred of the training set, before the first step."""
+        if self.statistics:
+            features = [sample.features for sample in self.encode_batch(samples)]
+            self.statistics.measure(**{name: [
+                x for f in features if (x := getattr(f, name)) is not None]
+                for name in ("visual", "audio")})
+
     def train(self, mode=True):
         """Frozen encoders stay in eval mode.  DIFF official: the Q-Former's dropout stays on."""
         super().train(mode)
         self.whisper.eval()
         self.visual.eval()
-        self.visual.qformer.train(mode and self.config.encoder_dropout > 0)
+        if self.visual.reads_question:
+            self.visual.qformer.train(mode and self.config.encoder_dropout > 0)
         return self
 
     # ---- frozen encoders
     def clip_options(self):
         """How clips are to be read: options of data.load_clip."""
         config = self.config
+        own = {"resample": self.visual.resample} if self.visual.resample != "bicubic" else {}
         return {"fps": config.fps, "size": self.visual.image_size, "antialias": config.antialias,
-                "frame_times": config.frame_times, "max_seconds": config.max_seconds}
+                "frame_times": config.frame_times, "max_seconds": config.max_seconds} | own
 
     def encode(self, clip, prompts):
         """One clip -> a Features for each prompt.  The ViT and Whisper run once: only the visual
@@ -534,11 +702,13 @@ class Favor(nn.Module):
         if not frames:
             return {}
         device = self.llm_proj.weight.device
-        pixels = torch.cat([to_pixels(own.to(device), self.visual.image_size)
+        pixels = torch.cat([self.visual.to_pixels(own.to(device))
                             for own in frames.values()])                          # (F,3,H,W)
         patches = self.visual.encode_image(pixels).split([*map(len, frames.values())])
         patches = dict(zip(frames, patches, strict=True))                         # (F,P,D_vit) each
         places = [i for i, clip in enumerate(clips) if id(clip) in patches]
+        if not self.visual.reads_question:
+            return {i: patches[id(clips[i])] for i in places}                     # (F,V,D_v) each
         asked = [patches[id(clips[i])] for i in places]
         counts = torch.tensor([*map(len, asked)])
         longest = min(self.config.question_tokens, self.visual.qformer.config.max_positions)
@@ -606,9 +776,11 @@ class Favor(nn.Module):
             return []
         like = self.audio_proj.weight
         D, V, A = like.shape[0], self.visual.n_queries, self.audio_steps
-        visual = like.new_zeros(0, V, D) if visual is None else visual.to(like)
+        scaled = self.statistics or (lambda name, features: features)
+        visual = like.new_zeros(0, V, D) if visual is None else scaled("visual", visual.to(like))
         # The zeros of a hidden modality come after the projection, which has a bias.
-        audio = like.new_zeros(0, D) if audio is None else self.audio_proj(audio.to(like))  # (S,D)
+        audio = like.new_zeros(0, D) if audio is None else self.audio_proj(
+            scaled("audio", audio.to(like)))                                      # (S,D)
         visual = visual * float(sample.mask not in ("visual", "both"))
         audio = audio * float(sample.mask not in ("audio", "both"))
         streams = [(visual, audio)]
@@ -645,7 +817,8 @@ class Favor(nn.Module):
 
     def text_ids(self, sample, has_clip):
         """Ids before the clip's vectors, ids behind them, and the ids of the answer to learn."""
-        return prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target, has_clip)
+        return prompt_ids(self.tokenizer, sample.prompt, sample.history, sample.target, has_clip,
+                          self.config.prompt)
 
     def labels(self, sample, has_clip):
         """The ids behind the clip's vectors, IGNORED in place of those that are not learnt: only
@@ -654,7 +827,7 @@ class Favor(nn.Module):
         if not self.config.learn_history:
             return [IGNORED] * len(after) + answer
         _, turns = dialogue_ids(self.tokenizer, sample.prompt, sample.history, sample.target,
-                                has_clip)
+                                has_clip, self.config.prompt)
         return [i for question, said in turns for i in [IGNORED] * len(question) + said]
 
     # ---- sizes of a sample; train.py uses them to cut its batches and to weight the parts
@@ -795,6 +968,12 @@ class Favor(nn.Module):
                 "tokens": len(wanted), "diversity_parts": len(queries) if mean else len(rows),
                 "item_ce": per_item / answer_lengths}
 
+    def end_ids(self):
+        """The ids that end an answer: the LLM's own, and ChatML's end of a turn."""
+        own, chatml = self.llm.config.eos_id, self.config.prompt == "chatml"
+        return (*(own if isinstance(own, tuple) else (own,)),
+                *([self.tokenizer.special_id("<|im_end|>")] if chatml else ()))
+
     @torch.no_grad()
     def generate(self, samples, stream=None, **settings):
         """Answers of a batch of Samples -> list of str.  Eq. (3); greedy unless the config or
@@ -802,7 +981,8 @@ class Favor(nn.Module):
         as they are generated."""
         config = self.config
         settings = {"max_new_tokens": config.max_new_tokens, "num_beams": config.beams,
-                    "repetition_penalty": config.repetition_penalty} | settings
+                    "repetition_penalty": config.repetition_penalty,
+                    "eos_id": self.end_ids()} | settings
         rows, _ = self.llm_inputs([dataclasses.replace(sample, target=None) for sample in samples],
                                   settings["max_new_tokens"])
         longest = max(len(embeds) for embeds, _ in rows)

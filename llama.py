@@ -543,6 +543,12 @@ def pick_token(scores, temperature, top_p, generator):
 
 # ---- text <-> ids -------------------------------------------------------------------------------
 
+def no_token(token):
+    """What to say of a special token that a tokenizer lacks."""
+    return (f"the LLM's tokenizer has no token {token}, which prompt=chatml needs; pass an LLM "
+            "that was tuned on ChatML, or prompt=vicuna")
+
+
 class Tokenizer:
     """LLaMA's sentencepiece model. It gives ids of the text alone: nothing adds <s> or </s>."""
     boundary = ""      # what a segment of a prompt needs before it so that it starts a new word
@@ -577,6 +583,13 @@ class Tokenizer:
         LLM was trained on prompts whose segments were encoded one by one.
         "</s>" in the text is spelt out and not id 2: append eos_id yourself."""
         return self.pieces.encode(text)
+
+    def special_id(self, token):
+        """Id of a special token such as "<|im_start|>". ValueError if there is none."""
+        found = self.pieces.piece_to_id(token)
+        if found == self.pieces.unk_id():
+            raise ValueError(no_token(token))
+        return found
 
     def decode(self, ids):
         """Text of `ids`, without control ids (<s>, </s>, padding) and without ids beyond the
@@ -637,6 +650,12 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text):
         """Ids of `text`; special tokens inside it are spelt out."""
         return self.pieces.encode(text, add_special_tokens=False).ids
+
+    def special_id(self, token):
+        """Id of a special token such as "<|im_start|>". ValueError if there is none."""
+        if (found := self.pieces.token_to_id(token)) is None:
+            raise ValueError(no_token(token))
+        return found
 
     def decode(self, ids):
         """Text of `ids`, without special tokens."""

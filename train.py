@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from baselines.instructblip import InstructBlip
 from data import Mixing, Sample, find_manifest
-from favor import Favor, preset
+from favor import Favor, habits, method_settings, preset
 from runtime import checkpoint, cli, distributed, flops, hub, loader
 from runtime import log as runlog
 from runtime.distributed import log
@@ -71,22 +71,23 @@ class TrainConfig:
     match_share: float = 0.0  # <share> share of the videos with sound that are asked whether sound
                               # and picture belong together
     cache_features: bool | None = None  # encode each clip once and store its features on disk
-                                        # (default: on for tiny, else off)
+                                        # (default: off for 7b and 13b, else on)
     features: str = ""  # <folder> folder of the feature cache (default: features/ beside the first
                         # manifest)
     workers: int = -1  # <n> processes that decode clips ahead, for each training process; -1 uses
                        # all cores
     # -- model
-    model: Literal["tiny", "7b", "13b"] = "tiny"  # preset of all sizes
+    model: Literal["tiny", "small-laptop", "small", "7b", "13b"] = "tiny"  # preset of all sizes
     system: Literal["favor", "instructblip"] = "favor"  # system to train; instructblip is the
                                                         # paper's fine-tuned baseline without sound
     start_from: str = ""  # <folder> checkpoint whose trained parts a second stage begins with
     whisper: str | None = None  # <source> folder or Hub repository of Whisper (default: the
                                 # preset's)
-    instructblip: str | None = None  # <source> folder or Hub repository of the ViT and the Q-Former
-                                     # (default: the preset's)
-    llm: str | None = None  # <source> folder or Hub repository of a LLaMA, or of an InstructBLIP
-                            # that holds one (default: the preset's)
+    visual: str | None = None  # <source> folder or Hub repository of the visual encoder: an
+                               # InstructBLIP, or with --visual-grid a SigLIP or DINOv2 (default:
+                               # the preset's)
+    llm: str | None = None  # <source> folder or Hub repository of a LLaMA, Qwen2.5 or Qwen3, or of
+                            # an InstructBLIP that holds one (default: the preset's)
     random_init: bool = False  # use random weights of the full size, without a download, to see
                                # whether a run fits and how fast it is
     offline: bool = False  # take what the Hub's cache has and open no connection
@@ -101,10 +102,18 @@ class TrainConfig:
     diversity: float | None = None  # <factor> factor lambda of the diversity loss, Eq. (5)
     queries: int | None = None  # <n> output queries per window, Q
     fps: float | None = None  # <Hz> video frames per second
+    visual_grid: int | None = None  # <cells> cells per side to which the patches of a SigLIP or
+                                    # DINOv2 are averaged; 0: the visual encoder is an InstructBLIP
+    prompt: Literal["vicuna", "chatml"] | None = None  # form in which the LLM is asked
+    set: tuple[str, ...] = ()  # <field=value> any other field of favor.FavorConfig, such as
+                               # direct=512 lora_r=64
     # -- optimisation
     steps: int = 1100  # <n> optimiser steps
     batch: int = 32  # <samples> samples per step, over all processes and micro-batches
-    lr: float = 1.5e-3  # <rate> peak learning rate (for 7b and 13b try 1e-4)
+    lr: float | None = None  # <rate> peak learning rate (default: 1.5e-3 for tiny, 3e-4 for the
+                             # small ones, 1e-4 for 7b and 13b)
+    lora_lr: float = 1.0  # <factor> factor on it for LoRA
+    lora_from: int = 0  # <steps> LoRA stays as it is for so many steps, while the rest begins
     warmup: int = 100  # <steps> steps of linear warm-up, before a cosine down to 2 %
     weight_decay: float = 0.01  # <rate> weight decay of matrices; vectors have none
     grad_clip: float = 1.0  # <norm> scale gradients down to this norm
@@ -129,18 +138,21 @@ class TrainConfig:
     wandb: str = ""  # <project> send the curves to this project at Weights & Biases
     test: bool = True  # end with the table of eval.py on <data>/test.jsonl
     # -- distributed
-    processes: int = 0  # <n> processes to start on a CPU without torchrun; 0 starts one per core
-                        # for tiny, four at most, and else one
+    processes: int = 0  # <n> processes to start on a CPU without torchrun; 0 starts one per core,
+                        # four at most for tiny, two for the small presets and one for the others
     threads: int = 0  # <n> processor threads per process; 0 takes one for tiny and else all
     shard: bool = False  # spread LLM and trained parts over the processes' GPUs (FSDP2)
     # -- planning
     dry_run: bool = False  # print parameters and memory for --micro-batch clips and load nothing
     clip_seconds: float = 30.0  # <seconds> length of the clips that --dry-run plans for
 
-    ALIASES = {"keep-features": "cache_features"}             # the name that the flag had before
+    ALIASES = {"keep-features": "cache_features",             # the names that flags had before
+               "instructblip": "visual"}
 
     def __post_init__(self):
         cli.check_choices(self)
+        if self.lr is None:
+            object.__setattr__(self, "lr", habits(self.model).lr)
         for name in checkpoint.PLACES:     # a run goes on from another working folder, too
             if source := getattr(self, name):
                 object.__setattr__(self, name, hub.anywhere(source))
@@ -151,7 +163,8 @@ class TrainConfig:
         shares = dict.fromkeys(("mask_share", "val_share"), 1) | dict.fromkeys(
             ("pair_share", "join_share", "match_share"), 1.001)
         counts = ("micro_batch", "warmup", "seed", "processes", "threads", "micro_tokens",
-                  "micro_frames", "max_seconds", "show", "keep", "save_every", "max_skips")
+                  "micro_frames", "max_seconds", "show", "keep", "save_every", "max_skips",
+                  "lora_lr", "lora_from")
         for name, limit in (shares | dict.fromkeys(counts, math.inf)).items():
             if not 0 <= (getattr(self, name) or 0) < limit:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; "
@@ -162,15 +175,17 @@ class TrainConfig:
 
     def method(self):
         """The FavorConfig that this command line means."""
-        names = ("whisper", "instructblip", "llm", "sync", "window_frames", "causal", "diversity",
-                 "queries", "fps", "max_seconds")
+        names = ("whisper", "visual", "llm", "sync", "window_frames", "causal", "diversity",
+                 "queries", "fps", "max_seconds", "visual_grid", "prompt")
         changes = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-        return preset(self.model, self.variant, **changes)
+        if twice := changes.keys() & (others := method_settings(self.set)).keys():
+            raise ValueError(f"--set {twice.pop()}=... and a flag of that name; give one of them")
+        return preset(self.model, self.variant, **changes, **others)
 
     @property
     def tokens_at_a_time(self):
         given = self.micro_tokens
-        return given if given is not None else 0 if self.model == "tiny" else 2048
+        return habits(self.model).micro_tokens if given is None else given
 
     @property
     def manifests(self):
@@ -198,7 +213,8 @@ RESUMABLE = ("data", "out", "processes", "threads", "test", "log_every", "show",
 
 def dry_run(config):
     """Prints what each part takes, and the memory of a step and of an answer, without weights."""
-    dtype, _, why = distributed.precision(config.dtype, config.model, torch.device("cpu"))
+    dtype, _, why = distributed.precision(config.dtype, config.model, torch.device("cpu"),
+                                          habits(config.model).dtype_on_cpu)
     try:
         model = SYSTEMS[config.system].from_config(config.method(), dtype, "meta",
                                                    memory.random_part)
@@ -285,16 +301,30 @@ def open_cache(config, model, corpus):
     return cache
 
 
+def measure(model, corpus, cache):
+    """With feature_norm="standard": the statistics of the features of 256 random training clips."""
+    if model.config.feature_norm == "standard" and hasattr(model, "measure"):
+        some = np.random.default_rng(0).permutation(corpus.train)[:256]
+        for samples in [readable_samples(model, corpus.records(some), cache)[1]]:
+            model.measure(samples)
+
+
 def make_optimiser(model, config):
-    matrices = [p for p in model.trained_parameters() if p.ndim >= 2]
-    vectors = [p for p in model.trained_parameters() if p.ndim < 2]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
-                              {"params": vectors, "weight_decay": 0.0}],
-                             lr=config.lr, betas=(0.9, 0.98), fused=True)
+    """AdamW: weight decay for matrices, none for vectors, and LoRA in a group of its own."""
+    adapters = {id(p) for name, p in model.named_parameters() if ".lora_" in name}
+    groups = {"matrices": [], "vectors": [], "lora": []}
+    for p in model.trained_parameters():
+        groups["lora" if id(p) in adapters else "matrices" if p.ndim >= 2 else "vectors"].append(p)
+    return torch.optim.AdamW(
+        [{"params": some, "name": name, "weight_decay": (name != "vectors") * config.weight_decay}
+         for name, some in groups.items() if some], lr=config.lr, betas=(0.9, 0.98), fused=True)
 
 
-def learning_rate(config, step):
-    """Linear warm-up, then a cosine down to 2 % of the peak."""
+def learning_rate(config, step, group="matrices"):
+    """Linear warm-up, then a cosine down to 2 % of the peak; of LoRA --lora-lr times that, and
+    nothing for the first --lora-from steps."""
+    if group == "lora":
+        return learning_rate(config, step) * config.lora_lr * (step >= config.lora_from)
     warm = min(1.0, (step + 1) / max(config.warmup, 1))
     progress = min(1.0, step / config.steps)
     return config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
@@ -304,7 +334,8 @@ def prepare(config, argv, out, device):
     """Data, model, feature cache, optimiser and log; restored if a stopped run continues."""
     kind = SYSTEMS[config.system]
     found = checkpoint.resume(out, dataclasses.asdict(config), RESUMABLE)
-    dtype, autocast, why = distributed.precision(config.dtype, config.model, device)
+    dtype, autocast, why = distributed.precision(config.dtype, config.model, device,
+                                                 habits(config.model).dtype_on_cpu)
     corpus, data = read_data(config, kind), None
     with distributed.main_process_first():
         if distributed.rank() == 0:
@@ -314,9 +345,12 @@ def prepare(config, argv, out, device):
         model = build(config, kind, dtype, device, found)
     # at most 400 held-out questions, of all tasks: a manifest is often sorted by task
     chosen = np.random.default_rng(0).permutation(len(corpus.held_out))[:400]
-    cached = config.model == "tiny" if config.cache_features is None else config.cache_features
+    cached = (habits(config.model).cache_features if config.cache_features is None
+              else config.cache_features)
     cached = cached and not model.config.encoder_dropout   # with dropout no two passes are the same
     cache = open_cache(config, model, corpus) if cached else None
+    if not found and not config.start_from:
+        measure(model, corpus, cache)
 
     world = distributed.world()
     log(memory.table(model))
@@ -450,7 +484,7 @@ def train(run, config, stop):
         # With another number of processes it is other noise.
         torch.manual_seed((config.seed * config.steps + step) * world + rank)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = learning_rate(config, step, group["name"])
         optimiser.zero_grad(set_to_none=True)                                            # zero
 
         share = encode_share(model, items, config, run.device)
@@ -645,7 +679,7 @@ def main(config, argv):
             f"--batch {config.batch} for {world} processes; wanted at least a sample for each")
     rank, world, device = distributed.init_distributed()
     torch.set_num_threads(
-        config.threads or (1 if config.model == "tiny" else max(1, cli.cores() // world)))
+        config.threads or habits(config.model).threads or max(1, cli.cores() // world))
     torch.manual_seed(config.seed)
     hub.offline(config.offline)
     out = Path(config.out or f"runs/{config.model}")
@@ -719,5 +753,5 @@ if __name__ == "__main__":
         except (FileNotFoundError, ValueError) as error:
             sys.exit(str(error))
     distributed.launch_local(settings.processes,      # each has its own copy of the weights
-                             most=min(4, settings.batch) if settings.model == "tiny" else 1)
+                             most=min(habits(settings.model).processes, settings.batch))
     main(settings, sys.argv[1:])

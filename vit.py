@@ -157,8 +157,7 @@ class Block(nn.Module):
 class GridEncoder(nn.Module):
     """A frozen ViT whose map of patches is averaged to `grid` x `grid` vectors per frame. It offers
     what VisualEncoder offers, but does not read the question: query() returns what it is given."""
-    reads_question = False
-    qformer = None
+    reads_question = False               # so the features of a clip serve all its questions
 
     def __init__(self, config=None, grid=7):
         super().__init__()
@@ -168,6 +167,7 @@ class GridEncoder(nn.Module):
                              "side of a frame")
         self.config, self.grid = config, grid
         self.image_size, self.n_queries, self.width = config.image_size, grid ** 2, config.width
+        self.resample = config.resample                    # how its frames are made smaller
         size = config.patch_size
         self.patch_embedding = nn.Conv2d(3, config.width, size, stride=size)
         # Learnt for the pictures of its own training: (P,D), DINOv2's with CLS and a batch axis.

@@ -327,6 +327,7 @@ class QFormer(nn.Module):
 
 class VisualEncoder(nn.Module):
     """ViT, Q-Former and the Q-Former's learnt queries."""
+    reads_question, resample = True, "bicubic"
     def __init__(self, vit=None, qformer=None, n_queries=32):
         super().__init__()
         vit, qformer = vit or ViTConfig(), qformer or QFormerConfig()
@@ -337,6 +338,10 @@ class VisualEncoder(nn.Module):
         self.vit = ViT(vit)
         self.qformer = QFormer(qformer)
         self.query_tokens = nn.Parameter(torch.randn(1, n_queries, qformer.width) * 0.02)
+
+    def to_pixels(self, frames):
+        """A Clip's frames (F,3,H,W) -> float32 (F,3,size,size) for encode_image."""
+        return to_pixels(frames, self.image_size)
 
     @classmethod
     def from_pretrained(cls, source, dtype=None, device=None):

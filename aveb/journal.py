@@ -15,15 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data import MEDIA
+from favor import SOURCES
 from runtime import distributed, hub
 from runtime.checkpoint import short_hash
 from runtime.feature_cache import bits_hash
 
-PARTS = ("whisper", "instructblip", "llm")         # fields of FavorConfig that name a place
+PARTS = SOURCES                          # fields of FavorConfig that name a place
 PART_FILES = ("*.json", "*.txt", "tokenizer.model", "qformer_tokenizer/*")
 # The code that makes an answer; the other files count, show or start.
-ANSWERING = ("favor.py", "whisper_enc.py", "vit_qformer.py", "llama.py", "lora.py", "data.py",
-             "aveb/answers.py", "baselines/*.py", "runtime/*.py")
+ANSWERING = ("favor.py", "whisper_enc.py", "vit.py", "vit_qformer.py", "llama.py", "lora.py",
+             "data.py", "aveb/answers.py", "baselines/*.py", "runtime/*.py")
 # What has changed, where a setting is only a hash.
 CHANGED = {
     "weights": "the checkpoint has been trained on or replaced",

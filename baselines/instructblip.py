@@ -50,18 +50,18 @@ class InstructBlip(Favor):
 
     @classmethod
     def from_config(cls, config, dtype=None, device=None, load=None):
-        """Makes ViT, Q-Former and projection from config.instructblip and the LLM from config.llm.
+        """Makes ViT, Q-Former and projection from config.visual and the LLM from config.llm.
         load(kind, source, dtype=, device=, ...) makes one part or tokenizer; by default the
         pretrained one, otherwise (random weights) the projection is random as well."""
         load = load or load_pretrained
         tokenizer = load(Tokenizer, config.llm)
-        qformer_tokenizer = load(QFormerTokenizer, config.instructblip)
-        visual = load(VisualEncoder, config.instructblip, dtype=dtype, device=device)
+        qformer_tokenizer = load(QFormerTokenizer, config.visual)
+        visual = load(VisualEncoder, config.visual, dtype=dtype, device=device)
         llm = load(Llama, config.llm, dtype=dtype, device=device, vocab_size=tokenizer.vocab_size)
         with torch.device("meta" if device == "meta" else "cpu"):
             projection = nn.Linear(visual.width, llm.config.width)
             if load is load_pretrained:
-                root = hub.folder(hub.local_source(config.instructblip), (),
+                root = hub.folder(hub.local_source(config.visual), (),
                                   ("language_projection.",))
                 hub.load_into(projection, root, prefix="language_projection.")
             model = cls(config, visual, projection, llm, tokenizer, qformer_tokenizer)

@@ -57,7 +57,7 @@ from experiments.tables import (
     reproduction_table,
     tables,
 )
-from favor import Favor
+from favor import Favor, habits
 from miniature import generate
 from runtime import cli, distributed, hub
 from runtime.feature_cache import cache_features
@@ -320,7 +320,8 @@ def train_config(config, system, seed, stage):
 def load(trained, checkpoint=None):
     """The model of a TrainConfig, untrained or from a checkpoint, with the dtype of train.py."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = distributed.precision("", trained.model, device)[0]
+    dtype = distributed.precision("", trained.model, device,
+                                  habits(trained.model).dtype_on_cpu)[0]
     if checkpoint is None:
         return Favor.from_config(trained.method(), dtype, device).eval()
     return Favor.from_pretrained(checkpoint, dtype, device)

@@ -41,10 +41,11 @@ DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, Ass
            OverflowError, EOFError, pickle.UnpicklingError, struct.error)
 
 # Fields of TrainConfig that name a folder, or a repo on the Hub.
-PLACES = ("whisper", "instructblip", "llm", "start_from")
+PLACES = ("whisper", "visual", "llm", "start_from")
 
 # Fields of TrainConfig that were renamed: name in an old state.pt -> name now.
-RENAMED = {"windows": "window_frames", "clip": "grad_clip", "keep_features": "cache_features"}
+RENAMED = {"windows": "window_frames", "clip": "grad_clip", "keep_features": "cache_features",
+           "instructblip": "visual"}
 
 
 # ---------------------------------------------------------------- writing

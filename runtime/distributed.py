@@ -97,11 +97,11 @@ def init_distributed():
     return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
-def precision(name, model, device):
+def precision(name, model, device, on_cpu="bfloat16"):
     """-> dtype of the frozen weights, autocast context for training, the reason as text.
-    name: "bfloat16", "float32", or "": bfloat16 on a GPU and for the large models, else float32."""
+    name: "bfloat16", "float32", or "": bfloat16 on a GPU, on a CPU what the preset `model` says."""
     reason = "asked for" if name else f"{device.type}, {model}"
-    name = name or ("bfloat16" if device.type == "cuda" or model != "tiny" else "float32")
+    name = name or ("bfloat16" if device.type == "cuda" else on_cpu)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     autocast = (torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext())
     return dtype, autocast, f"{name} ({reason})"

@@ -58,7 +58,7 @@ def fingerprint(model, clip_options):
     parts = [model.system, sorted(clip_options.items()), config.audio_seconds,
              config.question_turn, config.question_tokens, source_hash(media, load_clip, *encoders),
              bits_hash(frozen_weights(model))]
-    for source in (config.whisper, config.instructblip):
+    for source in (config.whisper, config.visual):
         root = hub.local_folder(source)
         files = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns]
                  for f in sorted(root.rglob("*")) if f.is_file()] if root else []
@@ -130,7 +130,8 @@ class FeatureCache:
     def __init__(self, folder, model, clip_options=None, log=print):
         self.model, self.log, self.full = model, log, False
         self.clip_options = {**model.clip_options(), **(clip_options or {})}
-        self.by_prompt = model.system == "favor"   # InstructBLIP caches the ViT's output only
+        # InstructBLIP as a baseline caches the ViT's output only; some encoders read no question.
+        self.by_prompt = model.system == "favor" and model.visual.reads_question
         self.first_turn = model.config.question_turn == "first"      # see Favor.question_to_see
         # A place is (pack, offset, *shape), or in memory the array itself.
         self.clips = {}      # key -> (place of its sound or None, is_image, has a picture), or

@@ -81,7 +81,7 @@ def checkpoint(small_parts, tmp_path_factory):
     torch.manual_seed(1)
     model = Favor.from_config(preset(
         "tiny", whisper=str(small_parts / "whisper"), llm=str(small_parts / "llama"),
-        instructblip=str(small_parts / "instructblip"), max_new_tokens=5))
+        visual=str(small_parts / "instructblip"), max_new_tokens=5))
     folder = tmp_path_factory.mktemp("run")
     model.save_pretrained(folder)
     return folder

@@ -189,8 +189,8 @@ def open_checkpoint(folder):
     from baselines.systems import load_system
     from data import Clip
     from favor import preset
-    sources = {part: str(folder / part) for part in ("whisper", "instructblip", "llm")}
-    sources["llm"] = str(folder / "llama")
+    sources = {part: str(folder / part) for part in ("whisper", "visual", "llm")}
+    sources |= {"visual": str(folder / "instructblip"), "llm": str(folder / "llama")}
     try:
         model, _ = load_system("favor", preset("tiny"), checkpoint=str(folder / "favor"),
                                sources=sources)

@@ -1040,7 +1040,7 @@ def hub_folder(model, words, root):
     for name in ("tokenizer.model", "qformer_tokenizer/vocab.txt"):
         (root / "instructblip" / name).write_bytes((words / name).read_bytes())
     blip = str(root / "instructblip")
-    return {"whisper": str(root / "whisper"), "instructblip": blip, "llm": blip}
+    return {"whisper": str(root / "whisper"), "visual": blip, "llm": blip}
 
 
 @torch.no_grad()
@@ -1160,7 +1160,7 @@ def test_a_checkpoint_finds_its_parts_from_any_folder(small_parts, tmp_path, mon
         shutil.copytree(small_parts / part, tmp_path / "here/real" / part)
     monkeypatch.chdir(tmp_path / "here")
     model = Favor.from_config(preset("tiny", whisper="real/whisper", llm="./real/llama",
-                                     instructblip="real/instructblip", max_new_tokens=5))
+                                     visual="real/instructblip", max_new_tokens=5))
     model.save_pretrained("run")
     saved = json.loads(Path("run/favor.json").read_text())["config"]
     assert saved["whisper"] == str(tmp_path / "here/real/whisper")
@@ -1191,7 +1191,7 @@ def fields(config, *names):
 @pytest.mark.parametrize("name", ["7b", "13b"])
 def test_presets_hold_the_papers_numbers(name):
     config, vicuna = preset(name), f"Salesforce/instructblip-vicuna-{name}"
-    assert fields(config, "whisper", "instructblip", "llm") == (
+    assert fields(config, "whisper", "visual", "llm") == (
         "openai/whisper-large-v2", vicuna, vicuna)
     assert fields(config, "fps", "window_frames", "queries", "layers", "width", "heads",
                   "causal_heads", "ffn") == (2.0, 10, 32, 2, 768, 12, 12, 3072)

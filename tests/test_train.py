@@ -53,7 +53,7 @@ def command(small_parts, small_miniature):
                  "log_every": 2,
                  "warmup": 2, "processes": 1, "workers": 0, "val_share": 0.1, **{
                      name: small_parts / folder for name, folder in
-                     (("whisper", "whisper"), ("instructblip", "instructblip"),
+                     (("whisper", "whisper"), ("visual", "instructblip"),
                       ("llm", "llama"))}} | flags
         named = [part for k, v in flags.items() for part in (f"--{k.replace('_', '-')}", str(v))]
         return [*named, *(words or ["--no-test"])]
@@ -202,7 +202,7 @@ def test_a_second_stage_begins_where_the_first_ended(command, unbroken, tmp_path
 def test_training_learns(command, tmp_path):
     """The committed parts load, and in 30 steps on a few clips the loss falls."""
     there = {flag: ROOT / "miniature" / "weights" / name for flag, name in
-             (("whisper", "whisper"), ("instructblip", "instructblip"), ("llm", "llama"))
+             (("whisper", "whisper"), ("visual", "instructblip"), ("llm", "llama"))
              if (ROOT / "miniature" / "weights" / name / "model.safetensors").exists()}
     assert there, ("miniature/weights/ holds no pretrained parts; make them: "
                    "python -m miniature pretrain")
@@ -529,7 +529,7 @@ def test_other_settings_are_refused(unbroken, command):
 def small_model(small_parts):
     config = favor.preset("tiny", whisper=str(small_parts / "whisper"),
                           llm=str(small_parts / "llama"),
-                          instructblip=str(small_parts / "instructblip"))
+                          visual=str(small_parts / "instructblip"))
     return Favor.from_config(config)
 
 

@@ -158,13 +158,13 @@ def main(argv=None):
     add("out", metavar="OUT", help="new folder for the checkpoint in our layout")
     add("--model", choices=tuple(PRESETS),
         help="preset of all sizes (default: 7b or 13b, by the size of the file's tensors)")
-    for part in ("whisper", "instructblip", "llm"):
+    for part in ("whisper", "visual", "llm"):
         add(f"--{part}", metavar="SOURCE",
             help=f"folder or Hub repository of {part} (default: the preset's)")
     args = parser.parse_args(argv)
     if Path(args.out).exists():
         sys.exit(f"{parser.prog}: {args.out} exists already; name a new folder")
-    sources = {name: value for name in ("whisper", "instructblip", "llm")
+    sources = {name: value for name in ("whisper", "visual", "llm")
                if (value := getattr(args, name))}
     try:
         model = from_official(args.file, args.model, torch.bfloat16, **sources)

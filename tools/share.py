@@ -35,7 +35,7 @@ from runtime.hub import markdown_table, write_text
 COMMAND = "python -m tools.share"
 MARK = ("<!-- tools/share.py writes this card again at every push. Remove this line to keep your "
         "own edits. -->")
-PARTS = {"whisper": "Whisper", "instructblip": "InstructBLIP", "llm": "LLM"}
+PARTS = {"whisper": "Whisper", "visual": "visual encoder", "llm": "LLM"}
 REPO = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 ADAPTERS = ("lora/adapter_config.json", "lora/adapter_model.safetensors")
 DTYPES = ("bfloat16", "float16", "float32")

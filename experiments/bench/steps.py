@@ -31,7 +31,7 @@ from experiments.bench.measure import (
 )
 from experiments.bench.media import clip_of
 from experiments.bench.targets import llm_step
-from favor import Favor, preset
+from favor import Favor, habits, preset
 from runtime import distributed, flops
 from runtime.feature_cache import FeatureCache
 from runtime.loader import TrainItem
@@ -51,7 +51,8 @@ class Step:
     def __init__(self, device, name="tiny"):
         torch.manual_seed(0)
         self.device, self.name = device, name
-        self.dtype, self.autocast, _ = distributed.precision("", name, device)
+        self.dtype, self.autocast, _ = distributed.precision("", name, device,
+                                                                 habits(name).dtype_on_cpu)
         self.config = train.TrainConfig(model=name, micro_batch=0, micro_tokens=0)
         self.model = Favor.from_config(preset(name), self.dtype, device,
                                        load=None if name == "tiny" else random_part).train()

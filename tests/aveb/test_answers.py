@@ -87,7 +87,8 @@ def stopped(checkpoint, small_parts, small_miniature, tmp_path_factory):
         shutil.copytree(small_parts / name, root / name)
     shutil.copytree(checkpoint, root / "run")
     edit_json(root / "run" / "favor.json", lambda saved: saved["config"].update(
-        {name: str(root / name) for name in ("whisper", "instructblip")}, llm=str(root / "llama")))
+        whisper=str(root / "whisper"), visual=str(root / "instructblip"),
+        llm=str(root / "llama")))
     records = [r for r in data.read_manifest(small_miniature / "test.jsonl")
                if r.task in ("vqa", "avsd")]
     (root / "clips").mkdir()
@@ -238,7 +239,8 @@ def test_the_same_at_another_place_goes_on(stopped, tmp_path, capsys):
     root, run = stopped
     moved = root.rename(tmp_path / "moved")
     edit_json(moved / "run" / "favor.json", lambda saved: saved["config"].update(
-        {name: str(moved / name) for name in ("whisper", "instructblip")}, llm=str(moved / "llama"))
+        whisper=str(moved / "whisper"), visual=str(moved / "instructblip"),
+        llm=str(moved / "llama"))
     )
     path = next((moved / "said.parts").iterdir())
     path.write_bytes(path.read_bytes() + b'{"id": "torn\n\0\0\0')

@@ -62,7 +62,7 @@ def lay_out(folder, clips, files):
 @pytest.fixture(scope="module")
 def parts(small_parts):
     return {"whisper": str(small_parts / "whisper"), "llm": str(small_parts / "llama"),
-            "instructblip": str(small_parts / "instructblip")}
+            "visual": str(small_parts / "instructblip")}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from baselines.whisper import WhisperBaseline
 from data import Clip
 from favor import Sample
 
-OURS = ("whisper", "instructblip", "llm")
+OURS = ("whisper", "visual", "llm")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def folder(small_parts, tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(folder):
     root = str(folder[0])
-    return favor.preset("tiny", instructblip=root, llm=root, max_new_tokens=6)
+    return favor.preset("tiny", visual=root, llm=root, max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_it_learns_and_is_kept(config, tmp_path):
 def test_train_and_eval(folder, small_parts, small_miniature, tmp_path, capfd):
     """train.py --system instructblip, then eval.py with its checkpoint and with public weights."""
     root = str(folder[0])
-    parts = {"instructblip": root, "llm": root, "whisper": str(small_parts / "whisper")}
+    parts = {"visual": root, "llm": root, "whisper": str(small_parts / "whisper")}
     out = tmp_path / "run"
     train.main(train.TrainConfig(
         system="instructblip", data=str(small_miniature), out=str(out), steps=2, batch=4,
@@ -198,7 +198,7 @@ def test_two_processes_learn_what_one_does(folder, small_miniature, tmp_path):
         subprocess.run([sys.executable, str(ROOT / "train.py"), "--system", "instructblip",
                         "--data", str(small_miniature), "--out", str(out), "--steps", "2",
                         "--batch", "4", "--val-share", "0", "--no-test", "--processes", str(n),
-                        "--instructblip", root, "--llm", root, "--no-cache-features",
+                        "--visual", root, "--llm", root, "--no-cache-features",
                         "--workers", "0"],
                        check=True, capture_output=True)
         losses.append([json.loads(line)["loss"]

@@ -666,7 +666,7 @@ def test_the_program_from_clips_to_figures(small_parts, small_miniature, tmp_pat
     """Two stages of one system, killed in the second; the same command goes on and leaves all that
     the tables and figures need.  Random parts, so nothing is learnt."""
     flags = " ".join(f"--{name} {small_parts / folder}" for name, folder in (
-        ("whisper", "whisper"), ("instructblip", "instructblip"), ("llm", "llama")))
+        ("whisper", "whisper"), ("visual", "instructblip"), ("llm", "llama")))
     command = [sys.executable, "-m", "experiments.ablate", "--only", "complete", "--seeds", "1",
                "--steps", "2", "--limit", "1", "--jobs", "2", "--data", small_miniature,
                "--out", tmp_path, f"--flags={flags} --batch 4 --micro-batch 4"]

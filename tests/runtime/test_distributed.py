@@ -34,7 +34,7 @@ def build(small_parts):
     def build(dtype=None, system="favor", **changes):
         config = favor.preset("tiny", whisper=str(small_parts / "whisper"),
                               llm=str(small_parts / "llama"), max_new_tokens=4,
-                              instructblip=str(small_parts / "instructblip"), **changes)
+                              visual=str(small_parts / "instructblip"), **changes)
         model = randomise(SYSTEMS[system].from_config(config, dtype)).train()
         model.llm.lm_head.weight.data *= 10        # a random LLM that is sure of what it says
         return model

@@ -45,7 +45,7 @@ def small_model(small_parts):
 
 def small_config(root, **changes):
     return favor.preset("tiny", whisper=str(root / "whisper"), llm=str(root / "llama"),
-                        instructblip=str(root / "instructblip"), **changes)
+                        visual=str(root / "instructblip"), **changes)
 
 
 def copied(records, folder):

@@ -21,7 +21,7 @@ quiet = lambda *_: None                                                         
 def model(small_parts):
     return Favor.from_config(favor.preset(
         "tiny", whisper=str(small_parts / "whisper"), llm=str(small_parts / "llama"),
-        instructblip=str(small_parts / "instructblip")))
+        visual=str(small_parts / "instructblip")))
 
 
 @pytest.fixture

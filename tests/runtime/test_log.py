@@ -256,7 +256,7 @@ def test_another_aligner_is_counted_by_its_matrices(small_parts):
     """README: any class with forward(windows, mask, per_frame) may take the Q-Former's place."""
     model = Favor.from_config(preset("tiny", whisper=str(small_parts / "whisper"),
                                      llm=str(small_parts / "llama"),
-                                     instructblip=str(small_parts / "instructblip")))
+                                     visual=str(small_parts / "instructblip")))
     model.qformer = torch.nn.Linear(32, 128)
     joint_vectors = model.config.window_frames * max(model.visual.n_queries, model.audio_steps)
     parts = flops.flops_by_part(model, [50], 3, 15, [], True)
@@ -333,7 +333,7 @@ def test_other_sizes(name):
 @pytest.fixture
 def small_favor(small_parts):
     config = preset("tiny", whisper=str(small_parts / "whisper"), llm=str(small_parts / "llama"),
-                    instructblip=str(small_parts / "instructblip"))
+                    visual=str(small_parts / "instructblip"))
     return Favor.from_config(config).train()
 
 
@@ -389,7 +389,7 @@ def test_encoders_against_pytorchs_counter(small_favor):
 def test_the_baseline_has_its_own_parts(small_parts):
     """Its visual Q-Former learns, features (the ViT's) cached or not, and it hears nothing."""
     config = preset("tiny", llm=str(small_parts / "llama"),
-                    instructblip=str(small_parts / "instructblip"))
+                    visual=str(small_parts / "instructblip"))
     model = InstructBlip.from_config(config).train()
     image = Features(torch.randn(1, 17, 16), None, True)
     work = flops.work_of(model, [Sample("What is it?", "red", features=image)])

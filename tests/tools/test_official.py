@@ -82,7 +82,7 @@ def parts(small_parts, tmp_path_factory):
             QFormerConfig(width=VISUAL, layers=2, heads=2, ffn=32, vocab_size=vocabulary,
                           max_positions=128, encoder_width=16), V)), nn.Linear(VISUAL, LLM))
     return {"whisper": str(small_parts / "whisper"), "llm": str(root / "llama"),
-            "instructblip": str(root / "instructblip")}
+            "visual": str(root / "instructblip")}
 
 
 @pytest.fixture(scope="module")

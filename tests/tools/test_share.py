@@ -41,7 +41,7 @@ HOSTILE = ["a|b", "line\nbreak\n---\nlicense: mit", "<script>x</script>", "back\
 
 
 def sources(parts, **others):
-    return {"whisper": str(parts / "whisper"), "instructblip": str(parts / "instructblip"),
+    return {"whisper": str(parts / "whisper"), "visual": str(parts / "instructblip"),
             "llm": str(parts / "llama"), **others}
 
 
@@ -93,7 +93,7 @@ def rows_of(text):
 
 def test_card_says_what_the_checkpoint_says(run):
     change(run / "best", config=hub.read_json(run / "best" / "favor.json")["config"] | {
-        "whisper": "openai/whisper-large-v2", "instructblip": "Salesforce/instructblip-vicuna-7b",
+        "whisper": "openai/whisper-large-v2", "visual": "Salesforce/instructblip-vicuna-7b",
         "llm": "Salesforce/instructblip-vicuna-7b", "variant": "official", "window_frames": 10})
     card = share.model_card(run, "me/ears")
     assert head_of(card) == {
@@ -130,8 +130,8 @@ def test_card_says_what_is_missing(run):
     rows = rows_of(card)
     assert ["LLM", "a local folder, llama"] in rows
     assert str(run.parent.parent) not in card                        # no paths of this machine
-    assert 'from_pretrained("user/name", whisper="FOLDER", instructblip="FOLDER", llm="FOLDER")' \
-        in card and "--whisper FOLDER --instructblip FOLDER --llm FOLDER" in card
+    assert 'from_pretrained("user/name", whisper="FOLDER", visual="FOLDER", llm="FOLDER")' \
+        in card and "--whisper FOLDER --visual FOLDER --llm FOLDER" in card
     change(run / "best", config={"variant": "paper"})
     assert ["window_frames", "not recorded"] in rows_of(share.model_card(run))
 
