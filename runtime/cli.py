@@ -216,7 +216,7 @@ class Progress:
     def __init__(self, what, total, unit):
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, desc=what, unit=f" {unit}s", delay=5,
-                        disable=os.environ.get("RANK", "0") != "0",
+                        miniters=1, disable=os.environ.get("RANK", "0") != "0",
                         mininterval=0.2 if terminal else 10, file=None if terminal else _Lines(),
                         bar_format=None if terminal else PROGRESS_LINE)
 
