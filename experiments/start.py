@@ -50,6 +50,7 @@ SWITCHES = {
 class StartConfig:
     # -- data
     data: str = "media/small"  # <folder> folder of the clips, which are made if needed
+    features: str = ""  # <folder> folder of the feature cache (default: features/ in --data)
     clips: int = 320  # <questions> questions of each task to learn from
     questions: int = 60  # <questions> questions of each task to answer afterwards
     tasks: tuple[str, ...] = tuple(TASKS)  # <task> what is learnt: speech, stills
@@ -86,13 +87,14 @@ def commands(config, task, switch, seed, manifests):
              config.steps // 10, "--val-every", config.steps, "--show", 0, "--seed", seed]
     for part in ("whisper", "visual", "llm"):
         words += [f"--{part}", getattr(config, part)]
+    cache = ["--features", config.features or Path(config.data) / "features"]
     settings = PAPER | SWITCHES[switch]
     words += ["--set", *(f"{field}={value}" for field, value in settings.items()
                          if not field.startswith("-"))]
-    return ([*words, *(word for flag, value in settings.items() if flag.startswith("-")
+    return ([*words, *cache, *(word for flag, value in settings.items() if flag.startswith("-")
                        for word in (flag, value))],
-            ["--checkpoint", out / "best", "--data", manifests["test"], "--views", "both", "blind",
-             "--out", out / "predictions.jsonl"], out)
+            [*cache, "--checkpoint", out / "best", "--data", manifests["test"],
+             "--views", "both", "blind", "--out", out / "predictions.jsonl"], out)
 
 
 def exact(rows, view):
