@@ -89,7 +89,7 @@ def commands(config, task, switch, seed, manifests):
         words += [f"--{part}", getattr(config, part)]
     cache = ["--features", config.features or Path(config.data) / "features"]
     settings = PAPER | SWITCHES[switch]
-    words += ["--set", *(f"{field}={value}" for field, value in settings.items()
+    words += ["--set", *(f"{field}={value}".lower() for field, value in settings.items()
                          if not field.startswith("-"))]
     return ([*words, *cache, *(word for flag, value in settings.items() if flag.startswith("-")
                        for word in (flag, value))],
