@@ -3,6 +3,7 @@ sizes, differences from the paper, and the results that the README repeats."""
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,70 @@ def test_every_command_of_a_page_names_a_program(page):
         assert (ROOT / name).exists(), f"{page}: there is no {name}"
 
 
+def sh_commands(page):
+    """The words of each command in a page's sh blocks, without comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_the_recipe_of_the_small_presets_can_be_given_as_it_is_written():
+    """Each command of docs/small.md passes its program's own parser; prepare knows set and split;
+    what is trained on and scored is what commands before it wrote; the parts are the presets'."""
+    import aveb.__main__
+    import aveb.speech
+    import demo
+    import eval as evaluation
+    import tools.share
+    import train
+    from aveb.sets.registry import SETS
+    from data import parse_line
+    from favor import PRESETS
+    from runtime import cli
+
+    page = ROOT / "docs" / "small.md"
+    parsers = {"aveb": aveb.__main__.arguments, "aveb.speech": aveb.speech.arguments,
+               "tools.share": tools.share.arguments, "demo.py": demo.arguments}
+    configs = {"train.py": train.TrainConfig, "eval.py": evaluation.EvalConfig}
+    written, trained, asked = set(), set(), set()
+    for words in sh_commands(page):
+        program = next(k for k, word in enumerate(words) if word in {*parsers, *configs})
+        name, rest = words[program], words[program + 1:]
+        if name in parsers:
+            given = parsers[name]().parse_args(rest)
+        else:
+            given = cli.parse(configs[name], "", rest)[0]
+        if name == "aveb":
+            assert given.split in (None, *SETS[given.set].splits), words
+            assert Path(given.out).stem == SETS[given.set].task, words
+            written.add(given.out)
+        elif name == "aveb.speech":
+            assert given.vggss in written, words
+            written.add(f"{given.out}/avm.jsonl")
+        elif name == "train.py":
+            if not given.dry_run:
+                assert written >= {file for file, _ in given.manifests}, words
+                trained |= {given.model, f"{given.out}/best"}
+        elif name == "eval.py":
+            scored = {Path(file).stem for file in written if Path(file).parent == Path(given.data)}
+            assert len(scored) >= 4 and scored <= {*given.tasks}, words
+            asked |= {given.checkpoint or given.model}
+        elif name == "demo.py":
+            asked |= {given.checkpoint or given.model}
+        else:
+            assert given.run in trained, words
+    assert trained >= {"small", "small-laptop", *asked} and len(asked) == 2
+
+    text = page.read_text()
+    for preset in ("small", "small-laptop"):
+        for part in ("whisper", "visual", "llm"):
+            assert getattr(PRESETS[preset], part) in text
+        grid = PRESETS[preset].visual_grid
+        assert f"| {grid ** 2}: " in text and f"averaged to {grid} x {grid}" in text
+    for example in re.findall(r"^\{.*\}$", text, re.MULTILINE):
+        parse_line(example.encode(), page)
+
+
 HELP = """
 import contextlib, runpy, sys                       # in one process: torch is imported once
 for words in sys.argv[1:]:
@@ -211,7 +276,8 @@ def test_the_flags_on_the_pages_exist():
     """Every --flag that a page mentions belongs to one of our programs."""
     commands = [f"{s} --help" for s in (
         "train.py", "eval.py", "demo.py", "aveb.judge", "miniature make", "experiments.ablate",
-        "experiments.bench", "aveb prepare", "aveb subset", "aveb.speech isqa", "aveb.speech avm")]
+        "experiments.bench", "aveb prepare", "aveb subset", "aveb.speech isqa", "aveb.speech avm",
+        "tools.share push")]
     told = helps(commands)
     assert len(told) == len(commands)
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "".join(told)))
