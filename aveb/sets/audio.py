@@ -42,8 +42,9 @@ def audiocaps(files):
 
 SETS.update({
     "librispeech": Set(librispeech, "asr",
-                       ("test", "train", "dev-clean", "test-other", "dev-other"),
-                       "openslr.org/12, CC BY 4.0"),
+                       ("test", "train", "train-clean-100", "train-clean-5", "dev-clean",
+                        "test-other", "dev-other"),
+                       "openslr.org/12 (train-clean-5: /31), CC BY 4.0"),
     "audiocaps": Set(audiocaps, "ac", ("test", "train", "val"),
                      "github.com/cdjkim/audiocaps, dataset/, academic use; sound: YouTube"),
 })
