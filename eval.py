@@ -80,7 +80,8 @@ class EvalConfig:
                                # whether a model fits into memory and how fast it answers
     offline: bool = False  # take what the Hub's cache has and open no connection
     dtype: Literal["", "bfloat16", "float32"] = ""  # number format of the frozen weights (default:
-                                                    # float32 for tiny on a CPU, else bfloat16)
+                                                    # float32 on a CPU for tiny and the small
+                                                    # presets, else bfloat16)
     merge: bool = True  # add LoRA into the LLM's own weights, so that it costs no time
     compile: bool = False  # torch.compile for each new token, on a GPU as a CUDA graph: slow to
                            # start, for long answers; beam search does not use it

@@ -20,9 +20,9 @@ Masks are bool; True marks a real vector, or a key that may be attended to.
 Public: FavorConfig, PRESETS, preset, synchronise, split_windows, block_causal_mask, CausalQFormer,
 diversity_loss, prompt_ids, dialogue_ids, Favor."""
 
-import contextlib
 import dataclasses
 import math
+import re
 import typing
 import warnings
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ import lora
 from data import Features, Sample, clip_from_path
 from llama import Llama, Tokenizer
 from runtime import fast, hub
-from vit import GridEncoder
+from vit import GridEncoder, is_grid_encoder
 from vit_qformer import FRAMES_AT_ONCE, QFormerTokenizer, VisualEncoder
 from whisper_enc import WhisperEncoder
 
@@ -221,24 +221,26 @@ def preset(name, variant="paper", **changes):
         PRESETS[name], **((OFFICIAL if variant == "official" else {}) | changes))
 
 
+# type of a field of FavorConfig: its value from the text of a command line
+FROM_TEXT = {bool: {"true": True, "false": False}.__getitem__, int: int, float: float, str: str,
+             float | None: lambda text: None if text == "none" else float(text),
+             tuple[str, ...]: lambda text: tuple(text.split(","))}
+
+
 def method_settings(words):
     """["direct=512", "feature_norm=halves"] -> {field of FavorConfig: value of its type}.
     ValueError for a word that is none."""
     kinds, settings = typing.get_type_hints(FavorConfig), {}
     for word in words:
-        name, sign, text = word.partition("=")
-        kind = kinds.get(name)
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-        if kind in (int, float, float | None) and isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = int(text) if kind is int else float(text)
-        if name == "lora_targets":
-            value = tuple(text.split(","))
-        wanted = tuple if typing.get_origin(kind) is tuple else kind
-        if not sign or kind is None or not isinstance(value, wanted) or name in settings:
-            raise ValueError(f"{word!r}; wanted FIELD=VALUE, each field of FavorConfig once, such "
-                             "as direct=512 or causal=none")
-        settings[name] = value
+        name, _, text = word.partition("=")
+        try:
+            if name in settings or not text or text.lower() == "nan":
+                raise ValueError(word)
+            settings[name] = FROM_TEXT[kinds[name]](text)
+        except (KeyError, ValueError):
+            raise ValueError(f"{word!r}; wanted FIELD=VALUE, each field of FavorConfig once and "
+                             "with a value of its kind, such as direct=512, match_embeddings=true "
+                             "or lora_targets=q_proj,v_proj") from None
     return settings
 
 
@@ -371,11 +373,12 @@ class CausalQFormer(nn.Module):
     def __init__(self, config, joint_width):
         super().__init__()
         self.config = config
-        halves = 2 if config.feature_norm == "halves" else 1
-        self.joint_norm = nn.ModuleList(nn.LayerNorm(joint_width // 2) for _ in range(2)) if (
-            halves == 2) else nn.LayerNorm(joint_width)
-        self.positions = nn.Embedding(config.max_positions, joint_width)        # one per vector
-        nn.init.normal_(self.positions.weight, std=config.position_std)
+        self.joint_norm = nn.LayerNorm(joint_width) if config.feature_norm != "halves" else (
+            nn.ModuleList(nn.LayerNorm(joint_width // 2) for _ in range(2)))
+        # One per vector; without layers nothing reads them, and DDP would wait for their gradient.
+        self.positions = nn.Embedding(config.max_positions, joint_width) if config.layers else None
+        if self.positions:
+            self.positions.weight.data *= config.position_std      # no draw more: seeds stay
         self.queries = nn.Parameter(torch.empty(1, config.queries, config.width).normal_(std=0.02))
         self.query_norm = nn.LayerNorm(config.width, eps=1e-12)
         self.layers = nn.ModuleList(
@@ -405,9 +408,9 @@ class CausalQFormer(nn.Module):
                 f"a window of {length // per_frame} frames x {per_frame} vectors = {length}, but "
                 f"there are {self.config.max_positions} positions; use shorter windows "
                 "(window_frames=10) or a shorter clip")
-        position = torch.arange(length, device=windows.device)
-        content = self.normalise(windows)                                         # (W,K*N,D_joint)
-        x = content + self.positions(position)
+        x = content = self.normalise(windows)                                     # (W,K*N,D_joint)
+        if self.positions:
+            x = content + self.positions(torch.arange(length, device=windows.device))
         # A window without a real vector (the dummy) attends to its zeros: no softmax is over an
         # empty set.
         mask = mask | ~mask.any(dim=1, keepdim=True)                              # (W,K*N)
@@ -454,19 +457,34 @@ class FeatureStatistics(nn.Module):
 
     def __init__(self, **widths):
         super().__init__()
+        self.names = tuple(widths)
         for name, width in widths.items():
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_std", torch.ones(width))
 
+    @property
+    def unmeasured(self):
+        """The modalities whose mean and deviation are still 0 and 1."""
+        return [n for n in self.names if bool((getattr(self, f"{n}_std") == 1).all())]
+
     @torch.no_grad()
-    def measure(self, **vectors):
-        """Takes mean and deviation of each modality from vectors {name: list of (..., D)}."""
-        for name, some in vectors.items():
-            if some:
-                flat = torch.cat([x.reshape(-1, x.shape[-1]).double() for x in some])
-                std = flat.std(dim=0)
-                getattr(self, f"{name}_mean").copy_(flat.mean(dim=0))
-                getattr(self, f"{name}_std").copy_(std.clamp(min=float(std.mean()) / 100))
+    def measure(self, clips):
+        """Takes mean and deviation of each modality from `clips`, which yields Features and is read
+        clip by clip, so that hundreds of them need little memory.  A modality that an earlier stage
+        of training has measured keeps its numbers."""
+        names, sums = self.unmeasured, {}
+        for clip in clips:
+            for name in names:
+                if (x := getattr(clip, name)) is not None:
+                    x = x.reshape(-1, x.shape[-1]).double()                       # (n,D)
+                    sums[name] = sums.get(name, 0) + torch.stack(
+                        [torch.full_like(x[0], len(x)), x.sum(dim=0), x.square().sum(dim=0)])
+        for name, (n, total, squares) in sums.items():
+            mean = total / n
+            std = ((squares / n - mean ** 2).clamp(min=0) * n / (n - 1).clamp(min=1)).sqrt()
+            getattr(self, f"{name}_mean").copy_(mean)
+            # A dimension that hardly varies must not become noise: the others' deviation bounds it.
+            getattr(self, f"{name}_std").copy_(std.clamp(min=float(std.mean()) / 100 or 1.0))
 
     def forward(self, name, x):
         return (x - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_std")
@@ -488,6 +506,11 @@ def diversity_loss(queries, reduction="mean"):
 
 
 # ---------------------------------------------------------------- prompt and labels
+def chatml_ids(tokenizer):
+    """Ids of the tokens that begin and end a turn.  ValueError for a tokenizer without them."""
+    return tokenizer.special_id("<|im_start|>"), tokenizer.special_id("<|im_end|>")
+
+
 def dialogue_ids(tokenizer, prompt, history=(), target=None, has_clip=True, style="vicuna"):
     """Ids before the clip's vectors, and behind them a list of (ids of a question, ids of its
     answer), one for each turn of the dialogue.
@@ -501,15 +524,18 @@ def dialogue_ids(tokenizer, prompt, history=(), target=None, has_clip=True, styl
     stands before the queries, as in the released code; Eq. (3) has the whole prompt behind them.
     ChatML (DIFF) has no system turn; its two special tokens are placed by id, so that a question
     cannot contain them, and the newline before an answer is its word boundary."""
-    encode, chatml = tokenizer.encode, style == "chatml"
+    chatml = style == "chatml"
     if chatml:
-        start, end = tokenizer.special_id("<|im_start|>"), tokenizer.special_id("<|im_end|>")
+        start, end = chatml_ids(tokenizer)
+
+        def encode(text):       # a tokenizer that knows the two as ordinary text finds them in text
+            return [i for i in tokenizer.encode(text) if i not in (start, end)]
         before = [start] + (encode("user\n<Img>") if has_clip else [])
         first, later, gap = "</Img>\n" if has_clip else "user\n", "user\n", ""
         again = [*encode("\n"), start]
         asked = [end, *again, *encode("assistant\n")]
     else:
-        end, gap = tokenizer.eos_id, tokenizer.boundary
+        encode, end, gap = tokenizer.encode, tokenizer.eos_id, tokenizer.boundary
         before = [tokenizer.bos_id] + encode("USER: <Img>" if has_clip else "USER:")
         # Text alone is Vicuna's "USER: {question}".
         first, later = "</Img> " if has_clip else gap, "USER: "
@@ -571,7 +597,13 @@ class Favor(nn.Module):
         load = load or load_pretrained
         place = {"dtype": dtype, "device": device}
         tokenizer = load(Tokenizer, config.llm)
+        if config.prompt == "chatml":
+            chatml_ids(tokenizer)                  # refused before the large parts are loaded
         grid = {"grid": config.visual_grid} if config.visual_grid else {}
+        root = hub.local_folder(config.visual)
+        if not grid and root and (root / "config.json").exists() and is_grid_encoder(root):
+            raise ValueError(f"{config.visual} is a SigLIP or DINOv2 and has no Q-Former; pass "
+                             "--visual-grid 7 with it, or an InstructBLIP as --visual")
         qformer_tokenizer = None if grid else load(QFormerTokenizer, config.visual)
         with torch.device("meta" if device == "meta" else "cpu"):
             model = cls(config, load(WhisperEncoder, config.whisper, **place),
@@ -604,10 +636,11 @@ class Favor(nn.Module):
     def check_saved(config, root):
         """ValueError if the trained parts in folder `root` are of other sizes than the config says:
         before the frozen parts are loaded, and before memory is taken for a wrong size."""
-        norm = hub.open_tensors(root).get("qformer.joint_norm.weight")
+        norms = [norm.shape[-1] for norm in hub.open_tensors(        # one, or one for each half
+            root, lambda name: re.fullmatch(r"qformer\.joint_norm\.(\d\.)?weight", name)).values()]
         try:
             with torch.device("meta"):
-                qformer = CausalQFormer(config, norm.shape[-1] if norm else 2 * config.width)
+                qformer = CausalQFormer(config, sum(norms) or 2 * config.width)
         except ValueError as error:                        # heads that do not divide the width
             raise ValueError(f"{root / 'favor.json'}: {error}") from None
         hub.fitting(qformer, root, prefix="qformer.")
@@ -645,12 +678,9 @@ class Favor(nn.Module):
 
     def measure(self, samples):
         """With feature_norm="standard": takes mean and deviation from the clips of these samples, a
-        few hundred of the training set, before the first step."""
+        few hundred of the training set, before the first step.  samples: any iterable."""
         if self.statistics:
-            features = [sample.features for sample in self.encode_batch(samples)]
-            self.statistics.measure(**{name: [
-                x for f in features if (x := getattr(f, name)) is not None]
-                for name in ("visual", "audio")})
+            self.statistics.measure(self.encode_sample(sample).features for sample in samples)
 
     def train(self, mode=True):
         """Frozen encoders stay in eval mode.  DIFF official: the Q-Former's dropout stays on."""
@@ -972,7 +1002,7 @@ class Favor(nn.Module):
         """The ids that end an answer: the LLM's own, and ChatML's end of a turn."""
         own, chatml = self.llm.config.eos_id, self.config.prompt == "chatml"
         return (*(own if isinstance(own, tuple) else (own,)),
-                *([self.tokenizer.special_id("<|im_end|>")] if chatml else ()))
+                *(chatml_ids(self.tokenizer)[1:] if chatml else ()))
 
     @torch.no_grad()
     def generate(self, samples, stream=None, **settings):

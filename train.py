@@ -92,7 +92,8 @@ class TrainConfig:
                                # whether a run fits and how fast it is
     offline: bool = False  # take what the Hub's cache has and open no connection
     dtype: Literal["", "bfloat16", "float32"] = ""  # number format of the frozen weights (default:
-                                                    # float32 for tiny on a CPU, else bfloat16)
+                                                    # float32 on a CPU for tiny and the small
+                                                    # presets, else bfloat16)
     # -- method (default: what preset and variant say, see FavorConfig)
     variant: Literal["paper", "official"] = "paper"  # official does what the released code does
     sync: bool | None = None  # join the modalities every 0.5 s, Eq. (1)
@@ -178,8 +179,10 @@ class TrainConfig:
         names = ("whisper", "visual", "llm", "sync", "window_frames", "causal", "diversity",
                  "queries", "fps", "max_seconds", "visual_grid", "prompt")
         changes = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-        if twice := changes.keys() & (others := method_settings(self.set)).keys():
-            raise ValueError(f"--set {twice.pop()}=... and a flag of that name; give one of them")
+        others = method_settings(self.set)
+        if twice := [name for name in others if name in changes or name == "variant"]:
+            flag = twice[0].replace("_", "-")
+            raise ValueError(f"--set {twice[0]}=... and --{flag} say the same; give the flag alone")
         return preset(self.model, self.variant, **changes, **others)
 
     @property
@@ -302,17 +305,19 @@ def open_cache(config, model, corpus):
 
 
 def measure(model, corpus, cache):
-    """With feature_norm="standard": the statistics of the features of 256 random training clips."""
-    if model.config.feature_norm == "standard" and hasattr(model, "measure"):
+    """With feature_norm="standard": the statistics of the features of 256 random training clips,
+    of which one at a time is in memory."""
+    if model.config.feature_norm == "standard" and model.statistics.unmeasured:
         some = np.random.default_rng(0).permutation(corpus.train)[:256]
-        for samples in [readable_samples(model, corpus.records(some), cache)[1]]:
-            model.measure(samples)
+        model.measure(sample for row in some
+                      for sample in readable_samples(model, corpus.records([row]), cache)[1])
 
 
 def make_optimiser(model, config):
-    """AdamW: weight decay for matrices, none for vectors, and LoRA in a group of its own."""
+    """AdamW: weight decay for matrices, none for vectors, and LoRA in a group of its own.  It comes
+    first, as it did among the matrices: a state.pt of that time counts parameters in this order."""
     adapters = {id(p) for name, p in model.named_parameters() if ".lora_" in name}
-    groups = {"matrices": [], "vectors": [], "lora": []}
+    groups = {"lora": [], "matrices": [], "vectors": []}
     for p in model.trained_parameters():
         groups["lora" if id(p) in adapters else "matrices" if p.ndim >= 2 else "vectors"].append(p)
     return torch.optim.AdamW(
@@ -347,9 +352,10 @@ def prepare(config, argv, out, device):
     chosen = np.random.default_rng(0).permutation(len(corpus.held_out))[:400]
     cached = (habits(config.model).cache_features if config.cache_features is None
               else config.cache_features)
-    cached = cached and not model.config.encoder_dropout   # with dropout no two passes are the same
+    # With dropout in the visual Q-Former no two passes are the same.
+    cached = cached and not (model.config.encoder_dropout and model.visual.reads_question)
     cache = open_cache(config, model, corpus) if cached else None
-    if not found and not config.start_from:
+    if not found:
         measure(model, corpus, cache)
 
     world = distributed.world()

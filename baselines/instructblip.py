@@ -36,7 +36,8 @@ class InstructBlip(Favor):
         # One "window" per frame, of as many vectors as the Q-Former has queries; no diversity loss.
         self.config = dataclasses.replace(config, queries=visual.n_queries, diversity=0.0,
                                           encoder_dropout=0.0, lora_targets=(), window_frames=1,
-                                          sync=True, learn_history=False)
+                                          sync=True, learn_history=False, prompt="vicuna",
+                                          feature_norm="joint")
         self.tokenizer, self.qformer_tokenizer = tokenizer, qformer_tokenizer
         self.visual, self.language_projection, self.llm = visual, projection, llm
         self.requires_grad_(False)
@@ -54,6 +55,10 @@ class InstructBlip(Favor):
         load(kind, source, dtype=, device=, ...) makes one part or tokenizer; by default the
         pretrained one, otherwise (random weights) the projection is random as well."""
         load = load or load_pretrained
+        if config.visual_grid:
+            raise ValueError(f"--system instructblip needs the Q-Former of an InstructBLIP, which "
+                             f"{config.visual} has not; pass --model 7b, or --visual with an "
+                             "InstructBLIP and --visual-grid 0")
         tokenizer = load(Tokenizer, config.llm)
         qformer_tokenizer = load(QFormerTokenizer, config.visual)
         visual = load(VisualEncoder, config.visual, dtype=dtype, device=device)

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -34,6 +35,7 @@ from favor import (
     Favor,
     FavorConfig,
     Features,
+    FeatureStatistics,
     Sample,
     block_causal_attention,
     block_causal_mask,
@@ -64,7 +66,9 @@ VARIANTS = {
     "paper": {}, "no sync": {"sync": False}, "one window": {"window_frames": 0},
     "causal none": {"causal": "none"}, "causal future": {"causal": "future"},
     "official": SHORT_OFFICIAL, "official, one window": SHORT_OFFICIAL | {"window_frames": 0},
-    "official, no sync": SHORT_OFFICIAL | {"sync": False}}
+    "official, no sync": SHORT_OFFICIAL | {"sync": False},
+    "another start": {"feature_norm": "halves", "position_std": 0.1, "direct": 12},
+    "direct path alone": {"feature_norm": "standard", "layers": 0, "direct": 12}}
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
 WORDS = ("what who is are you it seen said here next comes and now colour the a red blue green car "
@@ -98,7 +102,7 @@ def tokenizer(words):
 @pytest.fixture(scope="module")
 def build(words, tokenizer):
     """build(seed, **changes of CONFIG) -> Favor in eval mode, every parameter random."""
-    def build(seed=0, **changes):
+    def build(seed=0, tokenizer=tokenizer, **changes):
         qformer = QFormerConfig(width=24, layers=2, heads=3, ffn=32, vocab_size=5 + len(WORDS),
                                 max_positions=40, encoder_width=VIT.width)
         llm = LlamaConfig(vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=4, kv_heads=4,
@@ -448,6 +452,171 @@ def test_parameters_are_as_many_as_in_the_authors_13b():
 
 # ---- who may influence whom ---------------------------------------------------------------------
 
+# ---- how the causal Q-Former starts -------------------------------------------------------------
+
+def naive_direct(weights, content, mask, n_queries):
+    """The direct path of one window: content (K*N,D), mask (K*N,) -> (Q,D), vector by vector."""
+    real, rows = [x for x, there in zip(content, mask, strict=True) if there], []
+    for i in range(n_queries):
+        first, end = math.floor(i * len(real) / n_queries), math.ceil(
+            (i + 1) * len(real) / n_queries)
+        inner = [naive_linear(weights, "direct.up", x) for x in real[first:end]]
+        outer = [naive_linear(weights, "direct.down", x * 0.5 * (1 + torch.erf(x / math.sqrt(2))))
+                 for x in inner]
+        rows.append(sum(outer) / len(outer))
+    return naive_norm(weights, "direct.norm", torch.stack(rows), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [2, 0])
+@pytest.mark.parametrize("queries", [3, 5, 13])
+def test_the_direct_path_is_a_mean_over_parts_of_a_window(layers, queries):
+    """Of ragged windows, of fewer vectors than queries, and of one without a real vector, whose
+    zeros are read instead; it is added to what the layers give."""
+    model = causal_qformer(layers=layers, direct=7, queries=queries)
+    windows, mask = torch.randn(5, 12, 48), torch.zeros(5, 12, dtype=torch.bool)
+    for row, real in enumerate((range(12), [1, 2, 5, 7, 11], [4, 9], [3], [])):
+        mask[row, list(real)] = True
+    windows[4] = 0
+    weights, plain = model.state_dict(), copy.deepcopy(model)
+    plain.direct = None
+    content = naive_norm(weights, "joint_norm", windows, 1e-5)
+    seen = mask.clone()
+    seen[4] = True
+    wanted = plain(windows, mask, 4) + torch.stack(
+        [naive_direct(weights, *pair, queries) for pair in zip(content, seen, strict=True)])
+    check("direct path", model(windows, mask, 4), wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(windows, mask, 4)
+    assert half.dtype == torch.float32 and (half - wanted).abs().max() < 0.1
+    if not layers:
+        alone = naive_norm(weights, "query_norm", weights["queries"], 1e-12)
+        check("queries alone", plain(windows, mask, 4), alone.expand(5, -1, -1))
+        assert "positions.weight" not in weights             # nothing would read them
+
+
+@torch.no_grad()
+def test_halves_are_two_norms():
+    model, windows = causal_qformer(feature_norm="halves"), 3 + 5 * torch.randn(2, 12, 48)
+    wanted = torch.cat([F.layer_norm(half, (24,), norm.weight, norm.bias, 1e-5)
+                        for half, norm in zip(windows.split(24, dim=2), model.joint_norm,
+                                              strict=True)], dim=2)
+    check("halves", model.normalise(windows), wanted)
+    louder = torch.cat([windows[..., :24] * 100, windows[..., 24:]], dim=2)
+    assert torch.equal(model.normalise(louder)[..., 24:], wanted[..., 24:])
+    joint = causal_qformer()
+    assert (joint.normalise(louder) - joint.normalise(windows))[..., 24:].abs().max() > 0.1
+
+
+def test_a_seed_gives_the_weights_that_it_always_gave():
+    """The switches draw no number where they are off, and position_std only scales."""
+    model = {std: (torch.manual_seed(1), CausalQFormer(
+        dataclasses.replace(CONFIG, position_std=std), 48))[1] for std in (1.0, 0.25)}
+    torch.manual_seed(1)
+    positions = nn.Embedding(CONFIG.max_positions, 48).weight
+    queries = torch.empty(1, Q, CONFIG.width).normal_(std=0.02)
+    for std, one in model.items():
+        assert torch.equal(one.positions.weight, positions * std)
+        assert torch.equal(one.queries, queries)
+
+
+@torch.no_grad()
+def test_statistics_are_those_of_the_features(build):
+    """Mean and deviation as numpy's, over all vectors of all clips; zeros of a hidden or missing
+    modality stay zeros."""
+    model, samples = build(feature_norm="standard"), mixed()
+    raw = features(3, 27)
+    model.measure(iter(samples))
+    encoded = [sample.features for sample in model.encode_batch(samples)]
+    for name in ("visual", "audio"):
+        flat = torch.cat([x.flatten(0, -2) for f in encoded if (x := getattr(f, name)) is not None])
+        flat = flat.double().numpy()
+        mean, std = (getattr(model.statistics, f"{name}_{what}").numpy()
+                     for what in ("mean", "std"))
+        np.testing.assert_allclose(mean, flat.mean(axis=0), atol=1e-6)
+        np.testing.assert_allclose(std, np.maximum(
+            flat.std(axis=0, ddof=1), flat.std(axis=0, ddof=1).mean() / 100), rtol=1e-5)
+    s = model.statistics
+    joint, _ = joint_of(model, Sample("", features=raw))
+    assert torch.equal(joint[:3, :, :24], (raw.visual - s.visual_mean) / s.visual_std)
+    torch.testing.assert_close(joint.flatten(0, 1)[:A, 24:],
+                               model.audio_proj((raw.audio[:A] - s.audio_mean) / s.audio_std))
+    for mask, zero in (("visual", slice(24)), ("audio", slice(24, None)), ("both", slice(None))):
+        assert not joint_of(model, Sample("", features=raw, mask=mask))[0][..., zero].any()
+    assert not joint_of(model, Sample("", features=features(steps=9)))[0][..., :24].any()
+    assert not joint_of(model, Sample("", features=features(3)))[0][..., 24:].any()
+
+
+@torch.no_grad()
+def test_statistics_at_their_limits():
+    """A dimension that never varies stays bounded; a later stage measures only what no earlier one
+    did; fp16 and bf16 features are summed in fp64."""
+    torch.manual_seed(0)
+    statistics = FeatureStatistics(visual=6, audio=4)
+    x = torch.randn(5000, 6) * torch.tensor([1, 1, 1, 300, 1e-9, 0.0]) + torch.tensor(
+        [0, 5, -2, 1000, 7, 3.0])
+    statistics.measure([Features(x[:2000].half()), Features(x[2000:].half())])
+    y = statistics("visual", x)
+    assert y[:, :4].mean(0).abs().max() < 0.01 and (y[:, :4].std(0) - 1).abs().max() < 0.01
+    assert y.isfinite().all() and y[:, 4:].abs().max() < 0.02
+    assert statistics.unmeasured == ["audio"] and torch.equal(statistics("audio", x[:, :4]),
+                                                              x[:, :4])
+    statistics.measure([Features(x + 9, x[:, :4].bfloat16())])
+    assert torch.equal(statistics("visual", x), y) and statistics.unmeasured == []
+    assert (statistics("audio", x[:, :4]).std(0) - 1).abs().max() < 0.01
+    for constant in ([Features(torch.full((3, 2, 6), 2.5))], [Features(torch.zeros(1, 1, 6))], []):
+        still = FeatureStatistics(visual=6)
+        still.measure(constant)
+        assert still("visual", x).isfinite().all()
+
+
+def favor_of(parts, **changes):
+    """A Favor of tiny parts with the trained parts as they start."""
+    return Favor.from_config(preset("tiny", whisper=str(parts / "whisper"),
+                                    llm=str(parts / "llama"), visual=str(parts / "instructblip"),
+                                    max_new_tokens=5, **changes)).eval()
+
+
+@torch.no_grad()
+def test_clip_vectors_start_as_large_as_words(small_parts):
+    torch.manual_seed(3)
+    model = favor_of(small_parts, match_embeddings=True)
+    words = model.llm.model.embed_tokens.weight.std().item()
+    vectors = model.llm_proj(torch.randn(2000, model.config.width))
+    assert vectors.std().item() == pytest.approx(words, rel=0.05)
+    plain = favor_of(small_parts)
+    assert plain.llm_proj(torch.randn(2000, 128)).std().item() > 3 * words
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [
+    {"feature_norm": "halves", "position_std": 0.02, "match_embeddings": True},
+    {"feature_norm": "standard"}, {"direct": 8, "layers": 0}], ids=str)
+def test_every_start_survives_saving(small_parts, tmp_path, changes):
+    """Bit-equal, though the joint vectors are not twice as wide as the Q-Former."""
+    def clips(seed):
+        noise = torch.Generator().manual_seed(seed)
+        return [Sample("what is seen", "red", features=Features(
+            2 + 3 * torch.randn(7, 4, 16, generator=noise), torch.randn(60, 16, generator=noise)))]
+    model = favor_of(small_parts, **changes)
+    model.measure(clips(0))
+    model.save_pretrained(tmp_path)
+    again = Favor.from_pretrained(tmp_path)
+    assert dataclasses.asdict(again.config).items() >= changes.items()
+    assert torch.equal(losses(again, clips(1)), losses(model, clips(1)))
+    assert again.generate(clips(1)) == model.generate(clips(1))
+    if changes == {"feature_norm": "standard"}:
+        assert again.statistics.unmeasured == []
+        plain = favor_of(small_parts)
+        with pytest.raises(ValueError, match=r"statistics\."):
+            plain.load_trained(tmp_path)
+
+
+def test_a_layer_or_a_direct_path_must_read_the_clip():
+    with pytest.raises(ValueError, match="layers=0 and direct=0: nothing would read the clip"):
+        preset("tiny", layers=0)
+
+
 def encoded_frames(model, windows, mask, per_frame):
     """What each layer's causal attention makes of the frames: a list of (W,K*N,D)."""
     seen = []
@@ -781,6 +950,61 @@ def test_no_prompt_token_can_become_a_label(build):
     assert seen == [one_two + no] * 2
 
 
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory):
+    """A sentencepiece tokenizer with the two tokens of ChatML."""
+    path = tmp_path_factory.mktemp("chatml") / "tokenizer.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXT), model_writer=file, model_type="bpe", vocab_size=340,
+            byte_fallback=True, control_symbols=["<|im_start|>", "<|im_end|>"], minloglevel=2,
+            normalization_rule_name="identity", remove_extra_whitespaces=False)
+    return Tokenizer(path)
+
+
+@torch.no_grad()
+def test_chatml_learns_the_answer_and_the_end_of_the_turn(build, chatml):
+    """Also of each answer of a dialogue, as released; lengths are those of the LLM's input."""
+    start, end = (chatml.special_id(token) for token in ("<|im_start|>", "<|im_end|>"))
+    dialogue = Sample("and now", "two", clip(2), history=(("what is it", "a cat"),))
+    for learnt, answers in ((False, ["two"]), (True, ["a cat", "two"])):
+        model = build(tokenizer=chatml, prompt="chatml", learn_history=learnt)
+        (embeds, labels), = model.llm_inputs([dialogue])[0]
+        assert len(embeds) == model.length(model.encode_sample(dialogue))
+        assert [i for i in labels if i != -100] == [
+            i for text in answers for i in [*chatml.encode(text), end]]
+        assert labels[-1] == end and labels.count(start) == 0
+        assert model(mixed())["tokens"] == sum(map(model.answer_tokens, mixed()))
+    before, after, _ = model.text_ids(dialogue, True)
+    assert (before.count(start), after.count(start), after.count(end)) == (1, 3, 3)
+
+
+def test_an_answer_in_chatml_ends_with_its_turn(build, chatml, monkeypatch):
+    """At <|im_end|>, which config.json does not name, and at the LLM's own end; streamed, too."""
+    end, seen = chatml.special_id("<|im_end|>"), []
+    script = [*chatml.encode("red car"), end, *chatml.encode("dog")]
+
+    def says(hidden):                          # in place of the lm_head: the script, then </s>
+        seen.append(1)
+        wanted = script[len(seen) - 1] if len(seen) <= len(script) else 2
+        return F.one_hot(torch.tensor(wanted), chatml.vocab_size).float().expand(
+            *hidden.shape[:-1], -1)
+    for prompt, answer in (("chatml", "red car"), ("vicuna", "red car dog")):
+        model = build(tokenizer=chatml, prompt=prompt, max_new_tokens=12)
+        assert model.llm.config.eos_id == 2 and end not in (1, 2)
+        monkeypatch.setattr(model.llm.lm_head, "forward", says)
+        parts = []
+        seen.clear()
+        assert model.answer(clip(2), "what", stream=parts.append) == answer == "".join(parts)
+        seen.clear()
+        assert model.generate([Sample("what", clip=clip(2))] * 2) == [answer] * 2
+    del script[2:]
+    seen.clear()
+    model = build(tokenizer=chatml, prompt="chatml", max_new_tokens=12)
+    monkeypatch.setattr(model.llm.lm_head, "forward", says)
+    assert model.answer(clip(2), "what") == chatml.decode(script)                 # ended by </s>
+
+
 @torch.no_grad()
 def test_counts_before_the_forward_are_those_of_the_forward(build):
     for changes in (*VARIANTS.values(), {"diversity_reduction": "sum"}):
@@ -986,8 +1210,10 @@ def test_a_file_is_read_as_the_config_says(build, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, 3, 5], ids=["both", "silent", "sound", "image", "text"])
-@pytest.mark.parametrize("changes", [{}, {"sync": False}, {"window_frames": 0}, SHORT_OFFICIAL],
-                         ids=["paper", "no sync", "one window", "official"])
+@pytest.mark.parametrize("changes", [
+    {}, {"sync": False}, {"window_frames": 0}, SHORT_OFFICIAL, VARIANTS["another start"],
+    VARIANTS["direct path alone"]], ids=["paper", "no sync", "one window", "official",
+                                         "another start", "direct path alone"])
 def test_every_trained_parameter_has_a_gradient_whatever_the_batch_holds(build, which, changes):
     """Or else the ranks of a DDP run wait for each other."""
     model = build(**changes).train()

@@ -114,7 +114,9 @@ def test_every_difference_in_the_code_has_its_row():
                 "each answer": "answers learnt", "<Img>": "prompt before the queries",
                 "frame rates": "frame rates", "default model": "default model",
                 "long sound": "long sound",
-                "orientation": "orientation of pictures"}
+                "orientation": "orientation of pictures", "visual`": "visual encoder without",
+                "cropped": "pictures for SigLIP", "chatml": "prompt in ChatML",
+                "presets": "start of the causal Q-Former"}
     found = [(path.name, line) for path in CODE
              for line in path.read_text().splitlines() if "DIFF" in line]
     assert len(found) >= 8

@@ -17,6 +17,7 @@ from baselines.instructblip import InstructBlip
 from baselines.whisper import WhisperBaseline
 from data import Clip
 from favor import Sample
+from vit_qformer import to_pixels
 
 OURS = ("whisper", "visual", "llm")
 
@@ -84,7 +85,7 @@ def test_as_transformers(model, folder, frames):
     projected = torch.cat([oracle.language_projection(oracle.qformer(
         input_ids=ids, attention_mask=torch.cat([torch.ones(1, 5), mask.long()], 1),
         query_embeds=oracle.query_tokens, encoder_hidden_states=oracle.vision_model(
-            favor.to_pixels(clip.frames[i:i + 1], 28)).last_hidden_state)[0][:, :5])
+            to_pixels(clip.frames[i:i + 1], 28)).last_hidden_state)[0][:, :5])
         for i in range(frames)], dim=1)                                        # (1,5*F,D)
     text = torch.tensor([[2, *model.tokenizer.encode(question)]])               # </s>, not <s>
     wanted = torch.cat([projected, oracle.get_input_embeddings()(text)], dim=1)
