@@ -36,7 +36,7 @@ from torch import nn
 
 import lora
 from data import Features, Sample, clip_from_path
-from llama import Llama, Tokenizer
+from llama import Llama, LlamaConfig, Tokenizer
 from runtime import fast, hub
 from vit import GridEncoder, is_grid_encoder
 from vit_qformer import FRAMES_AT_ONCE, QFormerTokenizer, VisualEncoder
@@ -615,6 +615,11 @@ class Favor(nn.Module):
         return model.to(device) if device else model
 
     @classmethod
+    def for_encoding(cls, config, dtype=None):
+        """The same for a process that only encodes clips: the LLM has shapes but no numbers."""
+        return cls.from_config(config, dtype, load=load_encoders)
+
+    @classmethod
     def from_pretrained(cls, run_folder, dtype=None, device=None, **sources):
         """A folder that save_pretrained (train.py) wrote, or such a Hub repository -> model in eval
         mode.  sources: other places of whisper, visual or llm than those of the run."""
@@ -828,13 +833,17 @@ class Favor(nn.Module):
         meets another one's padding.  One dummy window of zeros is added, because every rank of a
         DDP run must touch every trained parameter at every step, whatever its batch holds
         (test_train.py, test_processes_with_different_samples)."""
-        parts = [self.windowed_inputs(sample) for sample in self.encode_batch(samples)]
+        samples = self.encode_batch(samples)
+        parts = [self.windowed_inputs(sample) for sample in samples]
         N = max(self.visual.n_queries, self.audio_steps)
         like = self.audio_proj(self.audio_proj.weight.new_zeros(1, self.audio_proj.in_features)) * 0
-        dummy = torch.cat([like, like], dim=-1).expand(1, (self.config.window_frames or 1) * N, -1)
+        dummy = torch.cat([like, like], dim=-1).expand(1, N, -1)
         dummy = (dummy, dummy.new_zeros(dummy.shape[:2], dtype=torch.bool))
         windows = [pair for part in parts for pair in part] + [dummy]
         longest = max(w.shape[1] for w, _ in windows)      # they differ only with window_frames=0
+        if self.config.mask_padding:              # all that is read of a batch of stills is a frame
+            real = [n for sample in samples for n in self.stream_frames(sample)]
+            longest = min(longest, N * max(real, default=1))
         frames = torch.cat([F.pad(w, (0, 0, 0, longest - w.shape[1])) for w, _ in windows])
         mask = torch.cat([F.pad(m, (0, longest - m.shape[1])) for _, m in windows])
         queries = self.qformer(frames, mask, per_frame=N)                         # (W,Q,D)
@@ -1068,3 +1077,12 @@ def audio_steps_per_frame(positions_hz, fps):
 def load_pretrained(kind, source, **settings):
     """A pretrained part or tokenizer of class `kind`: from a folder, the Hub, or the miniature."""
     return kind.from_pretrained(hub.local_source(source), **settings)
+
+
+def load_encoders(kind, source, **settings):
+    """load_pretrained, but of an LLM only the config is read."""
+    if kind is not Llama:
+        return load_pretrained(kind, source, **settings)
+    config = LlamaConfig.from_folder(hub.folder(hub.local_source(source), tensors=()))
+    with torch.device("meta"):
+        return Llama(dataclasses.replace(config, vocab_size=settings["vocab_size"]))

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import nn
 
 from data import Features
-from favor import Favor, load_pretrained
+from favor import Favor, load_encoders, load_pretrained
 from llama import Llama, Tokenizer
 from runtime import hub
 from vit_qformer import QFormerTokenizer, VisualEncoder, to_pixels
@@ -65,7 +65,7 @@ class InstructBlip(Favor):
         llm = load(Llama, config.llm, dtype=dtype, device=device, vocab_size=tokenizer.vocab_size)
         with torch.device("meta" if device == "meta" else "cpu"):
             projection = nn.Linear(visual.width, llm.config.width)
-            if load is load_pretrained:
+            if load in (load_pretrained, load_encoders):
                 root = hub.folder(hub.local_source(config.visual), (),
                                   ("language_projection.",))
                 hub.load_into(projection, root, prefix="language_projection.")

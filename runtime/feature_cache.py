@@ -429,7 +429,7 @@ _worker = None
 def _start_worker(system, config, dtype, clip_options, expected):
     global _worker
     torch.set_num_threads(1)                                # there are as many processes as cores
-    model = system.from_config(config, dtype)
+    model = system.for_encoding(config, dtype)
     name, probe = fingerprint(model, clip_options)
     same = name == expected[0] and same_probe(probe, expected[1], dtype)
     _worker = (model, clip_options, same)
