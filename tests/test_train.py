@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -511,6 +512,65 @@ def test_resume_is_no_stop(command, tmp_path, monkeypatch):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def test_a_run_of_an_older_version_goes_on(command, tmp_path):
+    """Its state.pt says "instructblip", has no settings that came later, and has LoRA among the
+    matrices: what follows is digit by digit what an unbroken run does."""
+    run(command(tmp_path / "whole", seed=3))
+    out = tmp_path / "stopped"
+
+    def work(rank):
+        killed_at(3)
+        run(command(out, seed=3))
+    assert run_forked(work) == [-signal.SIGKILL]
+    state = torch.load(out / "last" / "state.pt", weights_only=True)
+    config, optimiser = state["config"], state["optimiser"]
+    config["instructblip"] = config.pop("visual")
+    for name in ("visual_grid", "prompt", "set", "lora_lr", "lora_from"):
+        del config[name]
+    lora_group, matrices, vectors = optimiser["param_groups"]
+    matrices["params"] = lora_group["params"] + matrices["params"]
+    optimiser["param_groups"] = [matrices, vectors]
+    assert all(group.pop("name") for group in optimiser["param_groups"])
+    torch.save(state, out / "last" / "state.pt")
+    with pytest.raises(SystemExit, match=r"other settings.*'visual': "):
+        run(command(out, seed=3, visual=tmp_path))
+    run([word.replace("--visual", "--instructblip") for word in map(str, command(out, seed=3))])
+    assert losses(out) == losses(tmp_path / "whole")
+    assert "resumed" in (out / "events.jsonl").read_text()
+
+
+def test_the_order_of_the_optimisers_state_is_that_of_two_groups(small_model):
+    """Matrices with LoRA's, then vectors, each as the model lists them: as an older version did."""
+    trained = small_model.trained_parameters()
+    before = [p for p in trained if p.ndim >= 2] + [p for p in trained if p.ndim < 2]
+    now = [p for group in train.make_optimiser(small_model, train.TrainConfig()).param_groups
+           for p in group["params"]]
+    assert len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+
+
+def test_a_checkpoint_that_says_instructblip_opens(unbroken, small_parts, tmp_path, capsys):
+    """An old favor.json, and the flag of that name in all three programs."""
+    shutil.copytree(unbroken / "best", tmp_path / "best")
+    facts = json.loads((tmp_path / "best" / "favor.json").read_text())
+    for settings in (facts["config"], facts["train"]):
+        settings["instructblip"] = settings.pop("visual")
+    for name in ("visual_grid", "prompt", "feature_norm", "position_std", "match_embeddings",
+                 "direct"):
+        del facts["config"][name]
+    (tmp_path / "best" / "favor.json").write_text(json.dumps(facts))
+    old, new = Favor.from_pretrained(tmp_path / "best"), Favor.from_pretrained(unbroken / "best")
+    assert old.config == new.config
+    shutil.copytree(small_parts / "instructblip", tmp_path / "moved")
+    words = ["--instructblip", str(tmp_path / "moved")]
+    for kind in (train.TrainConfig, evaluation.EvalConfig):
+        assert cli.parse(kind, "", words)[0].visual == str(tmp_path / "moved")
+    moved = Favor.from_pretrained(tmp_path / "best", instructblip=str(tmp_path / "moved"))
+    assert moved.config.visual == str(tmp_path / "moved")
+    demo.main(["--checkpoint", str(tmp_path / "best"), *words, "--offline", str(
+        ROOT / "miniature" / "demo.mp4"), "What is seen?"])
+    assert capsys.readouterr().out.strip()
+
+
 def test_a_finished_run_is_not_run_again(unbroken, command, capsys):
     before = (unbroken / "log.jsonl").read_text()
     run(command(unbroken))
@@ -666,12 +726,74 @@ def test_the_fused_optimiser_takes_the_same_steps(small_model):
 
 def test_weight_decay_is_for_matrices(small_model):
     optimiser = train.make_optimiser(small_model, train.TrainConfig(weight_decay=0.3))
-    matrices, vectors = optimiser.param_groups
-    assert matrices["weight_decay"] == 0.3 and vectors["weight_decay"] == 0
-    assert {p.ndim for p in vectors["params"]} == {1}
-    assert min(p.ndim for p in matrices["params"]) == 2
-    count = len(matrices["params"]) + len(vectors["params"])
+    groups = {group["name"]: group for group in optimiser.param_groups}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "lora": 0.3, "matrices": 0.3, "vectors": 0}
+    assert {p.ndim for p in groups["vectors"]["params"]} == {1}
+    for name in ("lora", "matrices"):
+        assert min(p.ndim for p in groups[name]["params"]) == 2
+    adapters = {p for n, p in small_model.named_parameters() if "lora_" in n}
+    assert adapters == {*groups["lora"]["params"]}
+    count = sum(len(group["params"]) for group in groups.values())
     assert count == len([p for p in small_model.parameters() if p.requires_grad])
+
+
+def test_lora_has_a_rate_of_its_own():
+    config = train.TrainConfig(steps=100, warmup=10, lr=1.0, lora_lr=0.25, lora_from=20)
+    for step in range(100):
+        rate = train.learning_rate(config, step)
+        assert rate == train.learning_rate(config, step, "vectors") > 0
+        assert train.learning_rate(config, step, "lora") == (0.25 * rate if step >= 20 else 0)
+    assert train.learning_rate(train.TrainConfig(), 7, "lora") == train.learning_rate(
+        train.TrainConfig(), 7)
+
+
+def test_lora_waits_while_the_rest_begins(command, tmp_path, monkeypatch):
+    """--lora-from 2: two steps leave its bits as they were, the third moves it."""
+    kept = []
+
+    def note(step, model, items):
+        kept.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+    steps.watch(monkeypatch.setattr, before=note)
+    run(command(tmp_path, steps=4, lora_from=2, lora_lr=0.5))
+    moved = [{n for n in a if not torch.equal(a[n], b[n])}
+             for a, b in zip(kept, kept[1:], strict=False)]
+    adapters = {n for n in kept[0] if "lora_" in n}
+    assert [len(names & adapters) > 0 for names in moved] == [False, False, True]
+    assert all(len(names - adapters) > 10 for names in moved)
+
+
+# ---- --set --------------------------------------------------------------------------------------
+
+def test_set_takes_any_field_by_its_type(small_parts):
+    config = cli.parse(train.TrainConfig, train.__doc__, [
+        "--set", "direct=16", "audio_seconds=none", "match_embeddings=true", "antialias=false",
+        "lora_targets=q_proj,v_proj", "position_std=1e-2", "causal=none", "fps=2.5"])[0]
+    method = config.method()
+    assert (method.direct, method.audio_seconds, method.match_embeddings, method.antialias) == (
+        16, None, True, False)
+    assert (method.lora_targets, method.position_std, method.causal, method.fps) == (
+        ("q_proj", "v_proj"), 0.01, "none", 2.5)
+    thirty = train.TrainConfig(set=("audio_seconds=30",)).method().audio_seconds
+    assert thirty == 30.0 and type(thirty) is float
+
+
+@pytest.mark.parametrize("words, said", [
+    (["wings=2"], "'wings=2'; wanted FIELD=VALUE"), (["direct"], "'direct'; wanted FIELD=VALUE"),
+    (["direct=wide"], "'direct=wide'"), (["direct=1.5"], "'direct=1.5'"),
+    (["queries=true"], "'queries=true'"), (["sync=1"], "'sync=1'"), (["fps=none"], "'fps=none'"),
+    (["diversity=nan"], "'diversity=nan'"), (["lora_targets="], "'lora_targets='"),
+    (["direct=2", "direct=3"], "'direct=3'; wanted FIELD=VALUE, each field of FavorConfig once"),
+    (["instructblip=here"], "'instructblip=here'"), (["feature_norm=all"], "feature_norm='all'; "
+                                                     "wanted one of joint, halves, standard"),
+    (["direct=-1"], "direct=-1; wanted 0 or more"), (["layers=0"], "layers=0 and direct=0"),
+    (["variant=official"], "--set variant=... and --variant say the same; give the flag alone"),
+    (["fps=2", "--fps", "2"], "--set fps=... and --fps say the same"),
+    (["visual_grid=2", "--visual-grid", "3"], "and --visual-grid say the same")], ids=str)
+def test_a_wrong_setting_is_a_usage_error(capsys, words, said):
+    with pytest.raises(SystemExit) as error:
+        cli.parse(train.TrainConfig, train.__doc__, ["--set", *words])
+    assert error.value.code == 2 and said in capsys.readouterr().err
 
 
 # ---- other parts, one modality -------------------------------------------------------------------
@@ -706,6 +828,115 @@ def test_another_llm(command, llama3, tmp_path):
     model = Favor.from_pretrained(tmp_path / "last")
     assert model.llm.config.kv_heads == 2 and model.llm_proj.out_features == 48
     assert model.tokenizer.bos_id == 256 and isinstance(model.answer(None, "Hello?"), str)
+
+
+@pytest.fixture(scope="module")
+def small_preset(small_parts, llama3, tmp_path_factory):
+    """Flags of --model small-laptop with parts of hardly any width: a SigLIP as transformers saves
+    it, an LLM with the tokens of ChatML, and an aligner of one narrow layer without dropout."""
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+    root = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=64, patch_size=16)).save_pretrained(root / "siglip")
+    (root / "llm").mkdir()
+    pieces = Tokenizer.from_file(str(llama3 / "tokenizer.json"))
+    pieces.add_special_tokens([AddedToken(name, special=True)
+                               for name in ("<|im_start|>", "<|im_end|>")])
+    pieces.save(str(root / "llm" / "tokenizer.json"))
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=261, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=48, tie_word_embeddings=True, bos_token_id=256,
+        eos_token_id=257)).save_pretrained(root / "llm")
+    return {"model": "small-laptop", "whisper": small_parts / "whisper", "visual": root / "siglip",
+            "llm": root / "llm", "visual_grid": 2, "queries": 4}, [
+                "--no-test", "--set", "width=16", "layers=1", "heads=2", "causal_heads=2", "ffn=24",
+                "dropout=0", "lora_dropout=0", "lora_r=2", "max_new_tokens=4",
+                "feature_norm=standard", "direct=8", "match_embeddings=true"]
+
+
+def test_the_small_preset_trains_keeps_and_answers(command, small_preset, small_miniature, tmp_path,
+                                                   capsys):
+    """Two processes as one, features kept by the preset's habit; a saved model answers as the
+    one in memory does and with the same statistics."""
+    flags, words = small_preset
+    flags = flags | {"steps": 2, "warmup": 1, "features": tmp_path / "kept"}
+    two_processes(command(tmp_path / "two", *words, **flags))
+    kept = [*(tmp_path / "kept").rglob("*.bin")]
+    assert kept and losses(tmp_path / "two")[0][0] > 1
+    run(command(tmp_path / "one", *words, **flags))
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5, rtol=1e-3)
+    assert [*(tmp_path / "kept").rglob("*.bin")] == kept              # nothing was encoded again
+    ours, theirs = (weights(tmp_path / name / "last") for name in ("one", "two"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+    assert ours["statistics.visual_std"].ne(1).any() and ours["statistics.audio_mean"].any()
+    model = Favor.from_pretrained(tmp_path / "two" / "last")
+    assert model.config.prompt == "chatml" and model.visual.n_queries == 4
+    assert type(model.visual).__name__ == "GridEncoder" and model.qformer_tokenizer is None
+    record = next(r for r in data.read_manifest(small_miniature / "test.jsonl") if r.video)
+    clip, asked = data.load_clip(record, **model.clip_options()), "What is seen?"
+    answer = model.answer(clip, asked)
+    demo.main(["--checkpoint", str(tmp_path / "two" / "last"), "--no-merge", record.video, asked])
+    assert answer.strip() in capsys.readouterr().out
+    model.save_pretrained(tmp_path / "again")
+    again = Favor.from_pretrained(tmp_path / "again")
+    sample = data.Sample(asked, "red", clip=clip)
+    with torch.no_grad():
+        assert torch.equal(again([sample])["item_ce"], model([sample])["item_ce"])
+
+
+def test_a_second_stage_keeps_the_statistics_of_the_first(command, small_preset, tmp_path):
+    flags, words = small_preset
+    flags = flags | {"steps": 1, "warmup": 0, "features": tmp_path / "kept"}
+    run(command(tmp_path / "first", *words, mask="visual", **flags))
+    before = weights(tmp_path / "first" / "last")
+    model = Favor.from_pretrained(tmp_path / "first" / "last")
+    model.statistics.audio_mean.zero_()
+    model.statistics.audio_std.fill_(1)                     # as if the first stage had no sound
+    model.statistics.visual_mean += 1
+    model.save_pretrained(tmp_path / "start")
+    run(command(tmp_path / "second", *words, start_from=tmp_path / "start", **flags))
+    after = weights(tmp_path / "second" / "last")
+    assert torch.equal(after["statistics.visual_mean"], before["statistics.visual_mean"] + 1)
+    for name in ("statistics.audio_mean", "statistics.audio_std"):
+        assert torch.equal(after[name], before[name])
+
+
+@pytest.mark.parametrize("changes", [{}, {"sync": False}, {"window_frames": 0},
+                                     {"variant": "official"}], ids=str)
+def test_the_small_preset_with_the_papers_switches(small_preset, changes):
+    """They go with an encoder that reads no question; --variant official, too, whose dropout of the
+    visual Q-Former has nothing to act on."""
+    flags, (_, _, *settings) = small_preset
+    settings = [word for word in settings if not word.startswith("max_new")]
+    config = train.TrainConfig(**{name: str(value) if isinstance(value, Path) else value
+                                  for name, value in flags.items()}, **changes, set=tuple(settings))
+    model = Favor.from_config(config.method()).train()
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    sound = torch.randn(40000, generator=generator) / 10
+    clips = [data.Clip(frames, sound), data.Clip(frames[:1], is_image=True), data.Clip(None, sound)]
+    samples = [data.Sample("what", "red", clip=clip) for clip in clips]
+    model.measure(samples)
+    out = model(samples)
+    out["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.trained_parameters())
+    alone = [model([sample])["item_ce"].item() for sample in samples]
+    assert out["item_ce"].tolist() == pytest.approx(alone, abs=1e-5)
+
+
+def test_parts_that_do_not_go_together_are_refused(command, small_preset, small_parts, tmp_path):
+    flags, words = small_preset
+    for changes, said in (
+            ({"visual_grid": 0}, "siglip is a SigLIP or DINOv2 .* pass --visual-grid 7"),
+            ({"visual": small_parts / "instructblip"}, "'instructblip'; wanted siglip"),
+            ({"llm": small_parts / "llama"}, r"no token <\|im_start\|>, which prompt=chatml needs"),
+            ({"visual_grid": 5}, "visual_grid is 5; wanted 1 to 4"),
+            ({"system": "instructblip"}, "--system instructblip needs the Q-Former")):
+        with pytest.raises(SystemExit, match=said):
+            run(command(tmp_path / "run", *words, **flags | changes))
 
 
 @pytest.mark.parametrize(("mask", "view"), [("audio", "visual only"), ("visual", "audio only")])
