@@ -8,10 +8,10 @@
 
    Both are one pre-norm transformer: `ViTConfig` says what differs. Names in the file become ours
    by the table RENAME. DIFF: nothing is cropped, the picture is resized to a square as it is for
-   InstructBLIP; DINOv2's own processor crops the middle.
-   Public: GridEncoder, ViTConfig, is_grid_encoder."""
+   InstructBLIP; DINOv2's own processor takes the middle of one of 256 x n.
+   Public: GridEncoder, ViTConfig, DINOV2, read_config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,9 +20,8 @@ from einops import rearrange
 from torch import nn
 
 from runtime import hub
-from vit_qformer import FRAMES_AT_ONCE, Norm, resize
+from vit_qformer import FRAMES_AT_ONCE, Norm, check_heads, plain, resize, same
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESAMPLE = {2: "bilinear", 3: "bicubic"}                   # PIL's numbers in the Hub's files
 
 
@@ -44,6 +43,12 @@ class ViTConfig:
     std: tuple = (0.5, 0.5, 0.5)
     resample: str = "bilinear"
 
+    def __post_init__(self):
+        check_heads(self)
+        if self.patch_size > min(self.image_size, self.trained_size):
+            raise ValueError(f"patch_size {self.patch_size} exceeds the image_size "
+                             f"{min(self.image_size, self.trained_size)}")
+
     @property
     def side(self):
         """Patches per side of a frame: 224 / 16 = 14."""
@@ -54,6 +59,11 @@ class ViTConfig:
         return self.trained_size // self.patch_size
 
     @property
+    def n_patches(self):
+        """Without CLS and registers: 14^2 = 196."""
+        return self.side ** 2
+
+    @property
     def first_patch(self):
         """Tokens before the patches: DINOv2's CLS and registers."""
         return 0 if self.kind == "siglip" else 1 + self.registers
@@ -62,9 +72,9 @@ class ViTConfig:
 KINDS = {"siglip": "siglip", "siglip_vision_model": "siglip", "dinov2": "dinov2",
          "dinov2_with_registers": "dinov2"}                # model_type of the Hub: ours
 SIZES = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-         "ffn": "intermediate_size", "trained_size": "image_size", "patch_size": "patch_size",
-         "eps": "layer_norm_eps"}
-DINO_SMALL = {"width": 384, "heads": 6, "ffn": 1536, "trained_size": 518, "patch_size": 14}
+         "trained_size": "image_size", "patch_size": "patch_size", "eps": "layer_norm_eps"}
+DINOV2 = {"kind": "dinov2", "patch_size": 14, "resample": "bicubic",      # of all its sizes;
+          "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}    # ImageNet's colours
 
 # Substrings of a name in the file: of ours; applied in this order.
 RENAME = {
@@ -81,50 +91,63 @@ READ = {"siglip": ("embeddings.", "encoder.", "post_layernorm."),     # without 
         "dinov2": ("embeddings.cls", "embeddings.p", "embeddings.reg", "encoder.", "layernorm.")}
 
 
-def model_type(root):
-    """The model_type of a folder's config.json: "" where there is none."""
-    return hub.read_json(root / "config.json").get("model_type") or ""
-
-
-def is_grid_encoder(root):
-    """Whether the folder holds a SigLIP or a DINOv2 and not an InstructBLIP."""
-    return model_type(root) in KINDS
-
-
-def read_config(root, image_size=224):
-    """config.json and preprocessor_config.json of a folder -> ViTConfig for frames of image_size
-    pixels. ValueError names what is not built here."""
-    config = hub.read_json(root / "config.json")
-    name = config.get("model_type")
-    if name not in KINDS:
-        raise ValueError(f"{root}: model_type is {name!r}; wanted {', '.join(KINDS)}")
+def read_config(root):
+    """config.json and the image processor's settings of a folder -> ViTConfig. What config.json
+    leaves out is that of the base models. ValueError names what is not built here."""
+    path = root / "config.json"
+    config = hub.model_config(root, tuple(KINDS))
+    if (name := config.get("model_type")) is None:         # two families: not to be guessed
+        raise ValueError(f"{path}: no model_type; wanted {', '.join(KINDS)}")
     kind, given = KINDS[name], config
-    if name == "siglip":
-        given = config.get("vision_config") or {}
+    if name == "siglip":                                   # a text model may stand beside it
+        given = {} if config.get("vision_config") is None else config["vision_config"]
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: vision_config is {given!r:.80}; wanted an object {{...}}")
     act = "gelu_pytorch_tanh" if kind == "siglip" else "gelu"
     for key, wanted in (("hidden_act", act), ("use_swiglu_ffn", False), ("num_channels", 3),
-                        ("apply_layernorm", True)):
+                        ("apply_layernorm", True), ("mlp_ratio", 4)):
         if given.get(key, wanted) != wanted:
-            raise ValueError(f"{root}: {key} is {given[key]!r}; only {wanted!r} is built here")
-    values = {} if kind == "siglip" else DINO_SMALL | {"mean": IMAGENET_MEAN, "std": IMAGENET_STD,
-                                                       "resample": "bicubic"}
-    values |= {ours: given[theirs] for ours, theirs in SIZES.items() if theirs in given}
+            raise ValueError(f"{path}: {key} is {given[key]!r:.80}; only {wanted!r} is built here")
+    names, ready = {"ffn": "intermediate_size", "image_size": "image_size"}, {}
     if kind == "dinov2":
-        values["ffn"] = int(values["width"] * given.get("mlp_ratio", 4))
-        values["qkv_bias"] = given.get("qkv_bias", True)
-    if name == "dinov2_with_registers":
-        values["registers"] = given.get("num_register_tokens", 4)
-    file = root / "preprocessor_config.json"
-    if file.exists():
-        read = hub.read_json(file)
-        if read.get("resample", 3) not in RESAMPLE:
-            raise ValueError(f"{file}: resample is {read['resample']!r}; wanted 2 (bilinear) or 3 "
-                             "(bicubic)")
-        values |= {ours: tuple(read[theirs]) for ours, theirs in
-                   (("mean", "image_mean"), ("std", "image_std")) if theirs in read}
-        values |= {"resample": RESAMPLE[read["resample"]]} if "resample" in read else {}
-    image_size = values.get("trained_size", 224) if kind == "siglip" else image_size
-    return ViTConfig(kind=kind, image_size=image_size, **values)
+        width, ready = given.get("hidden_size", ViTConfig.width), dict(DINOV2)
+        given = {"patch_size": ready.pop("patch_size"), "num_register_tokens": 4} | given | {
+            "ffn": 4 * width if type(width) is int else width}
+        names = {"ffn": "ffn", "qkv_bias": "qkv_bias"} | (
+            {"registers": "num_register_tokens"} if name == "dinov2_with_registers" else {})
+    made = hub.make_config(ViTConfig, given, SIZES | names, path, zero=("registers",))
+    return replace(made, **ready | read_processor(root, kind, made.image_size))
+
+
+def read_processor(root, kind, size):
+    """The settings of the image processor in a folder, where there are some -> {field of ViTConfig:
+    value}. ValueError if it does something else than to_pixels(), DINOv2's crop aside."""
+    built = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+             "do_pad": False}
+    square = {"height": size, "width": size}
+    built |= ({"image_processor_type": "SiglipImageProcessor", "size": square,
+               "do_center_crop": False} if kind == "siglip" else
+              {"image_processor_type": "BitImageProcessor", "crop_size": square})
+    wanted = built | {"resample": "2 (bilinear) or 3 (bicubic)", **dict.fromkeys(
+        ("image_mean", "image_std"), "three numbers from 0 to 1, of red, green and blue,")}
+    settings, places = hub.processor(root, "image_processor", wanted, lambda key, value: plain(
+        key.removeprefix("crop_"), value))
+    for key, value in settings.items():
+        good = (same(value, built[key]) if key in built else value in (*RESAMPLE,)
+                if key == "resample" else are_colours(value, least=(key == "image_std") * 1e-6))
+        if not good:
+            raise ValueError(f"{places[key]}: {key} is {value!r:.80}; only {wanted[key]} is built "
+                             "here")
+    found = {ours: tuple(settings[theirs]) for ours, theirs in
+             (("mean", "image_mean"), ("std", "image_std")) if theirs in settings}
+    # Where there is a file, its silence means what the published code takes then.
+    return found | ({"resample": RESAMPLE[settings.get("resample", 3)]} if places else {})
+
+
+def are_colours(value, least):
+    """Whether a JSON value is a list of three numbers from `least` to 1."""
+    return isinstance(value, list) and len(value) == 3 and all(
+        type(v) in (int, float) and least <= v <= 1 for v in value)
 
 
 # ---- the transformer ----------------------------------------------------------------------------
@@ -186,11 +209,13 @@ class GridEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, source, dtype=None, device=None, grid=7):
         """A SigLIP or DINOv2 on the Hub or in a local folder -> frozen encoder in eval mode. Of a
-        SigLIP with a text model only the visual part is read."""
-        root = hub.folder(source)
-        config = read_config(root)
+        SigLIP with a text model only the visual part is read: of SigLIP 2 base 0.34 GB of a file of
+        1.50 GB, which is downloaded whole. The config comes first, so that a repo of another model
+        is refused before its weights are downloaded."""
+        config = read_config(hub.folder(source, hub.PROCESSOR_FILES, tensors=()))
         prefix = ("vision_model.", "") if config.kind == "siglip" else ("dinov2.", "")
         only = [start + name for start in prefix for name in READ[config.kind]]
+        root = hub.folder(source, hub.PROCESSOR_FILES, only)
         encoder = hub.load_module(lambda: cls(config, grid), root, dtype, device, prefix=prefix,
                                   only=only, rename=RENAME[config.kind])
         return encoder.requires_grad_(False)

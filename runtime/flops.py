@@ -7,7 +7,7 @@ A matrix of N weights costs 2N operations per position, a multiplication and an 
 So what learns costs 6N, the frozen LLM behind the aligner 4N and the frozen encoders 2N.  Attention
 of n queries over m keys costs 2 products of 2 n m width forward, and twice that backward.  Masked
 pairs count, as in PaLM's MFU (Chowdhery et al. 2022, Appendix B).  Padding, recomputation, norms,
-softmax, the optimiser, the lm_head and the question in the visual Q-Former do not count.
+means, softmax, the optimiser, the lm_head and the question in the visual Q-Former do not count.
 
 torch.utils.flop_counter finds the same numbers (tests/runtime/test_log.py), but it intercepts every
 operation: a step of the tiny preset took 0.53 s instead of 0.17 s on one core.
@@ -63,14 +63,15 @@ def flops_by_part(model, llm_tokens, windows, frames, audio_seconds, encoded):
         "LLM attention": 3 * llm.config.layers * sum(attention(L, L, width) for L in llm_tokens),
         "LoRA": 6 * adapters * tokens}
     if not encoded:
-        parts["ViT"] = frames * vit_flops(model.visual.vit)
+        parts["ViT"] = frames * vit_flops(getattr(model.visual, "vit", model.visual))
     if model.system == "instructblip":                  # here the visual Q-Former learns
         parts["visual Q-Former"] = 3 * frames * visual_qformer_flops(model.visual)
         parts["language projection"] = (
             6 * weights(model.language_projection) * frames * model.visual.n_queries)
         return parts
-    if not encoded:
+    if not encoded and model.visual.reads_question:
         parts["visual Q-Former"] = frames * visual_qformer_flops(model.visual)
+    if not encoded:
         parts["Whisper"] = sum(whisper_flops(model.whisper, seconds) for seconds in audio_seconds)
     steps = sum(audio_seconds) * model.whisper.config.positions_hz
     K = model.config.window_frames                  # frames per window; 0: one window per clip
@@ -97,14 +98,17 @@ def causal_qformer_flops(model, K):
             of_frames += weights(layer.causal_attention)
             total += attention(K * N, K * N, layer.causal_attention.query.out_features)
         total += 2 * of_frames * K * N + 2 * of_queries * Q
-    return total
+    direct = getattr(model.qformer, "direct", None)
+    return total + (2 * weights(direct) * K * N if direct else 0)
 
 
 def vit_flops(vit):
-    """Forward operations of one frame: P patches, the CLS token included."""
-    P, layers = vit.config.n_patches + 1, vit.encoder.layers
-    return (2 * weights(vit.embeddings.patch_embedding) * (P - 1) + 2 * weights(layers) * P
-            + len(layers) * attention(P, P, vit.config.width))
+    """Forward operations of one frame in InstructBLIP's ViT or in a GridEncoder: P tokens, which
+    are the patches, CLS and registers."""
+    config = vit.config
+    P = config.n_patches + getattr(config, "first_patch", 1)           # InstructBLIP's: CLS alone
+    return (2 * weights(vit, named="patch_embedding") * config.n_patches
+            + 2 * weights(vit, named="layers.") * P + config.layers * attention(P, P, config.width))
 
 
 def visual_qformer_flops(visual):

@@ -36,6 +36,11 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 SMALL_FILES = ("*.json", "tokenizer.model", "qformer_tokenizer/*")
 # Buffers that old exporters wrote and that every loader recomputes.
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "position_ids", "proj_out.weight")
+# What to do with a model where another one is wanted: model_type, the rest of the error.
+GRID = ("a SigLIP or DINOv2 goes with --visual and --visual-grid, the cells per side to which its "
+        "patches are averaged, such as --visual-grid 7")
+INSTEAD = dict.fromkeys(("siglip", "siglip_vision_model", "dinov2", "dinov2_with_registers"),
+                        GRID) | {"instructblip": "an InstructBLIP goes with --visual-grid 0"}
 # What other programs' models consist of: pattern of a file name, whose it is.
 FOREIGN = (("*.gguf", "GGUF, llama.cpp's"), ("model.bin", "CTranslate2's"), ("*.onnx", "ONNX"),
            ("adapter_config.json", "an adapter's, not a model's"), ("*.msgpack", "Flax's"),
@@ -47,6 +52,12 @@ BLOCK = 2 ** 17                   # numbers that stay in a core's cache from a c
 # Bytes of each shard, counted from names, shapes and dtype: errors report a download's size.
 PUBLISHED = {
     "openai/whisper-tiny": (151_061_672,),
+    "openai/whisper-base": (290_403_936,),
+    "openai/whisper-small": (966_995_080,),
+    "google/siglip2-base-patch16-224": (1_500_800_904,),     # its text model, unread, is 1.13 GB
+    "facebook/dinov2-small": (88_249_960,),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (269_060_552,),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": (723_674_912,),
     "openai/whisper-large-v2": (6_173_370_152,),
     "Salesforce/instructblip-vicuna-7b": (
         4_950_754_976, 4_980_963_584, 4_957_878_440, 937_994_232),
@@ -175,8 +186,9 @@ def _absent(repo, wanted):
     texts = [name + (f" ({sizes[name] / 1e9:.2f} GB)" if name in sizes else
                      " (size unknown)" if name.endswith(".safetensors") else "")
              for name in wanted if name != INDEX and not isinstance(paths[name], str)]
-    together = f"; all its shards: {total / 1e9:.2f} GB" if total and len(sizes) != 1 else ""
-    return ", ".join(texts) + together
+    what = "all its shards" if len(sizes) != 1 else SINGLE
+    said = not total or what == SINGLE and (SINGLE in wanted or isinstance(paths[SINGLE], str))
+    return ", ".join(texts) + ("" if said else f"; {what}: {total / 1e9:.2f} GB")
 
 
 def _known_failure(error, repo, wanted):
@@ -486,8 +498,8 @@ def model_config(root, kind, inside=None):
     check_file(known)
     got = config.get("model_type", kinds[0])
     if got not in kinds and inside not in config:
-        raise ValueError(f"{known}: model_type is {got!r:.80}; wanted {wanted}; pass the folder of "
-                         "another model")
+        instead = INSTEAD.get(got if isinstance(got, str) else "", "pass another model's folder")
+        raise ValueError(f"{known}: model_type is {got!r:.80}; wanted {wanted}; {instead}")
     return config
 
 

@@ -9,6 +9,9 @@ import transformers
 from parity import check, randomise
 from PIL import Image
 
+from favor import Favor, preset
+from runtime import hub
+from tools.memory import random_part
 from vit import GridEncoder, ViTConfig, read_config
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -81,6 +84,65 @@ def test_pictures_as_the_processor(resample, shape, tmp_path):
     check(f"pixels {shape}", ours, wanted, max_abs=2.5 / 255 / 0.2, rel_rms=5e-3)
 
 
+def test_settings_of_the_image_processor(tmp_path):
+    """In either of its files, as transformers 5 writes the second one; a silent file means what
+    transformers takes then, and DINOv2's crop is left out."""
+    siglip().save_pretrained(tmp_path)
+    assert read_config(tmp_path).resample == "bilinear"                   # SigLIP 2's, without one
+    own = {"image_processor_type": "SiglipImageProcessorFast", "do_resize": True, "resample": 3,
+           "size": {"height": 64, "width": 64}, "rescale_factor": 0.00392156862745098,
+           "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 0.5, 0.25]}
+    first, second = (tmp_path / f"{name}_config.json" for name in ("preprocessor", "processor"))
+    hub.write_json(second, {"image_processor": own})
+    read = read_config(tmp_path)
+    assert (read.resample, read.mean, read.std) == ("bicubic", (0.1, 0.2, 0.3), (1, 0.5, 0.25))
+    hub.write_json(first, {"image_mean": [0.1, 0.2, 0.3]})
+    assert read_config(tmp_path) == read
+    hub.write_json(first, {"resample": 2})
+    with pytest.raises(ValueError, match="processor_config.json: resample 3, but .*prepro.* has 2"):
+        read_config(tmp_path)
+    second.unlink()
+    hub.write_json(first, {})
+    assert read_config(tmp_path).resample == "bilinear"                   # nothing is in it
+    hub.write_json(first, {"do_resize": True})
+    assert read_config(tmp_path).resample == "bicubic"
+    dinov2().save_pretrained(tmp_path)
+    transformers.BitImageProcessorPil(size={"shortest_edge": 256}, crop_size=224, resample=3
+                                      ).save_pretrained(tmp_path)
+    read = read_config(tmp_path)
+    assert (read.image_size, read.resample) == (224, "bicubic")
+    assert read.mean == pytest.approx(hub.read_json(first)["image_mean"])
+
+
+@pytest.mark.parametrize("key, value", [
+    ("do_resize", False), ("rescale_factor", 1 / 127.5), ("do_normalize", False),
+    ("size", {"height": 32, "width": 32}), ("do_center_crop", True), ("resample", 0),
+    ("resample", [2]), ("image_mean", [0.5, 0.5]), ("image_std", [0.5, 0, 0.5]),
+    ("image_mean", [123.6, 116.3, 103.5]), ("image_std", "0.5"), ("do_pad", True),
+    ("image_processor_type", "Siglip2ImageProcessor")])
+def test_processors_that_are_not_built_are_named(key, value, tmp_path):
+    hub.write_json(tmp_path / "config.json", {
+        "model_type": "siglip_vision_model", "image_size": 64, "patch_size": 8})
+    hub.write_json(tmp_path / "preprocessor_config.json", {key: value})
+    with pytest.raises(ValueError, match=rf"preprocessor_config.json: {key} is .*; only .* is bu"):
+        read_config(tmp_path)
+
+
+def test_the_other_kind_of_encoder_is_told_from_visual_grid(tmp_path, small_parts):
+    """Both ways, with and without random weights; by a folder and by the name of a repo."""
+    siglip().save_pretrained(tmp_path)
+    other = str(small_parts / "instructblip")
+    for load in (None, random_part):
+        with pytest.raises(ValueError, match="'siglip_vision_model'; wanted 'instr.*--visual-grid"):
+            Favor.from_config(preset("tiny", visual=str(tmp_path)), load=load)
+        with pytest.raises(ValueError, match="'instructblip'; wanted 'siglip'.*--visual-grid 0"):
+            Favor.from_config(preset("tiny", visual=other, visual_grid=2), load=load)
+    for name, source, word in (("7b", "google/siglip2-base-patch16-224", "--visual-grid 7"),
+                               ("small", "Salesforce/instructblip-vicuna-7b", "--visual-grid 0")):
+        with pytest.raises(ValueError, match=f"{source}: its sizes are not known.*{word}"):
+            Favor.from_config(preset(name, visual=source), None, "meta", load=random_part)
+
+
 def test_names_and_shapes_of_the_published_files():
     with torch.device("meta"):
         large = GridEncoder(ViTConfig(kind="dinov2", width=384, heads=6, ffn=1536, patch_size=14,
@@ -93,11 +155,20 @@ def test_names_and_shapes_of_the_published_files():
 def test_what_is_not_built_is_named(tmp_path):
     for change, word in (({"hidden_act": "relu"}, "hidden_act is 'relu'"),
                          ({"use_swiglu_ffn": True}, "use_swiglu_ffn is True"),
+                         ({"mlp_ratio": 3}, "mlp_ratio is 3"),
+                         ({"hidden_size": 50}, "width 50, 4 heads"),
+                         ({"num_hidden_layers": 0}, "num_hidden_layers is 0; wanted a whole"),
+                         ({"hidden_size": 2 ** 40}, "hidden_size is 1099511627776; wanted"),
+                         ({"image_size": 7}, "patch_size 14 exceeds the image_size 7"),
+                         ({"model_type": None}, "model_type is None"),
                          ({"model_type": "clip"}, "model_type is 'clip'")):
         config = {"model_type": "dinov2", **SIZES, **change}
-        (tmp_path / "config.json").write_text(__import__("json").dumps(config))
+        hub.write_json(tmp_path / "config.json", config)
         with pytest.raises(ValueError, match=word):
             read_config(tmp_path)
+    hub.write_json(tmp_path / "config.json", SIZES)
+    with pytest.raises(ValueError, match="no model_type; wanted siglip"):
+        read_config(tmp_path)
     with pytest.raises(ValueError, match="visual_grid is 17; wanted 1 to 14"):
         GridEncoder(ViTConfig(layers=1), 17)
 

@@ -8,6 +8,7 @@ On the device "meta" a model has shapes only: `python train.py --model 13b --dry
 Public: PUBLISHED, random_part, table, memory_plan, empty_sample, peak_memory."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ from data import Features, Sample
 from llama import Llama, LlamaConfig, Tokenizer
 from runtime import hub
 from runtime.log import GIB, in_words, peak_memory  # noqa: F401
+from vit import DINOV2, GridEncoder
+from vit import ViTConfig as GridConfig
+from vit import read_config as read_grid_config
 from vit_qformer import (
     FRAMES_AT_ONCE,
     QFormerConfig,
@@ -28,18 +32,32 @@ from vit_qformer import (
 from whisper_enc import WhisperConfig, WhisperEncoder
 
 VICUNA_13B = LlamaConfig(width=5120, layers=40, heads=40, kv_heads=40, ffn=13824)
+SMOLLM2 = LlamaConfig(vocab_size=49152, width=960, layers=32, heads=15, kv_heads=5, ffn=2560,
+                      eps=1e-5, rope_theta=1e5, max_positions=8192, tie_embeddings=True)
 INSTRUCTBLIP = (ViTConfig(), QFormerConfig(), 32)
 # (class, repo) -> what its constructor takes
 PUBLISHED = {
+    (WhisperEncoder, "openai/whisper-base"): (
+        WhisperConfig(width=512, layers=6, heads=8, ffn=2048),),
+    (WhisperEncoder, "openai/whisper-small"): (
+        WhisperConfig(width=768, layers=12, heads=12, ffn=3072),),
     (WhisperEncoder, "openai/whisper-large-v2"): (WhisperConfig(),),
+    (GridEncoder, "google/siglip2-base-patch16-224"): (GridConfig(),),
+    (GridEncoder, "google/siglip-base-patch16-224"): (GridConfig(resample="bicubic"),),
+    (GridEncoder, "facebook/dinov2-small"): (
+        GridConfig(width=384, heads=6, ffn=1536, trained_size=518, **DINOV2),),
     (VisualEncoder, "Salesforce/instructblip-vicuna-7b"): INSTRUCTBLIP,
     (VisualEncoder, "Salesforce/instructblip-vicuna-13b"): INSTRUCTBLIP,
     (Llama, "Salesforce/instructblip-vicuna-7b"): (LlamaConfig(),),
     (Llama, "Salesforce/instructblip-vicuna-13b"): (VICUNA_13B,),
+    (Llama, "HuggingFaceTB/SmolLM2-360M-Instruct"): (SMOLLM2,),
+    (Llama, "HuggingFaceTB/SmolLM2-135M-Instruct"): (
+        replace(SMOLLM2, width=576, layers=30, heads=9, kv_heads=3, ffn=1536, head_dim=None),),
 }
 FROM_FOLDER = {
     WhisperEncoder: lambda root: (WhisperConfig.from_folder(root),),
     VisualEncoder: read_config,
+    GridEncoder: lambda root: (read_grid_config(root),),
     Llama: lambda root: (LlamaConfig.from_folder(root),),
 }
 # class of a tokenizer -> the files that a folder must have, the miniature's in its place
@@ -47,26 +65,43 @@ STAND_INS = {Tokenizer: ("tokenizer.*", "miniature/weights/llama"),
              QFormerTokenizer: ("qformer_tokenizer", "miniature/weights/instructblip")}
 
 
+class StandIn(Tokenizer):
+    """The miniature's tokenizer in the place of any LLM's. Its <s> and </s>, the ids 1 and 2, stand
+    for ChatML's tokens, as these have the same ids in SmolLM2."""
+
+    def special_id(self, token):
+        return {"<|im_start|>": self.bos_id, "<|im_end|>": self.eos_id}[token]
+
+
 # ---------------------------------------------------------------- random weights
-def random_part(cls, source, dtype=None, device=None, vocab_size=None):
+def random_part(cls, source, dtype=None, device=None, vocab_size=None, **more):
     """A frozen `cls` of the size of `source`, in eval mode: matrices N(0, 0.02), norms 1, biases 0.
     A tokenizer is the source's own where that is a folder with one, else the miniature's, whose ids
-    fit into any vocabulary.  To be passed as `load` to Favor.from_config.
+    fit into any vocabulary.  To be passed as `load` to Favor.from_config.  more: what the
+    constructor takes beside sizes, the grid of a GridEncoder.
     Raises ValueError for a repository whose sizes are not known here."""
     root = Path(hub.local_source(source)).expanduser()
     if cls in STAND_INS:
         files, stand_in = STAND_INS[cls]
-        return cls.from_pretrained(root if any(root.glob(files)) else hub.local_source(stand_in))
+        if any(root.glob(files)):
+            return cls.from_pretrained(root)
+        stand_in = hub.local_source(stand_in)
+        return StandIn(stand_in / "tokenizer.model") if cls is Tokenizer else (
+            cls.from_pretrained(stand_in))
     if root.is_dir():
         settings = FROM_FOLDER[cls](root)
     elif (cls, str(source)) in PUBLISHED:
         settings = PUBLISHED[cls, str(source)]
     else:
         known = sorted(repo for kind, repo in PUBLISHED if kind is cls)
+        instead = [hub.INSTEAD[name] for kind, name in (
+            (GridEncoder, "siglip"), (VisualEncoder, "instructblip"))
+            if (kind, str(source)) in PUBLISHED]             # the other kind of visual encoder
         raise ValueError(f"{source}: its sizes are not known here; for --random-init pass a local "
-                         f"folder with its config.json, or one of {', '.join(known)}")
+                         "folder with its config.json, or one of "
+                         + "; ".join([", ".join(known), *instead]))
     with torch.device("meta"):                        # one copy, at once in the right dtype
-        part = cls(*settings)
+        part = cls(*settings, **more)
     part = part.to(dtype or torch.float32).to_empty(device=device or "cpu")
     if part.__class__ is Llama:
         part.tie_weights()
@@ -81,8 +116,8 @@ def fill(module):
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             continue
-        if "norm" in name.lower() and name.endswith("weight"):
-            parameter.fill_(1)
+        if "norm" in name.lower() and name.endswith("weight") or ".scale" in name:
+            parameter.fill_(1)                           # .scale1: DINOv2's factors of a branch
         elif parameter.ndim < 2:
             parameter.zero_()
         else:
@@ -120,7 +155,8 @@ def parts_of(model):
         if ".lora_" in name:
             part = "LoRA"
         elif name.startswith("visual."):
-            part = "ViT" if name.startswith("visual.vit.") else "visual Q-Former"
+            grid = not model.visual.reads_question       # a ViT and nothing else
+            part = "ViT" if grid or name.startswith("visual.vit.") else "visual Q-Former"
         else:
             first = name.split(".")[0]
             part = {"whisper": "Whisper encoder", "audio_proj": "audio projection",
@@ -142,7 +178,7 @@ def memory_plan(model, sample, batch, answer=40, recompute=False, shards=1):
     aligner at its own size, of the LLM on a small one (`llm_bytes`) and scaled.  recompute: blocks
     of the LLM keep their input, one at a time the rest; shards: over so many devices
     (runtime/distributed.py).  Allocator, kernels and the exchange of gradients come on top."""
-    llm, vit = model.llm.config, model.visual.vit.config
+    llm, vit = model.llm.config, getattr(model.visual, "vit", model.visual).config
     length = model.length(sample) + answer
     wide = next(model.llm.parameters()).element_size()
     trained = sum(p.numel() for p in model.trained_parameters())

@@ -2,7 +2,7 @@
 
      checkpoint (favor.json, model.safetensors, lora/), predictions.json --model_card--> README.md
        --push--> the Hub's user/name, which favor.Favor.from_pretrained("user/name") opens
-     checkpoint's LLM: W + alpha/r B A --merge--> a LLaMA folder for any inference engine
+     checkpoint's LLM: W + alpha/r B A --merge--> a folder for any inference engine
 
      python -m tools.share card  runs/7b/best                        prints the card
      python -m tools.share push  runs/7b/best user/name --private
@@ -27,7 +27,15 @@ from safetensors.torch import load_file
 
 import lora
 from aveb import metrics
-from llama import LLM_TENSORS, JsonTokenizer, Llama, LlamaConfig, Tokenizer, as_tuple
+from llama import (
+    LLM_TENSORS,
+    JsonTokenizer,
+    Llama,
+    LlamaConfig,
+    Tokenizer,
+    as_tuple,
+    own_head,
+)
 from runtime import cli, hub
 from runtime.checkpoint import weights_hash
 from runtime.hub import markdown_table, write_text
@@ -40,12 +48,27 @@ REPO = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 ADAPTERS = ("lora/adapter_config.json", "lora/adapter_model.safetensors")
 DTYPES = ("bfloat16", "float16", "float32")
 # The prompt of favor.prompt_ids for a text without a clip (tests/tools/test_share.py).
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{{ 'USER: ' + m['content'] + '\\nASSISTANT:' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('wanted the roles user and assistant only') }}"
-    "{% endif %}{% endfor %}")
+REFUSED = "{{ raise_exception('wanted the roles user and assistant only') }}"
+CHAT_TEMPLATES = {
+    "vicuna": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ 'USER: ' + m['content'] + '\\nASSISTANT:' }}"
+        "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
+        f"{{% else %}}{REFUSED}{{% endif %}}{{% endfor %}}"),
+    "chatml": (
+        "{% for m in messages %}{% if m['role'] in ['user', 'assistant'] %}"
+        "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+        f"{{% else %}}{REFUSED}{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")}
+SPELT = {                                  # the same for readers, without a clip
+    "vicuna": "`USER: question`, new line, `ASSISTANT:`",
+    "chatml": "ChatML without a system turn: `<|im_start|>user`, new line, the question, "
+              "`<|im_end|>`, new line, `<|im_start|>assistant`, new line"}
+# Repos whose model card says apache-2.0, among those that the presets and docs/small.md name.
+APACHE = ("openai/whisper-base", "openai/whisper-small", "google/siglip2-base-patch16-224",
+          "google/siglip-base-patch16-224", "facebook/dinov2-small",
+          "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-360M-Instruct",
+          "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen3-0.6B")
 
 
 def read_checkpoint(folder):
@@ -107,6 +130,11 @@ def licence(sources):
     if all(map(is_ours, sources)):
         return {"license": "mit"}, "The frozen parts come with the code, all under the MIT licence."
     repos = [f"https://huggingface.co/{source}" for source in sources if is_repo(source)]
+    if all(is_ours(source) or source in APACHE for source in sources):
+        return {"license": "apache-2.0"}, (
+            "The trained parts were trained with base models under the Apache License 2.0, and are "
+            f"under it, too: {', '.join(repos)}. The code is under the MIT licence. The training "
+            "data may have terms of its own.")
     return {"license": "other", "license_name": "terms-of-the-base-models",
             "license_link": repos[-1] if repos else ""}, (
         "The trained parts inherit the terms of the base models they were trained with: LLaMA's, "
@@ -215,8 +243,8 @@ def model_card(folder, repo_id="user/name"):
             "the trained parts (Q-Former, queries, projection)")
     parts = [(PARTS[part], source if is_repo(source) or is_ours(source) else
               f"a local folder, {Path(source).name}") for part, source in sources.items()]
-    names = ("sync", "window_frames", "causal", "queries", "fps", "diversity", "lora_r",
-             "lora_alpha", "lora_targets") if favor else ("queries",)
+    names = ("sync", "window_frames", "causal", "queries", "fps", "diversity", "visual_grid",
+             "prompt", "lora_r", "lora_alpha", "lora_targets") if favor else ("queries",)
     switches = [(name, ", ".join(value) if isinstance(value, list) else value)
                 for name in ("variant", *names)
                 for value in [config.get(name, "not recorded")]]
@@ -281,7 +309,7 @@ def _known_failure(error, repo_id, card):
 
 # ---------------------------------------------------------------- the LLM alone
 def merge(folder, out, dtype="bfloat16", shard_gb=5, llm=None):
-    """The LLM with LoRA merged into it -> `out`, a LLaMA folder in the Hub's layout with tokenizer
+    """The LLM with LoRA merged into it -> `out`, a folder in the Hub's layout with tokenizer
     and chat template, which answers text as the checkpoint does; the audio-visual parts are not in
     it.  llm: where the LLM is, if not where favor.json says.  One shard at a time is in memory,
     and `out` appears when it is whole."""
@@ -295,9 +323,14 @@ def merge(folder, out, dtype="bfloat16", shard_gb=5, llm=None):
         raise ValueError(f"{root}: --system {saved['system']} has no LoRA, so there is nothing "
                          f"to merge: its LLM is {saved['config']['llm']} as published")
     place = hub.anywhere(llm) if llm else hub.saved_source(saved["config"]["llm"])
+    style = saved["config"].get("prompt", "vicuna")
+    if style not in CHAT_TEMPLATES:
+        raise ValueError(f"{root}/favor.json: prompt {style!r:.80}; wanted "
+                         f"{' or '.join(CHAT_TEMPLATES)}")
     source = hub.folder(hub.local_source(place), hub.SMALL_FILES, LLM_TENSORS)
     tokenizer, config, shapes, read = merged_tensors(root, source, getattr(torch, dtype))
-    ends = list(dict.fromkeys((tokenizer.eos_id, *as_tuple(config.eos_id))))
+    ends = [tokenizer.special_id("<|im_end|>")] if style == "chatml" else []     # what it learnt
+    ends = list(dict.fromkeys((*ends, tokenizer.eos_id, *as_tuple(config.eos_id))))
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     terms, terms_text = licence([place])
     new = out.with_name(f"{out.name}.tmp")
@@ -307,7 +340,7 @@ def merge(folder, out, dtype="bfloat16", shard_gb=5, llm=None):
         write_shards(new, shapes, read, shard_gb * 1e9)
         hub.write_json(new / "config.json", config.to_dict() | ids | {"torch_dtype": dtype})
         hub.write_json(new / "generation_config.json", ids)
-        write_tokenizer(new, source, tokenizer)
+        write_tokenizer(new, source, tokenizer, CHAT_TEMPLATES[style])
         (new / "README.md").write_text(front_matter(
             **terms, library_name="transformers", pipeline_tag="text-generation",
             base_model=[place] if is_repo(place) else [], tags=["favor"]) + f"""
@@ -317,7 +350,7 @@ def merge(folder, out, dtype="bfloat16", shard_gb=5, llm=None):
 The LLM of a FAVOR checkpoint (code of commit {cell(saved.get('commit', 'unknown'))}), LoRA merged
 into it, {dtype}. **It takes text alone: the audio-visual parts are not in here** (Whisper, ViT,
 Q-Formers, projections); for them load the checkpoint with `favor.Favor`. The prompt is
-the chat template's: `USER: question`, new line, `ASSISTANT:`.
+the chat template's: {SPELT[style]}.
 
 {terms_text}
 """, "utf-8")
@@ -336,11 +369,14 @@ def merged_tensors(root, source, dtype):
         source, lambda name: name.startswith(LLM_TENSORS)
         and not name.endswith(hub.NOT_WEIGHTS)).items()}
     adapters = load_file(root / ADAPTERS[1])
-    if config.tie_embeddings and f"{lora.PREFIX}lm_head.lora_A.weight" in adapters:
-        stored.setdefault("lm_head.weight", stored["model.embed_tokens.weight"])
-    # As in Llama.from_pretrained: a file with an lm_head is not tied, the vocabulary may be padded.
+    # As in Llama.from_pretrained: an lm_head of its own is not tied, the vocabulary may be padded.
+    tied = config.tie_embeddings and not own_head(source)
+    if tied:                                   # Qwen3's file holds the tied tensor twice
+        stored.pop("lm_head.weight", None)
+    if tied and f"{lora.PREFIX}lm_head.lora_A.weight" in adapters:
+        stored["lm_head.weight"], tied = stored["model.embed_tokens.weight"], False
     config = replace(config, vocab_size=min(config.vocab_size, tokenizer.vocab_size),
-                     tie_embeddings=config.tie_embeddings and "lm_head.weight" not in stored)
+                     tie_embeddings=tied)
     with torch.device("meta"):
         model = Llama(config).to(dtype)
     shapes = dict(model.named_parameters())
@@ -384,10 +420,10 @@ def write_shards(root, shapes, read, limit):
             "total_size": sum(tensor.nbytes for tensor in shapes.values())}})
 
 
-def write_tokenizer(root, source, tokenizer):
-    """Writes the source's tokenizer files, and our prompt as chat template. InstructBLIP's files
-    name </s> as the first token of a text, so of those only the pieces are taken. The other files
-    that inference engines need are made from tokenizer.model."""
+def write_tokenizer(root, source, tokenizer, chat_template):
+    """Writes the source's tokenizer files with our prompt as chat template in the place of theirs.
+    InstructBLIP's files name </s> as the first token of a text, so of those only the pieces are
+    taken. The other files that inference engines need are made from tokenizer.model."""
     names, is_json = ["tokenizer.model", "tokenizer.json"], isinstance(tokenizer, JsonTokenizer)
     inside = "text_config" in hub.read_json(source / "config.json")
     if not is_json and (inside or not (source / "tokenizer.json").exists()):
@@ -404,7 +440,10 @@ def write_tokenizer(root, source, tokenizer):
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
             "bos_token": piece(tokenizer.bos_id), "eos_token": piece(tokenizer.eos_id),
             "add_bos_token": True, "add_eos_token": False})
-    (root / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
+    settings = hub.read_object(root / "tokenizer_config.json")
+    if settings.pop("chat_template", None):               # older engines would prefer this one
+        hub.write_json(root / "tokenizer_config.json", settings)
+    (root / "chat_template.jinja").write_text(chat_template, "utf-8")
 
 
 def write_tokenizer_json(path, tokenizer):
@@ -461,8 +500,8 @@ state nor predictions. favor.json holds the command line and paths of this machi
                            help="name of the Hub repository, which is created if it is missing")
     hub_group.add_argument("--private", action="store_true",
                            help="create a private repository, which only its owner sees")
-    new, model = command("merge", "merge LoRA into the LLM and write it as a LLaMA folder", """\
-Writes the LLM with LoRA merged into it as a LLaMA in the Hub's layout, with tokenizer and our
+    new, model = command("merge", "merge LoRA into the LLM and write it as a folder", """\
+Writes the LLM with LoRA merged into it as a model in the Hub's layout, with tokenizer and our
 prompt as chat template: for text alone, without the audio-visual parts.  On the CPU, one shard at
 a time.
 
@@ -490,7 +529,7 @@ def main(argv=None):
         else:
             out = merge(args.run, args.out, args.dtype, args.shard_gb, args.llm)
             size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-            print(f"{out}: {size / 1e9:.2f} GB, for LlamaForCausalLM.from_pretrained and engines")
+            print(f"{out}: {size / 1e9:.2f} GB, for AutoModelForCausalLM and engines")
     except (OSError, ValueError) as error:
         sys.exit(f"{COMMAND}: {error}")
 

@@ -19,8 +19,11 @@ from parity import randomise
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from favor import Favor, preset
 from llama import Llama, LlamaConfig, Tokenizer
 from runtime import hub
+from vit import GridEncoder
+from vit import ViTConfig as GridConfig
 from vit_qformer import QFormerConfig, QFormerTokenizer, VisualEncoder, ViTConfig
 from whisper_enc import WhisperConfig, WhisperEncoder
 
@@ -245,6 +248,55 @@ def test_absent_with_size_and_what_to_do(remote, instructblip):
         text = str(error.value)
         assert "model-00004-of-00004.safetensors (size unknown); all its shards: 0.00 GB" in text
         assert "00001" not in text and ("--offline" in text) == offline
+
+
+@pytest.mark.parametrize("name", ["small", "small-laptop"])
+def test_the_small_presets_parts_are_told_with_their_sizes(remote, name, monkeypatch):
+    """Sizes as the Hub counts them; also where a part's tokenizer alone is wanted, which comes
+    first."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config, gb = preset(name), {"small": ("0.97", "0.72"), "small-laptop": ("0.29", "0.27")}[name]
+    for load, source, size in (
+            (WhisperEncoder.from_pretrained, config.whisper, rf"model.safetensors \({gb[0]} GB\)"),
+            (Llama.from_pretrained, config.llm, rf"model.safetensors \({gb[1]} GB\)"),
+            (Favor.from_config, config.llm, f"tokenizer.model.*; model.safetensors: {gb[1]} GB"),
+            (GridEncoder.from_pretrained, config.visual, "config.json.*; model.safe.*: 1.50 GB")):
+        with pytest.raises(FileNotFoundError, match=f"^{source}: .*{size}.*--offline"):
+            load(config if load == Favor.from_config else source)
+
+
+def test_a_grid_encoder_fetches_what_it_reads(remote, instructblip):
+    """Of SigLIP's repo the config, the processor and the weights, not the tokenizer of its text
+    model; of another model's repo nothing but the config."""
+    repo = remote.root / "owner" / "eye"
+    vit = randomise(GridEncoder(GridConfig(width=8, layers=1, heads=2, ffn=12, image_size=32,
+                                           trained_size=32), 2))
+    named = {"patch_embedding.": "embeddings.patch_embedding.", "layers.": "encoder.layers.",
+             "position_embedding": "embeddings.position_embedding.weight",
+             "norm.": "post_layernorm."}
+    tensors = {}
+    for ours, tensor in vit.state_dict().items():
+        start = next(start for start in named if ours.startswith(start))
+        theirs = "vision_model." + ours.replace(start, named[start], 1)
+        for old, new in ((".norm", ".layer_norm"), (".fc", ".mlp.fc")):
+            theirs = theirs.replace(old, new)
+        for part in ("q", "k", "v", "out"):
+            theirs = theirs.replace(f".{part}_proj", f".self_attn.{part}_proj")
+        tensors[theirs] = tensor
+    hub.save_folder(repo, tensors | {"vision_model.head.probe": torch.zeros(2),
+                                     "text_model.x": torch.zeros(2)}, {
+        "model_type": "siglip", "vision_config": {
+            "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 12, "image_size": 32}})
+    for name in ("preprocessor_config.json", "tokenizer.json", "special_tokens_map.json"):
+        hub.write_json(repo / name, {})
+    assert equal(GridEncoder.from_pretrained("owner/eye", grid=2), vit)
+    assert sorted(remote.fetched) == ["config.json", hub.SINGLE, "preprocessor_config.json"]
+    published(remote, instructblip)
+    remote.fetched.clear()
+    with pytest.raises(ValueError, match="model_type is 'instructblip'.*--visual-grid 0"):
+        GridEncoder.from_pretrained("owner/blip")
+    assert remote.fetched == ["config.json"]
 
 
 @pytest.mark.parametrize("failure, kind, message", [

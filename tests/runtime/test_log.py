@@ -20,6 +20,8 @@ from runtime import flops
 from runtime import log as runlog
 from runtime.log import Clock, RunLog
 from tools.memory import random_part
+from vit import GridEncoder
+from vit import ViTConfig as GridConfig
 from vit_qformer import ViT, ViTConfig
 
 ROOT = runlog.Path(runlog.__file__).parent.parent
@@ -344,7 +346,8 @@ def counted(function):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("changes", [{}, {"causal": "none"}, {"sync": False}, {"window_frames": 0}])
+@pytest.mark.parametrize("changes", [{}, {"causal": "none"}, {"sync": False}, {"window_frames": 0},
+                                     {"direct": 24}])
 def test_a_step_against_pytorchs_counter(changes, small_favor):
     """To the last operation, but for what is named: the lm_head at the answer's tokens (frozen: 4N)
     and the dummy window are left out, the audio projection's 6N are 4N: its input learns nothing.
@@ -368,6 +371,10 @@ def test_a_step_against_pytorchs_counter(changes, small_favor):
         dummy = 1 / work["windows"]
     expected += dummy * (parts["causal Q-Former"] + parts["LLM projection"])
     print(f"counted {found:,}, expected {expected:,.0f}, of it ours {sum(parts.values()):,}")
+    if "direct" in changes:       # a mean over vectors, forward and backward, dummy window included
+        Q, vectors = model.config.queries, model.config.window_frames * max(
+            model.visual.n_queries, model.audio_steps)
+        expected += 4 * (work["windows"] + 1) * Q * vectors * model.config.width
     assert found == expected
 
 
@@ -384,6 +391,21 @@ def test_encoders_against_pytorchs_counter(small_favor):
         config = model.whisper.config
         mel = torch.randn(3, config.n_mels, 2 * config.max_source_positions)
         assert counted(lambda: model.whisper(mel)) == parts["Whisper"]
+
+
+@pytest.mark.parametrize("kind", ["siglip", "dinov2"])
+def test_a_grid_encoder_against_pytorchs_counter(kind, small_favor):
+    """To the last operation, CLS and registers among them; there is no visual Q-Former."""
+    config = GridConfig(kind, width=16, layers=2, heads=2, ffn=24, image_size=32, patch_size=8,
+                        trained_size=48, registers=3 * (kind == "dinov2"))
+    small_favor.visual = GridEncoder(config, 2).eval()
+    parts = flops.flops_by_part(small_favor, [], 0, 5, [], False)
+    assert "visual Q-Former" not in parts and parts["Whisper"] == 0
+    with torch.no_grad():
+        found = counted(lambda: small_favor.visual.encode_image(torch.randn(5, 3, 32, 32)))
+    P = 16 + (4 if kind == "dinov2" else 0)
+    by_hand = 2 * 16 * 16 * 3 * 64 + 2 * (2 * P * (4 * 16 ** 2 + 2 * 16 * 24) + 4 * P * P * 16)
+    assert found == parts["ViT"] == 5 * by_hand
 
 
 def test_the_baseline_has_its_own_parts(small_parts):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import time
 
 import pytest
@@ -14,6 +15,7 @@ import train
 from baselines.systems import SYSTEMS
 from favor import Favor, preset
 from llama import Llama
+from runtime import hub
 from tools import memory as sizes
 
 
@@ -44,6 +46,31 @@ def test_dry_run_counts_what_is_published(name, llm, lora, projection, hub, caps
     assert (found["ViT"][0] + found["visual Q-Former"][0] + llm + projection
             + 2 * 64 * width) == hub
     assert "2 clips of 10 s" in text and "bfloat16" in text
+
+
+@pytest.mark.parametrize(("name", "whisper", "llm", "lora"), [
+    ("small", 88_154_112, 361_821_120, 15_400_960),
+    ("small-laptop", 20_590_592, 134_515_008, 8_663_040)])
+def test_dry_run_of_the_small_presets(name, whisper, llm, lora, capsys):
+    """The Hub's counts of whole files, SigLIP 2's without its pooling head (7,087,104)."""
+    train.dry_run(train.TrainConfig(model=name, clip_seconds=10, micro_batch=2))
+    text = capsys.readouterr().out
+    found = counts(text)
+    assert found["Whisper encoder"] == (whisper, 0) and found["LLM"] == (llm, 0)
+    assert found["ViT"] == (92_884_224 - 7_087_104, 0) and "visual Q-Former" not in found
+    assert found["LoRA"] == (lora, lora)
+    assert found["causal Q-Former"] == (46_476_288 - (4096 - 512) * 1536,) * 2
+    assert "| ViT, 64 frames at a time |" in text and "float32" in text
+
+
+@pytest.mark.parametrize("source, n", [
+    ("google/siglip-base-patch16-224", 85_797_120), ("facebook/dinov2-small", 22_056_576 - 384)])
+def test_other_visual_encoders(source, n):
+    """DINOv2 without the token of its masked training."""
+    model = Favor.from_config(preset("small", visual=source), torch.bfloat16, "meta",
+                              load=sizes.random_part)
+    assert sum(p.numel() for p in model.visual.parameters()) == n
+    assert model.visual.n_queries == 49 and planned(model, 10, 1)["all"] > 1
 
 
 def test_official_lora_is_the_papers_share(capsys):
@@ -135,6 +162,42 @@ def test_a_folder_with_nothing_but_its_sizes(tmp_path):
     assert model.llm_proj.out_features == 32 and isinstance(model.eval().answer(None, "?"), str)
 
 
+def small_folders(root):
+    """Folders with nothing but a small SigLIP's and a small SmolLM2's sizes."""
+    for name, config in (
+            ("siglip", {"model_type": "siglip", "vision_config": {
+                "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "intermediate_size": 16, "image_size": 32, "patch_size": 8}}),
+            ("llm", {"model_type": "llama", "vocab_size": 900, "hidden_size": 32,
+                     "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4,
+                     "num_key_value_heads": 2, "tie_word_embeddings": True})):
+        (root / name).mkdir()
+        hub.write_json(root / name / "config.json", config)
+    return {"visual": str(root / "siglip"), "llm": str(root / "llm")}
+
+
+def test_the_stand_in_speaks_chatml(tmp_path):
+    """--random-init of a small preset: ids of ChatML's tokens that are in the vocabulary and end an
+    answer.  A tokenizer of one's own without them is refused as ever."""
+    small = preset("tiny", visual_grid=3, prompt="chatml", **small_folders(tmp_path))
+    model = Favor.from_config(small, load=sizes.random_part).eval()
+    before, after, _ = model.text_ids(favor.Sample("What?"), True)
+    assert before[0] == 1 and after.count(2) == 1 and model.end_ids() == (2, 2)
+    assert max(before + after) < model.tokenizer.vocab_size < 900
+    clip = data.Clip(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(16000))
+    with torch.no_grad():
+        assert len(model.generate([favor.Sample("What?", clip=clip)], max_new_tokens=5)) == 1
+        model.llm.lm_head.weight.zero_()
+        said = []
+        model.llm.lm_head.bias = torch.nn.Parameter(torch.nn.functional.one_hot(
+            torch.tensor(2), 900).float())
+        assert model.answer(clip, "What?", stream=said.append) == "" and "".join(said) == ""
+    shutil.copy(hub.local_source(preset("tiny").llm) / "tokenizer.model", tmp_path / "llm")
+    model = Favor.from_config(small, load=sizes.random_part).eval()
+    with pytest.raises(ValueError, match="tokenizer has no token <.im_start.>, which prompt=chatm"):
+        model.answer(clip, "What?")
+
+
 @pytest.mark.parametrize("system", ["favor", "instructblip"])
 def test_random_models_answer(system):
     kind = SYSTEMS[system]
@@ -150,6 +213,17 @@ def test_demo_with_random_weights(tmp_path, capsys):
     from runtime.media import write_wav
     write_wav(tmp_path / "a.wav", torch.zeros(8000))
     demo.main([str(tmp_path / "a.wav"), "What?", "--random-init", "--max-new-tokens", "3"])
+    assert "random weights: 0 frames, 0.50 s of sound" in capsys.readouterr().err
+
+
+def test_demo_of_small_parts_with_random_weights(tmp_path, capsys):
+    from runtime.media import write_wav
+    write_wav(tmp_path / "a.wav", torch.zeros(8000))
+    parts = [word for part, folder in small_folders(tmp_path).items()
+             for word in (f"--{part}", folder)]
+    whisper = str(hub.local_source(preset("tiny").whisper))
+    demo.main([str(tmp_path / "a.wav"), "What?", "--model", "small", "--random-init", *parts,
+               "--whisper", whisper, "--max-new-tokens", "3"])
     assert "random weights: 0 frames, 0.50 s of sound" in capsys.readouterr().err
 
 

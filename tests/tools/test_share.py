@@ -16,13 +16,17 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
-from parity import check
+from parity import check, randomise
 from safetensors.torch import load_file
 
+import demo
+import eval
 import lora
+import train
 from aveb import tables
 from baselines.instructblip import InstructBlip
 from favor import Favor, preset, prompt_ids
@@ -140,6 +144,29 @@ def test_the_committed_checkpoint_is_ours():
     card = share.model_card(ROOT / "miniature" / "weights" / "favor")
     assert head_of(card)["license"] == "mit" and "base_model" not in head_of(card)
     assert ["LLM", "miniature/weights/llama"] in rows_of(card) and "inherit" not in card
+
+
+SMALL = {"whisper": "openai/whisper-small", "visual": "google/siglip2-base-patch16-224",
+         "llm": "HuggingFaceTB/SmolLM2-360M-Instruct"}
+
+
+def test_card_of_the_small_parts(run):
+    """Apache-2.0 where all parts are, not LLaMA's terms; one part of other terms changes that."""
+    config = hub.read_json(run / "best" / "favor.json")["config"]
+    change(run / "best", config=config | SMALL | {"visual_grid": 7, "prompt": "chatml"})
+    card = share.model_card(run, "me/ears")
+    assert head_of(card)["license"] == "apache-2.0" and "license_name" not in head_of(card)
+    assert head_of(card)["base_model"] == [*SMALL.values()]
+    for name in ("LLaMA", "Vicuna", "InstructBLIP"):
+        assert name not in card
+    for source in SMALL.values():
+        assert f"https://huggingface.co/{source}" in card
+    assert ["prompt", "chatml"] in rows_of(card) and ["visual_grid", "7"] in rows_of(card)
+    assert "FOLDER" not in card
+    for part, other in (("whisper", "someone/whisper"), ("llm", "lmsys/vicuna-7b-v1.5"),
+                        ("visual", "/my/folder")):
+        change(run / "best", config=config | SMALL | {part: other})
+        assert head_of(share.model_card(run))["license"] == "other"
 
 
 def test_hostile_text_breaks_neither_table_nor_yaml(run):
@@ -444,6 +471,40 @@ def like_llama3(folder):
         "eos_token": "<|turn|>"})
 
 
+def like_smollm2(folder, family="llama"):
+    """Byte-level BPE whose first ids are ChatML's, grouped-query attention, tied embeddings, a chat
+    template that adds a system turn; or a Qwen3, whose file holds the tied tensor twice."""
+    from tokenizers import Tokenizer as Pieces
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    pieces = Pieces(models.BPE())
+    pieces.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    pieces.decoder = decoders.ByteLevel()
+    pieces.train_from_iterator(["user\nwhat colour is the ball\nassistant\nred"] * 3,
+                               trainers.BpeTrainer(
+        vocab_size=300, show_progress=False, special_tokens=[
+            "<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    folder.mkdir()
+    qwen = family == "qwen3"
+    llm = randomise(Llama(LlamaConfig(
+        vocab_size=pieces.get_vocab_size(), width=32, layers=2, heads=4, kv_heads=2, ffn=48,
+        max_positions=512, tie_embeddings=True, rope_theta=1e5, qk_norm=qwen,
+        head_dim=16 if qwen else None)))
+    llm.save_pretrained(folder)
+    if qwen:
+        tensors = {name: stored() for name, stored in hub.open_tensors(folder).items()}
+        hub.save_tensors(folder / hub.SINGLE, tensors | {
+            "lm_head.weight": tensors["model.embed_tokens.weight"]})
+        hub.write_json(folder / "generation_config.json", {"eos_token_id": [2, 0]})
+    pieces.save(str(folder / "tokenizer.json"))
+    hub.write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>", "clean_up_tokenization_spaces": False,
+        "chat_template": "<|im_start|>system\nYou are SmolLM<|im_end|>\n"})
+
+
 def checkpoint_of(case, parts, tmp_path):
     """A checkpoint over one kind of LLM -> its folder."""
     llm = tmp_path / "llm"
@@ -455,24 +516,29 @@ def checkpoint_of(case, parts, tmp_path):
             (llm / "tokenizer.model").unlink()
     elif case.startswith("llama 3"):
         like_llama3(llm)
+    elif case in CHATML:
+        like_smollm2(llm, CHATML[case])
     else:
         shutil.copytree(parts / "llama", llm)
     targets = ("q_proj", "down_proj", *(["lm_head"] if case == "llama 3, LoRA on its head" else []))
-    build(parts, llm=str(llm), lora_targets=targets).save_pretrained(tmp_path / "run", commit="c1")
+    style = {"prompt": "chatml"} if case in CHATML else {}
+    build(parts, llm=str(llm), lora_targets=targets, **style).save_pretrained(
+        tmp_path / "run", commit="c1")
     return tmp_path / "run"
 
 
+CHATML = {"smollm2": "llama", "qwen 3": "qwen3"}
 CASES = ["llama", "instructblip", "instructblip, tokenizer.json", "llama 3",
-         "llama 3, LoRA on its head"]
+         "llama 3, LoRA on its head", *CHATML]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
 def test_merged_is_ours_in_transformers(case, small_parts, tmp_path):
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     run = checkpoint_of(case, small_parts, tmp_path)
     out = share.merge(run, tmp_path / "out", "float32", shard_gb=2e-5 if "3" in case else 5)
-    ours, oracle = Favor.from_pretrained(run), LlamaForCausalLM.from_pretrained(out).eval()
+    ours, oracle = Favor.from_pretrained(run), AutoModelForCausalLM.from_pretrained(out).eval()
     assert oracle.dtype == torch.float32 and (out / hub.INDEX).exists() == ("3" in case)
     vocab = ours.tokenizer.vocab_size
     ids = torch.randint(3, vocab, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -482,12 +548,13 @@ def test_merged_is_ours_in_transformers(case, small_parts, tmp_path):
     assert (base(ids) - logits).abs().max() > 0.05                    # LoRA counts
     again = Llama.from_pretrained(out)                                # we read it too
     check(f"merged, read by us, {case}", again(ids), logits, 1e-5, 2e-6)
-    assert oracle.config.tie_word_embeddings == (case == "llama 3")
+    assert oracle.config.tie_word_embeddings == (case == "llama 3" or case in CHATML)
 
     # text -> the same ids, alone and as a dialogue
     theirs = AutoTokenizer.from_pretrained(out)
     for text in ("what colour is the ball?", "a  b\nc", " 🎈 naïve", ""):
-        assert theirs(text).input_ids == [ours.tokenizer.bos_id, *ours.tokenizer.encode(text)]
+        first = [] if case in CHATML else [ours.tokenizer.bos_id]     # which ChatML brings itself
+        assert theirs(text).input_ids == [*first, *ours.tokenizer.encode(text)]
         assert theirs.decode(ours.tokenizer.encode(text)) == ours.tokenizer.decode(
             ours.tokenizer.encode(text))
     assert len(theirs) <= vocab and theirs.eos_token_id == ours.tokenizer.eos_id
@@ -495,9 +562,13 @@ def test_merged_is_ours_in_transformers(case, small_parts, tmp_path):
     messages = [{"role": role, "content": text} for turn in turns
                 for role, text in zip(("user", "assistant"), turn, strict=True)]
     got = theirs.apply_chat_template([*messages, {"role": "user", "content": "where is it?"}],
-                                     return_dict=False)
-    before, after, _ = prompt_ids(ours.tokenizer, "where is it?", turns, has_clip=False)
+                                     return_dict=False, add_generation_prompt=True)
+    before, after, _ = prompt_ids(ours.tokenizer, "where is it?", turns, has_clip=False,
+                                  style=ours.config.prompt)
     assert got == before + after
+    spelt = "<|im_start|>" if case in CHATML else "USER: question"
+    assert spelt in (out / "README.md").read_text()
+    assert "chat_template" not in hub.read_json(out / "tokenizer_config.json")
     with pytest.raises(Exception, match="wanted the roles user and assistant only"):
         theirs.apply_chat_template([{"role": "system", "content": "be kind"}])
 
@@ -509,6 +580,54 @@ def test_merged_is_ours_in_transformers(case, small_parts, tmp_path):
     assert set(ends) == {*(ours.llm.config.eos_id if "3" in case else [2])}
     mine = ours.llm.generate(prompt, max_new_tokens=8)[0]
     assert [i for i in said if i not in ends] == mine
+
+
+def siglip(folder, size=64):
+    """A SigLIP with its text model, and its image processor's settings."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 16}
+    model = transformers.SiglipModel(transformers.SiglipConfig(
+        vision_config=sizes | {"image_size": size, "patch_size": 8},
+        text_config=sizes | {"vocab_size": 30}))
+    randomise(model).save_pretrained(folder)
+    transformers.SiglipImageProcessorPil(size={"height": size, "width": size}, resample=2
+                                         ).save_pretrained(folder)
+
+
+def test_small_from_training_to_the_hub(small_parts, small_miniature, api, tmp_path, monkeypatch,
+                                        capsys):
+    """A run of --model small-laptop with tiny parts: scored, asked, pushed, opened, merged."""
+    siglip(tmp_path / "siglip")
+    like_smollm2(tmp_path / "smollm2")
+    parts = {"whisper": str(small_parts / "whisper"), "visual": str(tmp_path / "siglip"),
+             "llm": str(tmp_path / "smollm2")}
+    for split in ("train", "test"):
+        of_task = {row["task"]: row for row in map(json.loads, open(
+            small_miniature / f"{split}.jsonl"))}
+        rows = [{key: str(small_miniature / value) if key in ("video", "image", "audio") else value
+                 for key, value in of_task[task].items()} for task in ("asr", "avsd", "vqa")]
+        (tmp_path / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    train.main(train.TrainConfig(
+        model="small-laptop", data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "run"),
+        steps=1, batch=2, test=False, val_share=0.0, tensorboard=False, workers=0, threads=1,
+        **parts, set=("width=48", "ffn=32", "queries=4", "max_new_tokens=4")), [])
+    best = tmp_path / "run" / "best"
+    eval.main(eval.EvalConfig(checkpoint=str(best), data=str(tmp_path / "test.jsonl")))
+    report = hub.read_json(best / "predictions.json")
+    assert report["settings"]["weights"] == weights_hash(best)
+    assert set(report["scores"]) == {"asr", "avsd", "vqa"}
+    demo.main([rows[1]["video"], "What is seen?", "--checkpoint", str(best)])
+    assert re.search(r"best: \d+ frames, .* s of sound", capsys.readouterr().err)
+    monkeypatch.chdir(tmp_path)
+    share.push(tmp_path / "run", "me/small")
+    again = Favor.from_pretrained("me/small")
+    assert api.files == UPLOADED and again.visual.n_queries == 25
+    assert again.config.prompt == "chatml" and again.end_ids() == (2, 2)
+    card = (best / "README.md").read_text()
+    assert "| avsd | both |" in card and "--whisper FOLDER --visual FOLDER --llm FOLDER" in card
+    out = share.merge("run", "merged", "float32")
+    ids = torch.randint(3, 259, (1, 9))
+    check("merged", Llama.from_pretrained(out)(ids), again.llm(ids), 1e-5, 2e-6)
 
 
 def test_what_is_in_the_folder(run, small_parts, tmp_path):
