@@ -38,7 +38,7 @@ import lora
 from data import Features, Sample, clip_from_path
 from llama import Llama, LlamaConfig, Tokenizer
 from runtime import fast, hub
-from vit import GridEncoder, is_grid_encoder
+from vit import GridEncoder
 from vit_qformer import FRAMES_AT_ONCE, QFormerTokenizer, VisualEncoder
 from whisper_enc import WhisperEncoder
 
@@ -600,10 +600,6 @@ class Favor(nn.Module):
         if config.prompt == "chatml":
             chatml_ids(tokenizer)                  # refused before the large parts are loaded
         grid = {"grid": config.visual_grid} if config.visual_grid else {}
-        root = hub.local_folder(config.visual)
-        if not grid and root and (root / "config.json").exists() and is_grid_encoder(root):
-            raise ValueError(f"{config.visual} is a SigLIP or DINOv2 and has no Q-Former; pass "
-                             "--visual-grid 7 with it, or an InstructBLIP as --visual")
         qformer_tokenizer = None if grid else load(QFormerTokenizer, config.visual)
         with torch.device("meta" if device == "meta" else "cpu"):
             model = cls(config, load(WhisperEncoder, config.whisper, **place),
