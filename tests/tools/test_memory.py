@@ -167,7 +167,7 @@ def small_folders(root):
     for name, config in (
             ("siglip", {"model_type": "siglip", "vision_config": {
                 "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-                "intermediate_size": 16, "image_size": 32, "patch_size": 8}}),
+                "intermediate_size": 16, "image_size": 64, "patch_size": 8}}),
             ("llm", {"model_type": "llama", "vocab_size": 900, "hidden_size": 32,
                      "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4,
                      "num_key_value_heads": 2, "tie_word_embeddings": True})):
@@ -184,7 +184,7 @@ def test_the_stand_in_speaks_chatml(tmp_path):
     before, after, _ = model.text_ids(favor.Sample("What?"), True)
     assert before[0] == 1 and after.count(2) == 1 and model.end_ids() == (2, 2)
     assert max(before + after) < model.tokenizer.vocab_size < 900
-    clip = data.Clip(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(16000))
+    clip = data.Clip(torch.zeros(4, 3, 64, 64, dtype=torch.uint8), torch.zeros(16000))
     with torch.no_grad():
         assert len(model.generate([favor.Sample("What?", clip=clip)], max_new_tokens=5)) == 1
         model.llm.lm_head.weight.zero_()
@@ -194,7 +194,7 @@ def test_the_stand_in_speaks_chatml(tmp_path):
         assert model.answer(clip, "What?", stream=said.append) == "" and "".join(said) == ""
     shutil.copy(hub.local_source(preset("tiny").llm) / "tokenizer.model", tmp_path / "llm")
     model = Favor.from_config(small, load=sizes.random_part).eval()
-    with pytest.raises(ValueError, match="tokenizer has no token <.im_start.>, which prompt=chatm"):
+    with pytest.raises(ValueError, match="tokenizer has no token <.im_end.>, which prompt=chatml"):
         model.answer(clip, "What?")
 
 
