@@ -193,9 +193,8 @@ def test_the_stand_in_speaks_chatml(tmp_path):
             torch.tensor(2), 900).float())
         assert model.answer(clip, "What?", stream=said.append) == "" and "".join(said) == ""
     shutil.copy(hub.local_source(preset("tiny").llm) / "tokenizer.model", tmp_path / "llm")
-    model = Favor.from_config(small, load=sizes.random_part).eval()
-    with pytest.raises(ValueError, match="tokenizer has no token <.im_end.>, which prompt=chatml"):
-        model.answer(clip, "What?")
+    with pytest.raises(ValueError, match="tokenizer has no token <.im_.*>, which prompt=chatml"):
+        Favor.from_config(small, load=sizes.random_part)
 
 
 @pytest.mark.parametrize("system", ["favor", "instructblip"])
