@@ -223,7 +223,8 @@ def trained_preset(path, otherwise):
         trained = read_object(file).get("train") if path and file.exists() else None
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    return trained.get("model", otherwise) if isinstance(trained, dict) else otherwise
+    name = trained.get("model") if isinstance(trained, dict) else None
+    return name if isinstance(name, str) else otherwise
 
 
 def weights_hash(checkpoint):

@@ -272,7 +272,7 @@ def test_the_source_of_an_encoder_and_a_repo_of_a_folders_name_count(
     (vit_qformer, "CLIP_MEAN", (0.0, 0.0, 0.0)), (vit_qformer, "CLIP_STD", (0.5, 0.5, 0.5)),
     (vit_qformer, "FRAMES_AT_ONCE", 1), (whisper_enc, "FP16_LIMIT", 1),
     (whisper_enc, "mel_filterbank", lambda n_fft, n_mels, rate: torch.eye(n_fft // 2 + 1, n_mels)),
-    (data, "resize", lambda *args, **mode: vit_qformer.resize(*args, **mode).flip(3)),
+    (data, "resize", lambda frames, size, mode: vit_qformer.resize(frames, size, mode).flip(3)),
     (data, "read_audio", lambda *at: read_audio(*at).roll(800)),
     (QFormerTokenizer, "__call__", lambda self, texts, longest: (
         torch.full((len(texts), 3), 5), torch.ones(len(texts), 3).bool())),
@@ -353,6 +353,39 @@ def test_instructblip_keeps_a_clip_once(small_parts, records, tmp_path, monkeypa
     cache_features(model, asked, tmp_path / "kept", log=quiet)
     other = Favor.from_config(small_config(small_parts))
     assert all(r not in FeatureCache(tmp_path / "kept", other) for r in asked)
+
+
+def test_an_encoder_that_reads_no_question_keeps_a_clip_once(small_parts, records, tmp_path,
+                                                             encoded):
+    """SigLIP: three questions about a clip are one entry and one pass; another grid is another
+    folder."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+    torch.manual_seed(0)
+    SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=64, patch_size=16)).save_pretrained(tmp_path / "siglip")
+    config = dataclasses.replace(small_config(small_parts), visual=str(tmp_path / "siglip"),
+                                 visual_grid=2)
+    model = Favor.from_config(config)
+    asked = [dataclasses.replace(r, id=f"{r.id} {k}", prompt=f"what {k}") for r in records
+             for k in range(3)]
+    cache = cache_features(model, asked, tmp_path / "kept", log=quiet)
+    clips = len(clips_of(asked))
+    assert len(encoded) == clips and {len(prompts) for _, prompts in encoded} == {1}
+    seen = [line for line in lines_of(tmp_path / "kept") if "seen" in line]
+    assert len(seen) == len(clips_of([r for r in asked if r.video or r.image]))
+    encoded.clear()
+    other = dataclasses.replace(asked[0], prompt="never asked before")
+    assert other in cache
+    for r in asked:
+        fresh = model.encode(data.load_clip(r, **model.clip_options()), ["something else"])[0]
+        same(cache.get(r), fresh, 2e-3)
+    encoded.clear()
+    cache_features(Favor.from_config(config), [*asked, other], tmp_path / "kept", log=quiet)
+    assert not encoded
+    finer = Favor.from_config(dataclasses.replace(config, visual_grid=4))
+    again = FeatureCache(tmp_path / "kept", finer)
+    assert again.home != cache.home and not any(r in again for r in asked)
 
 
 def test_features_made_by_other_processes(small_model, records, monkeypatch):
