@@ -47,6 +47,7 @@ JUMP, BACK = 10.0, 0.1    # s; ffmpeg's rule for a clock that jumps forward or b
 LOST_STAMP = 30 * 3600.0  # s; in formats with one clock, ffmpeg ignores stamps so far away
 TS_DISCONT = 0x200        # FFmpeg's flag of formats whose clock may jump: MPEG-TS and -PS, Ogg
 GENERIC_INDEX = 0x100     # and of those that it indexes itself: mostly raw sound without a clock
+NO_STAMPS = 0x80          # and of those that store no time stamps: raw video, raw sound
 GENPTS = 0x1              # FFmpeg's flag to guess missing time stamps
 ATTACHED = av.stream.Disposition.attached_pic     # cover art is a "video" stream, but no video
 # Playlists, and what makes a picture or a sound of any text.
@@ -162,12 +163,17 @@ def _stream_end(container, stream, path):
         return ends.get(stream.index, origin) - origin
     if stream.duration and stream.start_time is not None:
         return float((stream.start_time + stream.duration) * stream.time_base) - origin
+    raw = stream.type == "video" and container.format.flags & NO_STAMPS
+    if raw:                      # its "header" is a guess from the bit rate
+        _warn_if_no_rate(stream, path)
     header = (container.duration or 0) / av.time_base - origin
-    if header > 0:               # in Matroska and FLV this is the time at the end, not a length
+    if header > 0 and not raw:   # in Matroska and FLV this is the time at the end, not a length
         return header
     last = total = 0.0
     for packet in container.demux(stream):
         seconds = float((packet.duration or 0) * stream.time_base)
+        if raw and packet.size and seconds < 0.001:            # unknown; 25 is FFmpeg's choice
+            seconds = 1 / 25
         total += seconds
         stamp = packet.pts if packet.pts is not None else packet.dts
         if stamp is not None:
@@ -197,6 +203,8 @@ def _joined_packets(container):
             if seconds < 0.001 and key in started:               # unknown: as the packet before it
                 seconds = time - started[key]
             started[key], latest, ended[key] = time, time, time + max(seconds, 0.0)
+        elif key in ended:                                   # it follows the packet before it
+            ended[key] += (packet.duration or 0) * base
         if shift:
             ticks = round(shift / base)
             if packet.pts is not None:
@@ -258,19 +266,31 @@ def _part(head):
 @lru_cache(maxsize=4096)
 def _read_joints(path, size, changed, appended):
     joints, shift, ends, read = int(appended), 0.0, {}, 0
+    # A packet without a time stamp (MPEG-PS stamps few) is decoded when the one before it ends, and
+    # shown at most `delay` ticks later.
+    decoded, delay, unstamped = {}, {}, set()
     with _open(path) as container:
         try:
             for packet, moved in _joined_packets(container):
                 if moved != shift:
                     joints, shift = joints + 1, moved
                 read = max(read, (packet.pos or 0) + packet.size)
-                stamp = packet.pts if packet.pts is not None else packet.dts
-                if stamp is not None:
-                    end, key = stamp + (packet.duration or 0), packet.stream.index
-                    if end > ends.get(key, -math.inf):
-                        ends[key] = end
+                stream, pts, dts = packet.stream, packet.pts, packet.dts
+                key, duration = stream.index, packet.duration or 0
+                if None not in (pts, dts):
+                    delay.setdefault(key, pts - dts)
+                if dts is None and key not in decoded:
+                    dts = int(_origin(container, stream) / stream.time_base)
+                decoded[key] = (decoded[key] if dts is None else dts) + duration
+                if pts is not None:
+                    ends[key] = max(ends.get(key, -math.inf), pts + duration)
+                elif packet.size:                    # the last packet is empty, without any stamp
+                    unstamped.add(key)
         except (av.FFmpegError, IndexError):  # the file breaks off; what came before is known
             pass
+        for key in unstamped:
+            ends[key] = max(ends.get(key, -math.inf), decoded[key] + delay.get(key, 0))
+            _warn_if_no_rate(container.streams[key], path)
         if appended and read < 0.9 * size:        # of three Matroska files it finds two
             warnings.warn(f"{path}: several files in one, of which only the first "
                           f"{read / size:.0%} are read; take them apart or join them (ffmpeg -f "
@@ -355,6 +375,7 @@ def _timed_frames(container, stream, path, clock):
     Where the rate of the sound changes, FFmpeg still counts the stamps of AAC and FLAC at the old
     one.  From there on the samples are counted here; the stamps of containers still tell gaps."""
     origin, sound = float(_origin(container, stream)), stream.type == "audio"
+    raw = not sound and container.format.flags & NO_STAMPS        # its stamps are FFmpeg's guesses
     # Two integers, because arithmetic on Fractions would be slow.
     tick, ticks = stream.time_base.numerator, stream.time_base.denominator
     joined = _joints(container, path)[0] > 0
@@ -372,7 +393,7 @@ def _timed_frames(container, stream, path, clock):
             bad_dts += dts <= last_dts
             last_dts = dts
         use_dts = pts is None or (dts is not None and (delay > 0 or bad_pts > bad_dts))
-        stamp = dts if use_dts else pts
+        stamp = None if raw else dts if use_dts else pts
         if sound and frame.sample_rate != rate:
             changed, rate = rate is not None, frame.sample_rate
             if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
@@ -392,11 +413,18 @@ def _timed_frames(container, stream, path, clock):
         if sound:
             seconds = frame.samples / rate
         else:
-            seconds = float((frame.duration or 0) * tick / ticks
-                            or 1 / (stream.average_rate or 25))
+            seconds = (frame.duration or 0) * tick / ticks
+            if seconds < 0.001:                                            # unknown
+                seconds = 1 / float(stream.average_rate or 25)
         yield clock, seconds, frame
         last = clock
         clock = None if clock is None else clock + seconds
+
+
+def _warn_if_no_rate(stream, path):
+    if stream.type == "video" and not getattr(stream.codec_context, "framerate", None):
+        warnings.warn(f"{path}: it has pictures without a time stamp and names no frame rate, so "
+                      "that times and length are guessed; make it again as mp4", stacklevel=1)
 
 
 def _warn_joined(path):
