@@ -319,7 +319,7 @@ def test_every_command_of_the_page_runs(tmp_path, monkeypatch, capsys):
     finally:
         torch.set_num_threads(threads)
     assert ran == ["aveb", "aveb", "aveb", "train.py", "small-laptop", "small", "7b", "eval.py",
-                   "demo.py", "demo.py"]
+                   "demo.py"]
     printed = capsys.readouterr().out
     assert "6 rows, 6 of them usable, 0 left out; missing files: 0" in printed
     learnt, tested = (data.read_manifest(f"my/{name}.jsonl") for name in ("train", "test"))
