@@ -27,7 +27,7 @@ from pathlib import Path
 import data
 from aveb.prepare import check, ids_hash, prepare, subset
 from aveb.sets.registry import SETS
-from aveb.table import COLUMNS, from_table
+from aveb.spreadsheet import COLUMNS, from_table
 
 
 def list_sets(log=print):

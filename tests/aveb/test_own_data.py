@@ -1,5 +1,5 @@
-"""`python -m aveb table`: spreadsheets as Excel, LibreOffice and people write them -> manifests; and
-every command of docs/own_data.md, as it stands there."""
+"""`python -m aveb table`: spreadsheets as Excel, LibreOffice and people write them -> manifests.
+And every command of docs/own_data.md, as it stands there."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from test_readme import sh_commands
 import data
 import train
 from aveb import __main__ as command
-from aveb.table import Table, files_of, from_table, read_rows, split
+from aveb.spreadsheet import COLUMNS, Table, files_of, from_table, read_rows, split
 from runtime import cli, distributed
 from runtime.media import write_png, write_video, write_wav
 
@@ -328,7 +328,6 @@ def test_every_command_of_the_page_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_has_a_row_for_each_column():
-    from aveb.table import COLUMNS
     first = {name for line in PAGE.read_text().splitlines() if line.startswith("| `")
              for name in re.findall(r"`(\w+)`", line.split(" | ")[0])}
     assert set(COLUMNS) <= first

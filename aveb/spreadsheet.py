@@ -140,8 +140,9 @@ def _plain(name):
 
 
 class Table:
-    """One reading of a spreadsheet.  records: the usable rows; bad: a sentence for each of the
-    others; left_out: how many others there are; missing: {clip: rows that name it}."""
+    """One reading of a spreadsheet.  records: the usable rows; left_out: how many others there are;
+    bad: a sentence for each of these, but one for all rows of a missing clip; missing: {(column,
+    clip): their numbers}."""
 
     def __init__(self, path, media=()):
         self.path = Path(path)
@@ -164,11 +165,11 @@ class Table:
                 if str(error):
                     self.bad.append(str(error))
         for (column, name), numbers in self.missing.items():
-            rows = f"row{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:10]))}" + (
+            where = f"row{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:10]))}" + (
                 f" and {len(numbers) - 10} more" * (len(numbers) > 10))
             self.bad.append(
-                f"{self.path}, {rows}, column {self.names[column]}: no file {name!r} below "
-                f"{', '.join(map(str, self.folders))}; correct the name or --media")
+                f"{self.path}, {where}, column {self.names[column]}: no file {name!r} below "
+                f"{', '.join(map(str, media or [self.path.parent]))}; correct the name or --media")
 
     def record(self, number, cells):
         """A row -> Record.  ValueError says what is wrong with it; "" for a missing clip."""
