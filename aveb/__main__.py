@@ -1,5 +1,6 @@
-"""Official downloads of AVEB's sets -> manifests for train.py and eval.py; nothing is fetched.
+"""Spreadsheets, and official downloads of AVEB's sets -> manifests for train.py and eval.py.
 
+     python -m aveb table my/questions.csv --media my/clips --out my/train.jsonl       your own data
      python -m aveb list                                       the sets, their splits and sources
      python -m aveb prepare librispeech --root /data/LibriSpeech             its test-clean split
      python -m aveb prepare nextqa --root /data/nextqa --media /data/NExTVideo --split train
@@ -7,10 +8,12 @@
      python -m aveb check nextqa-train.jsonl                   decode every clip of a manifest
      python -m aveb subset gqa-testdev_balanced.jsonl --n 1000 --seed 0
 
+table reads a spreadsheet saved as .csv, writes a manifest and checks it (docs/own_data.md).
 prepare reads the official annotation files below --root, looks for each clip there and in --media,
-reports how many it found, writes <set>-<split>.jsonl and checks it.  A check that was cut off goes
-on where it stopped; the exit status is 1 if files cannot be decoded.  A subset depends on the seed
-and the ids alone: the same hash of ids means the same questions."""
+reports how many it found, writes <set>-<split>.jsonl and checks it; nothing is fetched.  A check
+that was cut off goes on where it stopped; the exit status is 1 if files cannot be decoded, or if
+rows of the spreadsheet were left out.  A subset depends on the seed and the ids alone: the same
+hash of ids means the same questions."""
 
 import runtime  # noqa: F401  before torch: it sets how threads wait
 
@@ -24,6 +27,7 @@ from pathlib import Path
 import data
 from aveb.prepare import check, ids_hash, prepare, subset
 from aveb.sets.registry import SETS
+from aveb.spreadsheet import COLUMNS, from_table
 
 
 def list_sets(log=print):
@@ -41,6 +45,8 @@ def arguments():
         new = commands.add_parser(name, help=text, allow_abbrev=False,
                                   description=text[0].upper() + text[1:] + ".")
         return new, new.add_argument_group("data")
+    table_command, add = command("table", "turn a spreadsheet of questions into manifests")
+    _add_table(add.add_argument)
     command("list", "print each set's task, splits, metrics and source")
     prepare_command, add = command("prepare", "turn an official download into a manifest")
     _add_prepare(add.add_argument)
@@ -55,11 +61,28 @@ def arguments():
                      "(default: 0)")
     add.add_argument("--out", metavar="FILE",
                      help="manifest to write (default: <manifest>-<QUESTIONS>-<N>.jsonl)")
-    for parent in (prepare_command, check_command):
+    for parent in (table_command, prepare_command, check_command):
         parent.add_argument_group("distributed").add_argument(
             "--workers", type=int, metavar="N",
             help="processes that decode clips (default: one per core)")
     return parser
+
+
+def _add_table(add):
+    """The flags of `table`."""
+    add("table", metavar="TABLE", help="spreadsheet saved as .csv or .tsv; its first row names the "
+        f"columns: {', '.join(COLUMNS)}")
+    add("--media", action="append", default=[], metavar="FOLDER",
+        help="folder of the clips, which may lie in folders below it; may be given several times "
+        "(default: the spreadsheet's folder)")
+    add("--out", required=True, metavar="FILE", help="manifest to write")
+    add("--test", metavar="FILE",
+        help="second manifest, for the questions about a part of the clips; none of these clips is "
+        "in the first one (default: all questions are in --out)")
+    add("--test-share", type=float, default=0.2, metavar="SHARE",
+        help="share of the clips that --test gets (default: 0.2)")
+    add("--check", action=argparse.BooleanOptionalAction, default=True,
+        help="decode every clip afterwards and list the broken ones (default: on)")
 
 
 def _add_prepare(add):
@@ -105,7 +128,8 @@ def write_subset(args):
 
 
 def main(argv=None):
-    """-> exit status: 1 if clips cannot be decoded, 2 if files are missing or unusable."""
+    """-> exit status: 1 if clips cannot be decoded or rows of a spreadsheet were left out, 2 if
+    files are missing or unusable."""
     parser = arguments()
     args = parser.parse_args(argv)
     try:
@@ -115,6 +139,11 @@ def main(argv=None):
             write_subset(args)
         elif args.command == "check":
             return int(check(args.manifest, args.workers) > 0)
+        elif args.command == "table":
+            manifests, left_out = from_table(args.table, args.out, args.media, args.test,
+                                             args.test_share)
+            broken = [args.check and check(name, args.workers) for name in manifests]
+            return int(left_out + sum(broken) > 0)
         else:
             manifest = prepare(args.set, args.root, args.split, args.media, args.out, args.sample,
                                args.hours, args.seed, **options_of(args, parser))

@@ -143,7 +143,7 @@ def check(manifest, workers=None, log=print):
             file.write(_line(key, row))
             file.flush()
             progress.add()
-    report(records, keys, results, log)
+    report(manifest, records, keys, results, log)
     return sum("error" in row for row in results.values())
 
 
@@ -158,13 +158,13 @@ def _line(key, row):
     return json.dumps({"clip": key, **row}) + "\n"
 
 
-def report(records, keys, results, log=print):
+def report(manifest, records, keys, results, log=print):
     """Prints what a check found: totals, broken files and why, durations, ten samples."""
     broken = [row["error"] for row in results.values() if "error" in row]
     good = [row for row in results.values() if "error" not in row]
     lost = sum("error" in results[keys[r.id]] for r in records)
     odd = [text for row in good for text in row["warnings"]]
-    log(f"{len(records)} records about {len(results)} clips, ids {ids_hash(records)}: "
+    log(f"{manifest}: {len(records)} records about {len(results)} clips, ids {ids_hash(records)}: "
         f"{len(broken)} broken ({lost} records)")
     if bare := sum(record.target is None for record in records):
         log(f"{bare} records have no target: train.py would refuse them")

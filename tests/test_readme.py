@@ -278,8 +278,8 @@ def test_the_flags_on_the_pages_exist():
     """Every --flag that a page mentions belongs to one of our programs."""
     commands = [f"{s} --help" for s in (
         "train.py", "eval.py", "demo.py", "aveb.judge", "miniature make", "experiments.ablate",
-        "experiments.bench", "aveb prepare", "aveb subset", "aveb.speech isqa", "aveb.speech avm",
-        "tools.share push")]
+        "experiments.bench", "aveb prepare", "aveb subset", "aveb table",
+        "aveb.speech isqa", "aveb.speech avm", "tools.share push")]
     told = helps(commands)
     assert len(told) == len(commands)
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "".join(told)))
