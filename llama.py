@@ -544,10 +544,10 @@ def check_generation(prompt, mask, max_new_tokens, num_beams, temperature, strea
             (max_new_tokens < 1 or num_beams < 1 or temperature < 0,
              f"max_new_tokens={max_new_tokens}, num_beams={num_beams}, temperature="
              f"{temperature}; wanted at least 1, 1 and 0"),
-            (num_beams > 1 and (stream or temperature > 0), "stream and temperature do not go "
-             "with num_beams > 1, which revises its past tokens; use num_beams=1"),
             (other_cache, "a cache of what stands before the prompt does not go with num_beams > 1 "
              "or compiled steps; use num_beams=1 without --compile"),
+            (num_beams > 1 and (stream or temperature > 0), "stream and temperature do not go "
+             "with num_beams > 1, which revises its past tokens; use num_beams=1"),
             (padded_end, "the last position of a prompt is padding, but generation continues "
              "from there; pad prompts on the left")]:
         if bad:
