@@ -4,6 +4,7 @@
      python demo.py clip.mp4 "What happens after the beep?"
      python demo.py photo.jpg "What colour is the ball?" --audio question.wav
      python demo.py clip.mp4 "Describe the video in detail." --start 10 --end 40
+     python demo.py clip.mp4 "What happens?" --live       again after each window, as it plays
      python demo.py clip.mp4 "Which sounds are heard?" --checkpoint runs/7b/best
      python demo.py clip.mp4 "Hello?" --model 7b --random-init      does the full size run here?"""
 
@@ -16,6 +17,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from runtime import distributed, hub
 from runtime.checkpoint import trained_preset
 from runtime.log import in_words, peak_memory
 from runtime.media import probe
-from tools import memory
+from tools import live, memory
 
 EXAMPLE = Path(__file__).parent / "miniature" / "demo.json"
 
@@ -72,6 +74,9 @@ def arguments():
                              "checkpoint says)")
     answer.add_argument("--max-new-tokens", type=int, default=0, metavar="N",
                         help="end the answer after N tokens (default: what the checkpoint says)")
+    answer.add_argument("--live", action="store_true", help="read the clip at the speed at which "
+                        "it plays and answer again after each window, from what has been "
+                        "seen so far; greedily; Ctrl-C ends it")
     return parser
 
 
@@ -109,6 +114,9 @@ def wrong_values(args):
         if path and not Path(path).is_file():
             return (f"{flag}{path}: no such file; wanted a video, sound or image file"
                     + (" and not a folder" if Path(path).is_dir() else ""))
+    if args.live and (not args.clip or args.beams or args.compile):
+        return ("--live answers greedily about one clip, without compiled steps; wanted a clip and "
+                "a question, and neither --beams nor --compile")
     try:
         (args.question or "").encode()
     except UnicodeEncodeError:                              # bytes of a shell that are no UTF-8
@@ -125,7 +133,8 @@ def wrong_values(args):
 
 def answer(args, model, name, device):
     """Reads the clip and prints the answer, as it is generated unless beams are searched."""
-    clip = clip_from_path(args.clip, args.audio, args.start, args.end, **model.clip_options())
+    read = partial(clip_from_path, args.clip, args.audio, args.start, **model.clip_options())
+    clip = read(end=args.end)
     left = {"visual": clip.audio, "audio": clip.frames}.get(args.mask, True)
     if left is None:
         missing = "sound" if args.mask == "visual" else "picture"
@@ -134,7 +143,10 @@ def answer(args, model, name, device):
     print(f"[{name}: {contents(clip)}]", file=sys.stderr)
     settings = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
     started = time.time()
-    if args.beams or model.config.beams > 1:
+    if args.live:
+        live.play(live.Live(model, args.question, mask=args.mask), clip, read, args.start or 0.0,
+                  **settings)
+    elif args.beams or model.config.beams > 1:
         print(model.answer(clip, args.question, mask=args.mask,
                            num_beams=args.beams or model.config.beams, **settings))
     else:

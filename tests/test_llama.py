@@ -101,6 +101,48 @@ def test_cache_equals_no_cache(pair, steps, side):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_a_cache_is_cut_back_and_grows(pair, side):
+    """What was behind the cut has no influence, and neither has the room."""
+    oracle, ours = pair
+    ids, mask, cache = some_ids(), torch.ones(2, 9, dtype=torch.bool), KVCache(2, 0)
+    if side == "left":
+        mask[0, :2] = False
+    cache.grow(8)
+    ours(torch.cat([ids[:, :5], some_ids(length=3, seed=1)], dim=1), cache=cache,
+         mask=torch.cat([mask[:, :5], mask[:, -3:]], dim=1))
+    cache.cut(5)
+    cache.grow(9)
+    cache.grow(2)                                          # it never shrinks
+    got = ours(ids[:, 5:], cache=cache)
+    check(f"cut, {side}", got[:1], oracle(ids[:1, mask[0]]).logits[:, -4:])
+    check(f"cut, {side}, other row", got[1:], oracle(ids[1:]).logits[:, -4:])
+    for length in (10, -1):
+        with pytest.raises(ValueError, match=f"9 positions cut to {length}; wanted at most"):
+            cache.cut(length)
+
+
+def test_generation_behind_a_cache(speakers):
+    """The ids are those of the whole prompt, greedy and sampled, again and again with one cache."""
+    for seed, (_, ours) in enumerate(speakers[:3]):        # of each family
+        ids, cache = some_ids(length=9, seed=seed), KVCache(2, 0)
+        for first, settings in [(0, {}), (4, {"max_new_tokens": 20}), (8, {"max_new_tokens": 3}),
+                                (6, {"temperature": 1.0, "top_p": 0.9})]:
+            settings = {"max_new_tokens": 12} | settings
+            cache.cut(first)
+            got, wanted = (ours.generate(embeds=ours.embed(ids)[:, start:], **settings, **more,
+                                         generator=torch.Generator().manual_seed(seed))
+                           for start, more in ((first, {"cache": cache}), (0, {})))
+            assert got == wanted
+    with pytest.raises(ValueError, match="a cache of what stands before.*use num_beams=1"):
+        ours.generate(ids, num_beams=2, cache=cache)
+    compiled = copy.copy(ours)
+    compiled.compiled = True
+    with pytest.raises(ValueError, match="or compiled steps; use num_beams=1 without --compile"):
+        compiled.generate(ids, cache=cache)
+
+
+@torch.no_grad()
 def test_reordered_cache(pair):
     ours, ids, cache = pair[1], some_ids(), KVCache(2, 5)
     ours(ids[:, :4], cache=cache)
