@@ -1,0 +1,170 @@
+"""A headless Chromium that visits tools/page.py's page, for tests/tools/test_page.py; and a loop of
+visits by hand, which shows that the server's memory does not grow and that no file stays:
+
+     python tests/browser.py 200          (about 3 s a visit; needs the extra `dev` and Chromium)"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--disable-dev-shm-usage", "--disable-extensions", "--mute-audio",
+         "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
+ROOT = Path(__file__).parent.parent
+
+
+@contextmanager
+def browser(width=1280, height=900):
+    """A new Chromium with an empty profile, which is closed afterwards."""
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    with tempfile.TemporaryDirectory(prefix="chromium-") as profile:
+        for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+        driver.set_window_size(width, height)
+        try:
+            yield driver
+        finally:
+            driver.quit()
+
+
+class Visitor:
+    """What a visitor does on the page, and sees there."""
+
+    def __init__(self, driver, address, patience=60):
+        self.driver, self.patience = driver, patience
+        driver.get(address)
+        self.wait(lambda: self.find("#ask") and self.find("#video input[type=file]"), "the page")
+
+    def find(self, css):
+        """The first such element, or None."""
+        found = self.driver.find_elements("css selector", css)
+        return found[0] if found else None
+
+    def wait(self, condition, what):
+        """Waits until condition() is true -> its value.  A failure says what the page shows."""
+        from selenium.common.exceptions import StaleElementReferenceException
+        end = time.monotonic() + self.patience
+        while time.monotonic() < end:
+            try:
+                if value := condition():
+                    return value
+            except StaleElementReferenceException:            # replaced while it was being read
+                pass
+            time.sleep(0.05)
+        raise AssertionError(f"{what} did not come in {self.patience} s; the page shows: "
+                             f"{self.find('body').text[:2000]}")
+
+    def click(self, css):
+        self.driver.execute_script("arguments[0].click()", self.wait(lambda: self.find(css), css))
+
+    def upload(self, path, place="#video"):
+        """Uploads a file, and waits until the server has it."""
+        self.wait(lambda: self.find(f"{place} input[type=file]"), "a place for a file").send_keys(
+            str(path))
+        shown = {"#video": "video", "#sound": "audio, #sound #waveform", "#still": "img"}[place]
+        self.wait(lambda: self.find(f"{place} {shown}"), f"{Path(path).name} on the page")
+
+    def write(self, question):
+        box = self.find("#question textarea")
+        box.clear()
+        box.send_keys(question)
+
+    @property
+    def status(self):
+        return self.find("#status").text
+
+    @property
+    def answer(self):
+        return self.find("#answer textarea").get_attribute("value")
+
+    @property
+    def picture(self):
+        """Source of the picture; "" before there is one."""
+        image = self.find("#picture img")
+        return image.get_attribute("src") if image else ""
+
+    def ask(self, question):
+        """-> the answer, after the picture has come."""
+        self.write(question)
+        self.click("#ask")
+        return self.answered()
+
+    def answered(self, view=""):
+        """Waits for the end of an answer (with this view of the clip) -> the answer."""
+        self.wait(lambda: self.status.startswith("Answered in") and view in self.status
+                  and self.picture, "an answer")
+        return self.answer
+
+    def error(self):
+        """Waits for a sentence that says what is wrong."""
+        return self.wait(lambda: (there := self.find("#status .error")) and there.text, "an error")
+
+    def requests(self):
+        """The addresses that the browser asked for since the last call, without data: and blob:."""
+        events = [json.loads(entry["message"])["message"]
+                  for entry in self.driver.get_log("performance")]
+        urls = [event["params"]["request"]["url"] for event in events
+                if event["method"] == "Network.requestWillBeSent"]
+        return [url for url in urls if not url.startswith(("data:", "blob:"))]
+
+
+def resident(pid):
+    """MiB of memory of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def main(visits, port=7891):
+    """The loop: each visit opens the page, uploads a clip, asks, chooses a query and leaves."""
+    example = json.loads((ROOT / "miniature" / "demo.json").read_text())
+    clip = ROOT / "miniature" / example["clip"]
+    with tempfile.TemporaryDirectory() as folder:
+        server = subprocess.Popen([sys.executable, "demo.py", "--web", "--port", str(port)],
+                                  cwd=ROOT, env=os.environ | {"TMPDIR": folder},
+                                  stdout=subprocess.PIPE, text=True)
+        try:
+            address = server.stdout.readline().split("at ")[1].split()[0]
+            print(f"{address}: {resident(server.pid):.0f} MiB before the first visit", flush=True)
+            with browser() as driver:
+                for n in range(1, visits + 1):
+                    own = Path(folder) / f"visit{n}.mp4"         # another file for each visit
+                    own.write_bytes(clip.read_bytes() + n.to_bytes(4, "big"))
+                    visitor = Visitor(driver, address)
+                    visitor.upload(own)
+                    assert visitor.ask(example["question"]) == example["answer"]
+                    before = visitor.picture
+                    visitor.click("button[aria-label='query 2']")
+                    visitor.wait(lambda v=visitor, b=before: v.picture != b, "another picture")
+                    own.unlink()
+                    if n in (1, 10) or n % 20 == 0:
+                        driver.get("about:blank")
+                        time.sleep(1.5)
+                        print(f"{n} visits: {resident(server.pid):.0f} MiB, "
+                              f"{len(files(folder))} files", flush=True)
+            time.sleep(2)
+            print("files left:", files(folder), flush=True)
+        finally:
+            server.terminate()
+            server.wait(30)
+        print("after the end:", files(folder))
+
+
+def files(folder):
+    """Files below a folder but for those of the browser and of fonts."""
+    return [str(path) for path in Path(folder).rglob("*") if path.is_file()]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
