@@ -28,11 +28,13 @@ def browser(width=1280, height=900):
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     with tempfile.TemporaryDirectory(prefix="chromium-") as profile:
-        for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"):
+        for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}",
+                     "about:blank"):
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-        driver.set_window_size(width, height)
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600})
         try:
             yield driver
         finally:
@@ -117,7 +119,7 @@ class Visitor:
                   for entry in self.driver.get_log("performance")]
         urls = [event["params"]["request"]["url"] for event in events
                 if event["method"] == "Network.requestWillBeSent"]
-        return [url for url in urls if not url.startswith(("data:", "blob:"))]
+        return [url for url in urls if not url.startswith(("data:", "blob:", "chrome:"))]
 
 
 def resident(pid):

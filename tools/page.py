@@ -46,23 +46,34 @@ PORT = 7860
 # How all events of the page are handled: values as the browser sends them, for Page checks them.
 RAW = {"preprocess": False, "queue": False, "show_progress": "hidden", "api_visibility": "private"}
 CSS = """
-.note {color: #666; font-size: .9em; margin: 0}
-.gradio-container {max-width: 1180px !important; padding: 14px 18px !important}
-#head h1 {font-size: 1.45rem; margin: 0} #head p {margin: 2px 0 0; color: #555}
+.gradio-container {--layout-gap: 10px; --block-padding: 8px 12px}
+.gradio-container > main {max-width: 1180px !important; margin: 0 auto !important;
+  padding: 10px 16px 24px !important}
+.note {color: #666; font-size: .85em; margin: 0}
+#head h1 {font-size: 1.4rem; margin: 0; display: inline} #head span {color: #555; margin-left: 10px}
+#video .source-selection, #still .source-selection {position: absolute; bottom: 0; left: 0;
+  right: 0; height: 36px; background: #fff; z-index: 2}
+#video video {object-fit: contain; padding-bottom: 36px}
+.chips {gap: 6px !important; flex-wrap: wrap}
+.chips button {flex: 0 1 auto; min-width: 0 !important; font-weight: 400; white-space: normal;
+  background: #F1F4F8; border: 1px solid #DDE2E8}
+.asking {align-items: stretch} #ask {align-self: stretch}
 #status {min-height: 1.5em} #status p {margin: 0}
 #status .error, #picture .error {color: #B3261E; font-weight: 600}
-#compare table {border-collapse: collapse; font-size: .95em} #compare td {padding: 2px 14px 2px 0}
-#compare td:first-child {color: #666; white-space: nowrap}
-#picture .choose {display: flex; flex-wrap: wrap; gap: 4px; align-items: center; margin: 6px 0 8px}
-#picture button {font: inherit; font-size: .9em; min-width: 2.1em; padding: 3px 9px;
-  cursor: pointer; border: 1px solid #C8CCD2; border-radius: 6px; background: #fff; color: #222}
-#picture button.chosen {background: #0072B2; border-color: #0072B2; color: #fff}
-#picture .drawn {position: relative} #picture img {width: 100%; display: block; border-radius: 6px}
-#picture button.row {position: absolute; padding: 0; min-width: 0; border: 0; border-radius: 0;
-  background: transparent}
+#compare div {display: grid; grid-template-columns: max-content 1fr; gap: 1px 14px}
+#compare span {color: #666}
+#picture .choose {display: flex; flex-wrap: wrap; gap: 4px; align-items: center; margin: 0 0 6px}
+#picture .choose button {margin: 0; font: inherit; font-size: .88em; line-height: 1.3;
+  min-width: 2.2em; padding: 3px 8px; cursor: pointer; border: 1px solid #C8CCD2;
+  border-radius: 6px; background: #fff; color: #222}
+#picture .choose button.chosen {background: #0072B2; border-color: #0072B2; color: #fff}
+#picture .html-container {padding: 0}
+#picture .drawn {position: relative} #picture img {width: 100%; display: block; margin: 0}
+#picture button.row {position: absolute; padding: 0; border: 0; background: transparent;
+  cursor: pointer}
 #picture button.row:hover {background: rgba(213, 94, 0, .25)}
-.chips {gap: 6px !important} .chips button {font-weight: 400; white-space: normal}
 footer {display: none !important}
+@media (max-width: 640px) {.gradio-container > main {padding: 4px 0 20px !important}}
 """
 CLICK = """element.addEventListener('click', event => {
   const button = event.target.closest('button[data-query]');
@@ -247,8 +258,8 @@ class Page:
         png = io.BytesIO()
         with self.drawing:
             figure = picture.draw(inside, None if query < 0 else query, start,
-                                  4.2 if narrow else 11.0)
-            picture.save(figure, png, 200 if narrow else 130)
+                                  3.7 if narrow else 11.0)
+            picture.save(figure, png, 220 if narrow else 130)
         first, end = picture.part_shown(inside, start)
 
         def button(to, text, kind, at=first, style="", label=""):
@@ -277,8 +288,8 @@ class Page:
         """The page as gradio Blocks."""
         import gradio as gr
         with gr.Blocks(title="FAVOR", analytics_enabled=False, delete_cache=(600, 86400)) as blocks:
-            gr.HTML("<h1>FAVOR</h1><p>Ask about a clip: what is seen, what is heard, and when. "
-                    "Everything stays on this computer.</p>", elem_id="head")
+            gr.HTML("<h1>FAVOR</h1><span>Ask about a clip: what is seen, what is heard, and when. "
+                    "Everything stays on this computer.</span>", elem_id="head")
             with gr.Row():
                 with gr.Column(scale=5, min_width=320):
                     tabs, kind, *files, example = self.clip_column(gr)
@@ -324,7 +335,7 @@ class Page:
         with gr.Tabs(selected="Video") as tabs:
             parts = {}
             with gr.Tab("Video", id="Video") as parts["Video"]:
-                video = gr.Video(sources=["upload", "webcam"], include_audio=True, height=250,
+                video = gr.Video(sources=["upload", "webcam"], include_audio=True, height=286,
                                  show_label=False, elem_id="video", buttons=[],
                                  webcam_options=gr.WebcamOptions(mirror=False))
             with gr.Tab("Sound", id="Sound") as parts["Sound"]:
@@ -332,7 +343,7 @@ class Page:
                                  show_label=False, elem_id="sound", buttons=[])
             with gr.Tab("Picture", id="Picture") as parts["Picture"]:
                 still = gr.Image(sources=["upload", "webcam"], type="filepath", image_mode=None,
-                                 height=250, show_label=False, elem_id="still", buttons=[],
+                                 height=286, show_label=False, elem_id="still", buttons=[],
                                  webcam_options=gr.WebcamOptions(mirror=False))
         example = gr.Button("Take the example: a beep, and an object that changes colour",
                             size="sm", elem_id="example")
@@ -351,17 +362,17 @@ class Page:
 
     def question_column(self, gr):
         """-> the components of the question, its two switches and its answer."""
-        question = gr.Textbox(label="Question", lines=2, max_length=2000, elem_id="question",
+        question = gr.Textbox(label="Question", lines=1, max_length=2000, elem_id="question",
                               placeholder="What happens after the beep?")
         with gr.Row(elem_classes="chips"):
             for words in self.questions:
                 gr.Button(words, size="sm", min_width=120).click(
                     lambda words=words: words, None, question, **RAW)
-        with gr.Row():
-            no_sound = gr.Checkbox(label="without sound", elem_id="no-sound", min_width=120)
-            no_picture = gr.Checkbox(label="without picture", elem_id="no-picture", min_width=120)
-        ask = gr.Button("Ask", variant="primary", elem_id="ask")
-        answer = gr.Textbox(label="Answer", lines=2, interactive=False, elem_id="answer",
+        with gr.Row(elem_classes="asking"):
+            no_sound = gr.Checkbox(label="without sound", elem_id="no-sound", min_width=130)
+            no_picture = gr.Checkbox(label="without picture", elem_id="no-picture", min_width=130)
+            ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=130)
+        answer = gr.Textbox(label="Answer", lines=1, interactive=False, elem_id="answer",
                             buttons=["copy"])
         return (question, no_sound, no_picture, ask, answer, gr.HTML(elem_id="status"),
                 gr.HTML(elem_id="compare"))
@@ -429,6 +440,6 @@ def line(words, kind="", notes=()):
 def compared(answers):
     """HTML of the answers to the same question, if there are two: what sound and picture are worth.
     answers: {mask: answer}."""
-    rows = "".join(f"<tr><td>{view}</td><td>{html.escape(answers[mask])}</td></tr>"
+    rows = "".join(f"<span>{view}</span><b>{html.escape(answers[mask])}</b>"
                    for mask, view in VIEWS.items() if mask in answers)
-    return f"<table>{rows}</table>" if len(answers) > 1 else ""
+    return f"<div>{rows}</div>" if len(answers) > 1 else ""

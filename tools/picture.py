@@ -261,14 +261,14 @@ def draw(inside, query=None, start=0.0, width=10.0, title=""):
     per_second = sheet.inner / (end - first)
     frame = per_second / inside.fps                                         # inches per frame
     step = math.ceil((0.45 if narrow else 0.55) / frame)              # every step-th frame is drawn
-    side = min(step * frame, 1.15)
+    side = min(step * frame, 0.95)
     rows = {}
     if inside.frames is not None:
         rows["frames"] = sheet.row(side, 0.04)
-        rows["over frames"] = sheet.row(0.45)
+        rows["over frames"] = sheet.row(0.36)
     if inside.mel is not None:
-        rows["mel"] = sheet.row(0.7, 0.04)
-        rows["over sound"] = sheet.row(0.45)
+        rows["mel"] = sheet.row(0.6, 0.04)
+        rows["over sound"] = sheet.row(0.36)
     rows["windows"] = sheet.row(0.26, 0.02)
     tall = min(max(0.085 * inside.queries, 0.9), 2.4)
     fields = [sheet.row(tall, 0.1) for _ in inside.streams] if inside.queries else []
@@ -278,7 +278,7 @@ def draw(inside, query=None, start=0.0, width=10.0, title=""):
     figure = sheet.figure()
     last, figure.query_fields = None, []
     if inside.frames is not None:
-        label = "frames" if step == 1 else f"every {ordinal(step)}\nframe"
+        label = "frames" if step == 1 else f"every\n{ordinal(step)}\nframe"
         last = draw_frames(inside, query, sheet.axes(figure, rows["frames"], limits, label), step,
                            side / per_second)
         draw_weights(inside, over_frames(inside, query), inside.fps, BLUE, "visual", narrow,
@@ -340,7 +340,8 @@ def draw_frames(inside, query, axis, step, slot):
         if left + 0.5 * slot > limits[1] and t > at:                     # it would be cut in half
             break
         box = (left, left + slot * 0.97, 0, 1)
-        axis.imshow(inside.frames[t], extent=box, aspect="auto", alpha=0.25 if hidden else 1.0)
+        axis.imshow(inside.frames[t], extent=box, aspect="auto", interpolation="bilinear",
+                    alpha=0.25 if hidden else 1.0)
         if cells is not None:
             heat = np.zeros((inside.grid, inside.grid, 4))
             heat[..., :3] = (0.835, 0.369, 0.0)                                    # ORANGE
