@@ -150,17 +150,18 @@ def chosen(stream, query):
 
 def over_frames(inside, query=None):
     """Share of its window's weight that each frame of the picture has -> (F,); all vectors of the
-    frame count that hold a visual query.  None without a picture."""
+    frame count that hold a visual query.  None without a picture or without attention."""
     for stream in inside.streams:
-        if stream.seen and inside.frames is not None:
+        if stream.seen and inside.frames is not None and inside.queries:
             return chosen(stream, query)[:len(inside.frames), :inside.visual].sum(1)
     return None
 
 
 def over_sound(inside, query=None):
-    """Share of its window's weight that each audio step has -> (S,); None without sound."""
+    """Share of its window's weight that each audio step has -> (S,); None without sound or
+    without attention."""
     for stream in inside.streams:
-        if stream.heard:
+        if stream.heard and inside.queries:
             return chosen(stream, query)[:, :inside.steps].reshape(-1)[:inside.heard]
     return None
 
@@ -220,6 +221,7 @@ class Sheet:
     def text(self, words, size, **style):
         """Reserves the lines of a text that is broken to the width of the sheet."""
         if words:
+            words = "".join(c if c.isprintable() else " " for c in words)
             room = int((self.width - 0.2) * 72 / size / 0.53)            # mean width of a character
             lines = textwrap.wrap(words, room, break_long_words=True)[:MOST_LINES]
             self.texts.append((self.y, "\n".join(lines).replace("$", r"\$"), size, style))
@@ -265,10 +267,10 @@ def draw(inside, query=None, start=0.0, width=10.0, title=""):
     rows = {}
     if inside.frames is not None:
         rows["frames"] = sheet.row(side, 0.04)
-        rows["over frames"] = sheet.row(0.36)
+        rows["over frames"] = sheet.row(0.36 if inside.queries else 0)
     if inside.mel is not None:
         rows["mel"] = sheet.row(0.6, 0.04)
-        rows["over sound"] = sheet.row(0.36)
+        rows["over sound"] = sheet.row(0.36 if inside.queries else 0)
     rows["windows"] = sheet.row(0.26, 0.02)
     tall = min(max(0.085 * inside.queries, 0.9), 2.4)
     fields = [sheet.row(tall, 0.1) for _ in inside.streams] if inside.queries else []
@@ -276,19 +278,17 @@ def draw(inside, query=None, start=0.0, width=10.0, title=""):
     for words in [*meaning(inside, query), *part_words(inside, first, end), *inside.notes]:
         sheet.text(words, 7.5 if narrow else 8, color="#444444")
     figure = sheet.figure()
-    last, figure.query_fields = None, []
+    last, figure.query_fields, bars = None, [], "looked at" * bool(inside.queries and not narrow)
     if inside.frames is not None:
         label = "frames" if step == 1 else f"every\n{ordinal(step)}\nframe"
         last = draw_frames(inside, query, sheet.axes(figure, rows["frames"], limits, label), step,
                            side / per_second)
-        draw_weights(inside, over_frames(inside, query), inside.fps, BLUE, "visual", narrow,
-                     sheet.axes(figure, rows["over frames"], limits,
-                                "" if narrow else "looked at"))
+        draw_weights(inside, over_frames(inside, query), inside.fps, "visual",
+                     sheet.axes(figure, rows["over frames"], limits, bars))
     if inside.mel is not None:
         last = draw_sound(inside, sheet.axes(figure, rows["mel"], limits, "sound"))
-        draw_weights(inside, over_sound(inside, query), inside.fps * inside.steps, BLUE, "audio",
-                     narrow, sheet.axes(figure, rows["over sound"], limits,
-                                        "" if narrow else "looked at"))
+        draw_weights(inside, over_sound(inside, query), inside.fps * inside.steps, "audio",
+                     sheet.axes(figure, rows["over sound"], limits, bars))
     draw_windows(inside, sheet.axes(figure, rows["windows"], limits, "windows"))
     for place, stream in zip(fields, inside.streams if fields else (), strict=True):
         last = sheet.axes(figure, place, limits, field_label(inside, stream))
@@ -381,14 +381,16 @@ def hidden_label(axis):
               bbox={"facecolor": "white", "edgecolor": GREY, "boxstyle": "round", "alpha": 0.9})
 
 
-def draw_weights(inside, weights, per_second, colour, modality, narrow, axis):
+def draw_weights(inside, weights, per_second, modality, axis):
     """Bars below the frames or the spectrogram: where the chosen queries look."""
+    if weights is None:
+        return
     limits = axis.get_xlim()
     low, high = (round(second * per_second) for second in limits)
     values = 100 * weights[low:high]
     if len(values):
         axis.stairs(values, low / per_second + np.arange(len(values) + 1) / per_second, fill=True,
-                    color=GREY if inside.hidden in (modality, "both") else colour)
+                    color=GREY if inside.hidden in (modality, "both") else BLUE)
     top = float(values.max(initial=0)) or 1.0
     axis.set(xlim=limits, ylim=(0, top * 1.05), yticks=[top])
     axis.set_yticklabels([f"{top:.2g} %"])

@@ -176,7 +176,7 @@ def chooses_queries(visitor):
 def reads_what_is_wrong(visitor, folder, page):
     """Sentences for a broken file, for nothing left of a clip, for no question, and too large."""
     (folder / "broken.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(range(200)) * 20)
-    frames = torch.zeros(10, 3, 64, 64, dtype=torch.uint8)
+    frames = torch.zeros(10, 64, 64, 3, dtype=torch.uint8)
     write_video(folder / "silent.mp4", frames, 2.0)
     (folder / "large.mp4").write_bytes(bytes(page.most_bytes + 1))
     visitor.click("#video button[aria-label='Clear']")
@@ -197,6 +197,7 @@ def reads_what_is_wrong(visitor, folder, page):
     visitor.wait(lambda: visitor.find("#video input[type=file]"), "a place for a file").send_keys(
         str(folder / "large.mp4"))
     visitor.wait(lambda: "size" in visitor.find("body").text.lower(), "a sentence on the size")
+    print("LARGE", visitor.find("body").text)
 
 
 def both_ask_at_once(visitor, other, clip, page):
