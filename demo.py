@@ -4,6 +4,7 @@
      python demo.py clip.mp4 "What happens after the beep?"
      python demo.py photo.jpg "What colour is the ball?" --audio question.wav
      python demo.py clip.mp4 "Describe the video in detail." --start 10 --end 40
+     python demo.py clip.mp4 "What happens?" --live       again after each window, as it plays
      python demo.py clip.mp4 "Which sounds are heard?" --checkpoint runs/7b/best
      python demo.py clip.mp4 "Hello?" --model 7b --random-init      does the full size run here?
      python demo.py clip.mp4 "Who speaks?" --picture out.png        and where the queries look
@@ -18,6 +19,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ from runtime import distributed, hub
 from runtime.checkpoint import trained_preset
 from runtime.log import in_words, peak_memory
 from runtime.media import probe
-from tools import memory, page, picture
+from tools import live, memory, page, picture
 from tools.page import contents
 
 EXAMPLE = Path(__file__).parent / "miniature" / "demo.json"
@@ -75,6 +77,9 @@ def arguments():
                              "checkpoint says)")
     answer.add_argument("--max-new-tokens", type=int, default=0, metavar="N",
                         help="end the answer after N tokens (default: what the checkpoint says)")
+    answer.add_argument("--live", action="store_true", help="read the clip at the speed at which "
+                        "it plays and answer again after each window, from what has been "
+                        "seen so far; greedily; Ctrl-C ends it")
     answer.add_argument("--picture", metavar="FILE",
                         help="also draw where the queries look over frames and sound (.png, .pdf)")
     web = parser.add_argument_group("page in the browser")
@@ -125,6 +130,9 @@ def wrong_values(args):
         if path and not Path(path).is_file():
             return (f"{flag}{path}: no such file; wanted a video, sound or image file"
                     + (" and not a folder" if Path(path).is_dir() else ""))
+    if args.live and (not args.clip or args.beams or args.compile or args.picture):
+        return ("--live answers greedily about one clip, without compiled steps; wanted a clip and "
+                "a question, and neither --beams nor --compile nor --picture")
     try:
         (args.question or "").encode()
     except UnicodeEncodeError:                              # bytes of a shell that are no UTF-8
@@ -153,7 +161,8 @@ def answer_settings(args):
 
 def answer(args, model, name, device):
     """Reads the clip and prints the answer, as it is generated unless beams are searched."""
-    clip = clip_from_path(args.clip, args.audio, args.start, args.end, **model.clip_options())
+    read = partial(clip_from_path, args.clip, args.audio, args.start, **model.clip_options())
+    clip = read(end=args.end)
     left = {"visual": clip.audio, "audio": clip.frames}.get(args.mask, True)
     if left is None:
         missing = "sound" if args.mask == "visual" else "picture"
@@ -161,14 +170,15 @@ def answer(args, model, name, device):
                          "it; --mask both asks for an answer without the clip")
     print(f"[{name}: {contents(clip)}]", file=sys.stderr)
     settings, started = answer_settings(args), time.time()
-    sample = model.encode_sample(Sample(args.question, clip=clip, mask=args.mask))
-    if args.beams or model.config.beams > 1:
-        text = model.generate([sample], **settings)[0]
-        print(text)
+    if args.live:
+        live.play(live.Live(model, args.question, mask=args.mask), clip, read, args.start or 0.0,
+                  **settings)
     else:
-        text = model.generate([sample], stream=lambda text: print(text, end="", flush=True),
-                              **settings)[0]
-        print()
+        sample = model.encode_sample(Sample(args.question, clip=clip, mask=args.mask))
+        beams = (args.beams or model.config.beams) > 1                 # which cannot be streamed
+        text, = model.generate([sample], **settings, stream=None if beams else (
+            lambda text: print(text, end="", flush=True)))
+        print(text if beams else "")
     if args.picture:
         inside = picture.look_inside(model, sample, clip, args.max_new_tokens or None)
         picture.save(picture.draw(inside, title=f"{args.question} → {text}"), args.picture)

@@ -192,6 +192,21 @@ class KVCache:
             held[:, :, self.length - T:self.length] = new
         return [held[:, :, :self.length] for held in self.layers[layer]]
 
+    def cut(self, length):
+        """Forgets the positions from `length` on; the next ones are written in their place."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"KVCache of {self.length} positions cut to {length}; wanted at most "
+                             "those that it holds")
+        self.length = length
+
+    def grow(self, max_length):
+        """Makes room for max_length positions in all; those that it holds stay."""
+        more, self.max_length = max_length - self.max_length, max(max_length, self.max_length)
+        if more > 0 and self.mask is not None:
+            self.mask = F.pad(self.mask, (0, more))
+            for layer, pair in self.layers.items():   # layer by layer: only one is held twice
+                self.layers[layer] = [F.pad(held, (0, 0, 0, more)) for held in pair]
+
     def reorder(self, beam_index):
         """Row i becomes what row beam_index[i] was; there may be more or fewer rows than before."""
         self.batch, self.mask = len(beam_index), self.mask[beam_index]
@@ -383,7 +398,7 @@ class Llama(nn.Module):
     @torch.no_grad()
     def generate(self, ids=None, *, embeds=None, mask=None, max_new_tokens=64, num_beams=1,
                  temperature=0.0, top_p=1.0, repetition_penalty=1.0, length_penalty=1.0,
-                 eos_id=None, generator=None, stream=None, min_new_tokens=0):
+                 eos_id=None, generator=None, stream=None, min_new_tokens=0, cache=None):
         """Prompts ids (B,T) or embeds (B,T,D), padded on the left by mask -> B lists of new ids,
         without the end token.
 
@@ -392,15 +407,19 @@ class Llama(nn.Module):
         length**length_penalty.  repetition_penalty: ids seen before (also those of a prompt that
         came as ids) get their positive logits divided, their negative ones multiplied by it.
         stream(row, id) is called for each new id at once.  eos_id: one or several end tokens,
-        None: the config's.  Raises ValueError for settings that do not go together."""
+        None: the config's.  cache: a KVCache that holds what stands before the prompt; the prompt
+        and the answer are added to it.  Raises ValueError for settings that do not go together."""
         prompt = ids if embeds is None else embeds
-        check_generation(prompt, mask, max_new_tokens, num_beams, temperature, stream)
+        fixed = self.compiled and num_beams == 1
+        check_generation(prompt, mask, max_new_tokens, num_beams, temperature, stream,
+                         cache is not None and (fixed or num_beams > 1))
         eos = list(as_tuple(self.config.eos_id if eos_id is None else eos_id))
         B, T = prompt.shape[:2]
-        longest, fixed = T + max_new_tokens, self.compiled and num_beams == 1
+        cache = KVCache(B, 0) if cache is None else cache
+        longest = cache.length + T + max_new_tokens
         if fixed:                             # few sizes, as each is compiled once
             longest += -longest % fast.CACHE_MULTIPLE
-        cache = KVCache(B, longest)
+        cache.grow(longest)
         logits = self(ids, embeds=embeds, mask=mask, cache=cache, last_only=True)[:, -1]
         seen = torch.zeros_like(logits, dtype=torch.bool)                      # (B,vocab)
         if ids is not None:
@@ -516,8 +535,9 @@ def causal_mask(mask, T):
     return attend | (key == query)        # a padding query sees itself, or its softmax would be NaN
 
 
-def check_generation(prompt, mask, max_new_tokens, num_beams, temperature, stream):
-    """Raises ValueError for arguments of Llama.generate that do not go together."""
+def check_generation(prompt, mask, max_new_tokens, num_beams, temperature, stream, other_cache):
+    """Raises ValueError for arguments of Llama.generate that do not go together.  other_cache: a
+    cache is given that beams would reorder, or that compiled steps would take for their own."""
     padded_end = mask is not None and not mask[:, -1].all()
     for bad, why in [
             (prompt is None, "no prompt; pass ids (B,T) or embeds (B,T,D)"),
@@ -526,6 +546,8 @@ def check_generation(prompt, mask, max_new_tokens, num_beams, temperature, strea
              f"{temperature}; wanted at least 1, 1 and 0"),
             (num_beams > 1 and (stream or temperature > 0), "stream and temperature do not go "
              "with num_beams > 1, which revises its past tokens; use num_beams=1"),
+            (other_cache, "a cache of what stands before the prompt does not go with num_beams > 1 "
+             "or compiled steps; use num_beams=1 without --compile"),
             (padded_end, "the last position of a prompt is padding, but generation continues "
              "from there; pad prompts on the left")]:
         if bad:
