@@ -26,10 +26,11 @@ import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from data import Sample, clip_from_path
-from tools import picture
+from data import Clip, Sample, clip_from_path
+from tools import live, picture
 
 EXAMPLE = Path(__file__).parent.parent / "miniature" / "demo.json"
 MOST_BYTES = 200 * 2**20                    # of an upload
@@ -57,7 +58,6 @@ CSS = """
 .chips {gap: 6px !important; flex-wrap: wrap}
 .chips button {flex: 0 1 auto; min-width: 0 !important; font-weight: 400; white-space: normal;
   background: #F1F4F8; border: 1px solid #DDE2E8}
-.asking {align-items: stretch} #ask {align-self: stretch}
 #status {min-height: 1.5em} #status p {margin: 0}
 #status .error, #picture .error {color: #B3261E; font-weight: 600}
 #compare div {display: grid; grid-template-columns: max-content 1fr; gap: 1px 14px}
@@ -82,6 +82,15 @@ CLICK = """element.addEventListener('click', event => {
 });"""
 
 
+# The clip starts to play where the live answers start.
+PLAY = """watch('value', () => {
+  const video = document.querySelector('#video video');
+  const playing = !!element.querySelector('.playing');
+  if (video && playing && !element.dataset.playing) {video.currentTime = 0; video.play()}
+  element.dataset.playing = playing ? '1' : '';
+});"""
+
+
 def missing():
     """What to install if gradio or matplotlib, an extra, is missing; "" if both are there."""
     lacking = [name for name in ("gradio", "matplotlib") if not importlib.util.find_spec(name)]
@@ -94,13 +103,31 @@ class Visit:
     files: dict = field(default_factory=dict)          # name of a tab of the page: uploaded file
     read: tuple | None = None                          # path and question of the sample below
     sample: Sample | None = None                       # encoded
-    clip: object = None
+    clip: Clip | None = None
+    notes: list = field(default_factory=list)          # what of it could not be read
     inside: picture.Inside | None = None
     answers: dict = field(default_factory=dict)        # mask: answer to the same question
 
 
 class Stopped(Exception):
     """Raised inside a generation that nobody waits for any more."""
+
+
+@dataclass
+class Job:
+    """One question on its way to the model's thread, and what comes back."""
+    payload: dict                                      # the file, as the browser names it
+    question: str
+    mask: str | None
+    live: bool
+    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)    # (kind, value)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def stream(self, text):
+        """Passes a piece of the answer on."""
+        if self.stopped.is_set():
+            raise Stopped
+        self.events.put(("text", text))
 
 
 class Page:
@@ -163,17 +190,22 @@ class Page:
         return path
 
     # ---- answering
-    def ask(self, kind, video, sound, still, question, no_sound, no_picture, width, request):
+    def ask(self, kind, video, sound, still, question, no_sound, no_picture, as_it_plays, width,
+            request):
         """The events of one question -> yields the page's status, answer, comparison and picture,
         all as HTML but the answer."""
-        visit, events, stopped = self.visit(request), queue.SimpleQueue(), threading.Event()
-        payload = {"Video": video, "Sound": sound, "Picture": still}[kind]
-        mask = MASKS[bool(no_sound), bool(no_picture)]
-        self.worker.submit(self.work, visit, payload, question, mask, events, stopped)
+        payload = {"Video": video, "Sound": sound, "Picture": still}[kind] or {}
+        visit, job = self.visit(request), Job(payload, (question or "").strip(), MASKS[
+            bool(no_sound), bool(no_picture)], bool(as_it_plays))
+        self.worker.submit(self.work, visit, job)
         answer, status = "", ""
         try:
             while True:
-                what, value = events.get()
+                try:
+                    what, value = job.events.get(timeout=1)
+                except queue.Empty:             # gradio notices here that nobody waits any more
+                    yield status, answer, "", ""
+                    continue
                 if what == "error":
                     yield line(value, "error"), "", "", ""
                     return
@@ -182,70 +214,88 @@ class Page:
                     yield value, answer, compared(visit.answers), self.draw(visit, width=width)
                     return
                 if what == "status":
-                    status = line(value)
+                    status = line(value, "playing" if value.startswith("Live") else "")
                 else:
                     answer += value
-                    if not events.empty():                  # all pieces that are there at once
+                    if not job.events.empty():              # all pieces that are there at once
                         continue
                 yield status, answer, "", ""
         finally:
-            stopped.set()
+            job.stopped.set()
 
-    def work(self, visit, payload, question, mask, events, stopped):
-        """Answers on the model's thread; what happens goes into the queue `events`."""
+    def work(self, visit, job):
+        """Answers on the model's thread; what happens goes into the queue of the job."""
         try:
-            if not stopped.is_set():
-                self.answer(visit, payload, question, mask, events, stopped)
+            if not job.stopped.is_set():
+                self.answer(visit, job)
         except Stopped:
             pass                                             # the visitor has gone
         except (OSError, ValueError) as error:               # a MediaError is a ValueError
-            path = (payload or {}).get("path") or ""
-            sentence = str(error).replace(path, (payload or {}).get("orig_name") or "the clip")
-            events.put(("error", sentence if path else str(error)))
+            path = job.payload.get("path") or "no path"
+            job.events.put(("error", str(error).replace(
+                path, job.payload.get("orig_name") or "the clip")))
         except Exception as error:  # the page lives on; the terminal shows the whole of it
             traceback.print_exc()
-            events.put(("error", f"The model failed ({type(error).__name__}); the terminal that "
-                                 "started this page says more."))
+            job.events.put(("error", f"The model failed ({type(error).__name__}); the terminal "
+                                     "that started this page says more."))
 
-    def answer(self, visit, payload, question, mask, events, stopped):
-        """Reads, encodes and answers, and says which of them it does.  A clip that was read for the
-        same question is not read again, as the switches change nothing before the encoders."""
-        path, question = self.path_of(payload), (question or "").strip()
-        if not question:
+    def answer(self, visit, job):
+        """Reads, encodes and answers, and says which of them it does."""
+        path, started = self.path_of(job.payload), time.monotonic()
+        if not job.question:
             raise ValueError("There is no question yet: write one, or take a suggestion.")
-        started, notes = time.monotonic(), []
-        if visit.read != (path, question):
+        if visit.read != (path, job.question):
             visit.read, visit.sample, visit.answers = None, None, {}
-            events.put(("status", "Reading the clip …"))
+            job.events.put(("status", "Reading the clip …"))
             with warnings.catch_warnings(record=True) as caught:
                 visit.clip = clip_from_path(path, **self.model.clip_options())
-            notes = [str(warning.message).replace(str(path), "The clip") for warning in caught]
-            check_left(visit.clip, mask)
-            events.put(("status", f"Encoding {contents(visit.clip)} …"))
-            sample = self.model.encode_sample(Sample(question, clip=visit.clip))
-            visit.read, visit.sample = (path, question), sample
-        check_left(visit.clip, mask)
-
-        def stream(text):
-            if stopped.is_set():
-                raise Stopped
-            events.put(("text", text))
-
-        events.put(("status", "Answering …"))
-        sample = replace(visit.sample, mask=mask)
-        beams = self.settings.get("num_beams") or self.model.config.beams
-        if beams > 1:                                        # which cannot be streamed
-            said = self.model.generate([sample], **self.settings)[0]
-            events.put(("text", said))
+            visit.notes = [str(warning.message).replace(str(path), "The clip")
+                           for warning in caught]
+        clip = visit.clip
+        check_left(clip, job.mask)
+        if job.live and clip.seconds:
+            sample, said = self.answer_live(visit, job, path)
         else:
-            said = self.model.generate([sample], stream=stream, **self.settings)[0]
-        visit.answers[mask] = said
-        visit.inside = picture.look_inside(self.model, sample, visit.clip,
+            sample, said = self.answer_once(visit, job, path)
+        visit.read, visit.sample = (path, job.question), replace(sample, mask=None)
+        visit.answers[job.mask] = said
+        visit.inside = picture.look_inside(self.model, sample, clip,
                                            self.settings.get("max_new_tokens"))
-        notes += [visit.clip.cut + "."] * bool(visit.clip.cut and not notes)
-        seconds = time.monotonic() - started
-        events.put(("done", line(f"Answered in {seconds:.1f} s, {VIEWS[mask]}: "
-                                 f"{contents(visit.clip)}.", notes=notes)))
+        job.events.put(("done", line(
+            f"Answered in {time.monotonic() - started:.1f} s, {VIEWS[job.mask]}: "
+            f"{contents(clip)}.", notes=visit.notes)))
+
+    def answer_once(self, visit, job, path):
+        """-> the encoded sample, the answer.  A clip that was read for the same question is not
+        encoded again, as the switches change nothing before the encoders."""
+        sample = visit.sample
+        if sample is None:
+            job.events.put(("status", f"Encoding {contents(visit.clip)} …"))
+            sample = self.model.encode_sample(Sample(job.question, clip=visit.clip))
+        sample = replace(sample, mask=job.mask)
+        job.events.put(("status", "Answering …"))
+        beams = (self.settings.get("num_beams") or self.model.config.beams) > 1
+        said, = self.model.generate([sample], stream=None if beams else job.stream,
+                                    **self.settings)
+        if beams:                                            # which cannot be streamed
+            job.stream(said)
+        return sample, said
+
+    def answer_live(self, visit, job, path):
+        """Answers after each window while the clip plays -> the encoded sample, the last answer."""
+        config, clip = self.model.config, visit.clip
+        settings = {name: value for name, value in self.settings.items() if name != "num_beams"}
+        answering = live.Live(self.model, job.question, mask=job.mask)
+        job.events.put(("status", "Live: the clip plays, and is asked about after each window …"))
+        read, said = partial(clip_from_path, path, **self.model.clip_options()), ""
+        for t, _, due in live.in_time(live.window_ends(config, clip.seconds),
+                                      sleep=job.stopped.wait):
+            job.stream(f"{t:.1f} s: ")
+            said = answering.answer(live.seen(clip, t, read, 0.0, config.frame_times), job.stream,
+                                    **settings)
+            job.stream(f"  (after {time.monotonic() - due:.1f} s)\n")
+        features = answering.encode(clip)                    # kept from the last answer
+        return replace(answering.sample, features=features), said
 
     # ---- the picture
     def draw(self, visit, query=-1, start=0.0, width=0):
@@ -294,7 +344,8 @@ class Page:
                 with gr.Column(scale=5, min_width=320):
                     tabs, kind, *files, example = self.clip_column(gr)
                 with gr.Column(scale=6, min_width=320):
-                    question, *switches, ask, answer, status, compare = self.question_column(gr)
+                    question, *switches, ask, stop, answer, status, compare = (
+                        self.question_column(gr))
             drawn = gr.HTML(elem_id="picture", js_on_load=CLICK)
             width = gr.Number(visible=False)                      # of the window, from the browser
             inputs = [kind, *files, question, *switches, width]
@@ -304,14 +355,14 @@ class Page:
                 "concurrency_limit": 1, "concurrency_id": "model", "show_progress": "minimal",
                 "show_progress_on": answer}
 
-            def asked(a, b, c, d, e, f, g, h, request: gr.Request):    # one name for each input
-                yield from self.ask(a, b, c, d, e, f, g, h, request)
+            def asked(a, b, c, d, e, f, g, h, i, request: gr.Request):  # a name for each input
+                yield from self.ask(a, b, c, d, e, f, g, h, i, request)
 
-            def switched(a, b, c, d, e, f, g, h, request: gr.Request):
+            def switched(a, b, c, d, e, f, g, h, i, request: gr.Request):
                 if self.visit(request).sample is None:       # before the first question
                     yield "", "", "", ""
                 else:
-                    yield from self.ask(a, b, c, d, e, f, g, h, request)
+                    yield from self.ask(a, b, c, d, e, f, g, h, i, request)
 
             def chosen(data: gr.EventData, request: gr.Request):
                 return self.draw(self.visit(request), data.query, data.start, data.width)
@@ -319,8 +370,9 @@ class Page:
             def gone(request: gr.Request):
                 self.forget(request.session_hash)
 
-            gr.on([ask.click, question.submit], asked, **event)
-            gr.on([switch.input for switch in switches], switched, **event)
+            running = [gr.on([ask.click, question.submit], asked, **event),
+                       gr.on([switch.input for switch in switches[:2]], switched, **event)]
+            stop.click(None, None, None, cancels=running)
             drawn.select(chosen, None, drawn, **RAW)
             example.click(lambda: (gr.Tabs(selected="Video"), "Video", str(self.example),
                                    self.questions[0]), None, [tabs, kind, files[0], question],
@@ -361,21 +413,24 @@ class Page:
         return tabs, kind, *files, example
 
     def question_column(self, gr):
-        """-> the components of the question, its two switches and its answer."""
+        """-> the components of the question, its three switches and its answer."""
         question = gr.Textbox(label="Question", lines=1, max_length=2000, elem_id="question",
                               placeholder="What happens after the beep?")
         with gr.Row(elem_classes="chips"):
             for words in self.questions:
                 gr.Button(words, size="sm", min_width=120).click(
                     lambda words=words: words, None, question, **RAW)
-        with gr.Row(elem_classes="asking"):
-            no_sound = gr.Checkbox(label="without sound", elem_id="no-sound", min_width=130)
-            no_picture = gr.Checkbox(label="without picture", elem_id="no-picture", min_width=130)
-            ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=130)
-        answer = gr.Textbox(label="Answer", lines=1, interactive=False, elem_id="answer",
-                            buttons=["copy"])
-        return (question, no_sound, no_picture, ask, answer, gr.HTML(elem_id="status"),
-                gr.HTML(elem_id="compare"))
+        with gr.Row():
+            switches = [gr.Checkbox(label=label, elem_id=name, min_width=130) for label, name in (
+                ("without sound", "no-sound"), ("without picture", "no-picture"),
+                ("live, as it plays", "live"))]
+        with gr.Row():
+            ask = gr.Button("Ask", variant="primary", elem_id="ask", scale=4, min_width=130)
+            stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=70)
+        answer = gr.Textbox(label="Answer", lines=1, max_lines=8, interactive=False,
+                            elem_id="answer", buttons=["copy"])
+        return (question, *switches, ask, stop, answer,
+                gr.HTML(elem_id="status", js_on_load=PLAY), gr.HTML(elem_id="compare"))
 
     # ---- serving
     @contextlib.contextmanager
