@@ -28,9 +28,11 @@ def browser(width=1280, height=900):
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     with tempfile.TemporaryDirectory(prefix="chromium-") as profile:
-        for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}",
-                     "about:blank"):
+        for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"):
             options.add_argument(flag)
+        # Else a browser starts with its page of a new tab, some 300 files.
+        options.add_experimental_option("prefs", {"session.restore_on_startup": 4,
+                                                  "session.startup_urls": ["about:blank"]})
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
@@ -119,7 +121,7 @@ class Visitor:
                   for entry in self.driver.get_log("performance")]
         urls = [event["params"]["request"]["url"] for event in events
                 if event["method"] == "Network.requestWillBeSent"]
-        return [url for url in urls if not url.startswith(("data:", "blob:", "chrome:"))]
+        return [url for url in urls if not url.startswith(("data:", "blob:"))]
 
 
 def resident(pid):
