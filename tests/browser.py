@@ -1,13 +1,7 @@
-"""A headless Chromium that visits tools/page.py's page, for tests/tools/test_page.py; and a loop of
-visits by hand, which shows that the server's memory does not grow and that no file stays:
-
-     python tests/browser.py 200          (about 3 s a visit; needs the extra `dev` and Chromium)"""
+"""A headless Chromium that visits tools/page.py's page, for tests/tools/test_page.py."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -18,7 +12,6 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "-
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--disable-dev-shm-usage", "--disable-extensions", "--mute-audio",
          "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
-ROOT = Path(__file__).parent.parent
 
 
 @contextmanager
@@ -122,53 +115,3 @@ class Visitor:
         urls = [event["params"]["request"]["url"] for event in events
                 if event["method"] == "Network.requestWillBeSent"]
         return [url for url in urls if not url.startswith(("data:", "blob:"))]
-
-
-def resident(pid):
-    """MiB of memory of a process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def main(visits, port=7891):
-    """The loop: each visit opens the page, uploads a clip, asks, chooses a query and leaves."""
-    example = json.loads((ROOT / "miniature" / "demo.json").read_text())
-    clip = ROOT / "miniature" / example["clip"]
-    with tempfile.TemporaryDirectory() as folder:
-        server = subprocess.Popen([sys.executable, "demo.py", "--web", "--port", str(port)],
-                                  cwd=ROOT, env=os.environ | {"TMPDIR": folder},
-                                  stdout=subprocess.PIPE, text=True)
-        try:
-            address = server.stdout.readline().split("at ")[1].split()[0]
-            print(f"{address}: {resident(server.pid):.0f} MiB before the first visit", flush=True)
-            with browser() as driver:
-                for n in range(1, visits + 1):
-                    own = Path(folder) / f"visit{n}.mp4"         # another file for each visit
-                    own.write_bytes(clip.read_bytes() + n.to_bytes(4, "big"))
-                    visitor = Visitor(driver, address)
-                    visitor.upload(own)
-                    assert visitor.ask(example["question"]) == example["answer"]
-                    before = visitor.picture
-                    visitor.click("button[aria-label='query 2']")
-                    visitor.wait(lambda v=visitor, b=before: v.picture != b, "another picture")
-                    own.unlink()
-                    if n in (1, 10) or n % 20 == 0:
-                        driver.get("about:blank")
-                        time.sleep(1.5)
-                        print(f"{n} visits: {resident(server.pid):.0f} MiB, "
-                              f"{len(files(folder))} files", flush=True)
-            time.sleep(2)
-            print("files left:", files(folder), flush=True)
-        finally:
-            server.terminate()
-            server.wait(30)
-        print("after the end:", files(folder))
-
-
-def files(folder):
-    """Files below a folder but for those of the browser and of fonts."""
-    return [str(path) for path in Path(folder).rglob("*") if path.is_file()]
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)

@@ -119,7 +119,7 @@ def look_inside(model, sample, clip, answer=None):
                                           ((False, True), audio is not None)) if there]
     streams = [Stream(*kind, rearrange(own, "w q (k n) -> q (w k) n", n=N)[:, :n].numpy())
                for kind, own, n in zip(kinds, weights.split(windows), counts, strict=True)]
-    notes = [cut] * bool(cut)
+    notes = [f"{cut[0].upper()}{cut[1:]}."] if cut else []
     if config.direct:
         notes.append("This model also has a direct path past the attention, which is not shown.")
     frames = None if visual is None else thumbnails(clip.frames[:len(visual)])
@@ -263,11 +263,11 @@ def draw(inside, query=None, start=0.0, width=10.0, title=""):
     per_second = sheet.inner / (end - first)
     frame = per_second / inside.fps                                         # inches per frame
     step = math.ceil((0.45 if narrow else 0.55) / frame)              # every step-th frame is drawn
-    side = min(step * frame, 0.95)
+    side = min(step * frame, 1.6 if inside.still else 0.95)
     rows = {}
     if inside.frames is not None:
         rows["frames"] = sheet.row(side, 0.04)
-        rows["over frames"] = sheet.row(0.36 if inside.queries else 0)
+        rows["over frames"] = sheet.row(0.36 if inside.queries and not inside.still else 0)
     if inside.mel is not None:
         rows["mel"] = sheet.row(0.6, 0.04)
         rows["over sound"] = sheet.row(0.36 if inside.queries else 0)
@@ -280,11 +280,13 @@ def draw(inside, query=None, start=0.0, width=10.0, title=""):
     figure = sheet.figure()
     last, figure.query_fields, bars = None, [], "looked at" * bool(inside.queries and not narrow)
     if inside.frames is not None:
-        label = "frames" if step == 1 else f"every\n{ordinal(step)}\nframe"
+        label = "still" if inside.still else (
+            "frames" if step == 1 else f"every\n{ordinal(step)}\nframe")
         last = draw_frames(inside, query, sheet.axes(figure, rows["frames"], limits, label), step,
                            side / per_second)
-        draw_weights(inside, over_frames(inside, query), inside.fps, "visual",
-                     sheet.axes(figure, rows["over frames"], limits, bars))
+        if not inside.still:                             # whose one frame has all the weight
+            draw_weights(inside, over_frames(inside, query), inside.fps, "visual",
+                         sheet.axes(figure, rows["over frames"], limits, bars))
     if inside.mel is not None:
         last = draw_sound(inside, sheet.axes(figure, rows["mel"], limits, "sound"))
         draw_weights(inside, over_sound(inside, query), inside.fps * inside.steps, "audio",
@@ -345,7 +347,7 @@ def draw_frames(inside, query, axis, step, slot):
         if cells is not None:
             heat = np.zeros((inside.grid, inside.grid, 4))
             heat[..., :3] = (0.835, 0.369, 0.0)                                    # ORANGE
-            heat[..., 3] = 0.75 * cells[t].reshape(inside.grid, inside.grid) / top
+            heat[..., 3] = 0.6 * cells[t].reshape(inside.grid, inside.grid) / top
             axis.imshow(heat, extent=box, aspect="auto", interpolation="nearest")
     axis.set_xlim(limits)
     axis.set_ylim(0, 1)
@@ -393,7 +395,7 @@ def draw_weights(inside, weights, per_second, modality, axis):
                     color=GREY if inside.hidden in (modality, "both") else BLUE)
     top = float(values.max(initial=0)) or 1.0
     axis.set(xlim=limits, ylim=(0, top * 1.05), yticks=[top])
-    axis.set_yticklabels([f"{top:.2g} %"])
+    axis.set_yticklabels([f"{top:.0f} %" if top >= 10 else f"{top:.2g} %"])
     axis.yaxis.set_label_coords(-0.012, 0.35)
     axis.axhline(0, color=GREY, linewidth=0.8)
     window_lines(inside, axis)
