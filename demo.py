@@ -6,7 +6,9 @@
      python demo.py clip.mp4 "Describe the video in detail." --start 10 --end 40
      python demo.py clip.mp4 "What happens?" --live       again after each window, as it plays
      python demo.py clip.mp4 "Which sounds are heard?" --checkpoint runs/7b/best
-     python demo.py clip.mp4 "Hello?" --model 7b --random-init      does the full size run here?"""
+     python demo.py clip.mp4 "Hello?" --model 7b --random-init      does the full size run here?
+     python demo.py clip.mp4 "Who speaks?" --picture out.png        and where the queries look
+     python demo.py --web                                 the same as a page in the browser"""
 
 import runtime  # noqa: F401  before torch: it sets how threads wait
 
@@ -23,13 +25,14 @@ from pathlib import Path
 import torch
 
 from baselines.systems import load_system
-from data import clip_from_path
+from data import Sample, clip_from_path
 from favor import PRESETS, SOURCES, habits, preset
 from runtime import distributed, hub
 from runtime.checkpoint import trained_preset
 from runtime.log import in_words, peak_memory
 from runtime.media import probe
-from tools import live, memory
+from tools import live, memory, page, picture
+from tools.page import contents
 
 EXAMPLE = Path(__file__).parent / "miniature" / "demo.json"
 
@@ -77,6 +80,13 @@ def arguments():
     answer.add_argument("--live", action="store_true", help="read the clip at the speed at which "
                         "it plays and answer again after each window, from what has been "
                         "seen so far; greedily; Ctrl-C ends it")
+    answer.add_argument("--picture", metavar="FILE",
+                        help="also draw where the queries look over frames and sound (.png, .pdf)")
+    web = parser.add_argument_group("page in the browser")
+    web.add_argument("--web", action="store_true",
+                     help="serve a page that asks for clips and questions, on this computer only")
+    web.add_argument("--port", type=int, default=page.PORT, metavar="N",
+                     help=f"port of the page (default: {page.PORT})")
     return parser
 
 
@@ -86,6 +96,9 @@ def main(argv=None):
     if args.clip and not (args.question or "").strip():
         parser.error(f"no question about {args.clip}; give one: demo.py {args.clip} \"What is "
                      "seen?\"")
+    if args.web and args.clip or args.picture and not args.clip:
+        parser.error("--web asks for clip and question on the page" if args.web else
+                     "--picture shows one clip and question; give both")
     if args.random_init and args.checkpoint:
         parser.error("--random-init does not go with --checkpoint")
     if wrong := wrong_values(args):                       # before anything is loaded
@@ -100,10 +113,13 @@ def main(argv=None):
             distributed.precision(args.dtype, name, device, habits(name).dtype_on_cpu)[0],
             device, args.merge, args.compile,
             memory.random_part if args.random_init else None)
-        if args.clip:
-            answer(args, model, folder or "random weights", device)
+        name = folder or "random weights"
+        if args.web:
+            page.Page(model, str(relative(name)), answer_settings(args)).serve(args.port)
+        elif args.clip:
+            answer(args, model, name, device)
         else:
-            first_look(model, folder or "random weights")
+            first_look(model, name)
     except (OSError, ValueError) as error:                  # a MediaError is a ValueError
         sys.exit(str(error))
 
@@ -114,9 +130,9 @@ def wrong_values(args):
         if path and not Path(path).is_file():
             return (f"{flag}{path}: no such file; wanted a video, sound or image file"
                     + (" and not a folder" if Path(path).is_dir() else ""))
-    if args.live and (not args.clip or args.beams or args.compile):
+    if args.live and (not args.clip or args.beams or args.compile or args.picture):
         return ("--live answers greedily about one clip, without compiled steps; wanted a clip and "
-                "a question, and neither --beams nor --compile")
+                "a question, and neither --beams nor --compile nor --picture")
     try:
         (args.question or "").encode()
     except UnicodeEncodeError:                              # bytes of a shell that are no UTF-8
@@ -128,7 +144,19 @@ def wrong_values(args):
     if args.beams < 0 or args.max_new_tokens < 0:
         return (f"--beams {args.beams} --max-new-tokens {args.max_new_tokens}: wanted 1 or more, "
                 "or 0 for what the checkpoint says")
-    return ""
+    if args.picture and not args.picture.lower().endswith(picture.FORMATS):
+        return f"--picture {args.picture}: wanted a name that ends in {', '.join(picture.FORMATS)}"
+    if args.picture and not Path(args.picture).absolute().parent.is_dir():
+        return f"--picture {args.picture}: there is no such folder"
+    if not 0 < args.port < 65536:
+        return f"--port {args.port}: wanted a number from 1 to 65535"
+    return args.web and page.missing() or args.picture and picture.missing() or ""
+
+
+def answer_settings(args):
+    """The settings of Favor.generate that the command line gives."""
+    given = {"max_new_tokens": args.max_new_tokens, "num_beams": args.beams}
+    return {name: value for name, value in given.items() if value}
 
 
 def answer(args, model, name, device):
@@ -141,29 +169,23 @@ def answer(args, model, name, device):
         raise ValueError(f"{args.clip} has no {missing}, so --mask {args.mask} leaves nothing of "
                          "it; --mask both asks for an answer without the clip")
     print(f"[{name}: {contents(clip)}]", file=sys.stderr)
-    settings = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
-    started = time.time()
+    settings, started = answer_settings(args), time.time()
     if args.live:
         live.play(live.Live(model, args.question, mask=args.mask), clip, read, args.start or 0.0,
                   **settings)
-    elif args.beams or model.config.beams > 1:
-        print(model.answer(clip, args.question, mask=args.mask,
-                           num_beams=args.beams or model.config.beams, **settings))
     else:
-        model.answer(clip, args.question, mask=args.mask, **settings,
-                     stream=lambda text: print(text, end="", flush=True))
-        print()
+        sample = model.encode_sample(Sample(args.question, clip=clip, mask=args.mask))
+        beams = (args.beams or model.config.beams) > 1                 # which cannot be streamed
+        text, = model.generate([sample], **settings, stream=None if beams else (
+            lambda text: print(text, end="", flush=True)))
+        print(text if beams else "")
+    if args.picture:
+        inside = picture.look_inside(model, sample, clip, args.max_new_tokens or None)
+        picture.save(picture.draw(inside, title=f"{args.question} → {text}"), args.picture)
+        print(f"[where the queries look: {args.picture}]", file=sys.stderr)
     if args.random_init:
         peak = in_words(peak_memory(device))
         print(f"[{time.time() - started:.1f} s, peak memory {peak}]", file=sys.stderr)
-
-
-def contents(clip):
-    """'10 frames, 5.00 s of sound'"""
-    frames = 0 if clip.frames is None else len(clip.frames)
-    picture = "an image" if clip.is_image else f"{frames} frames"
-    sound = "no sound" if clip.audio is None else f"{len(clip.audio) / 16000:.2f} s of sound"
-    return f"{picture}, {sound}"
 
 
 def relative(path):

@@ -11,24 +11,22 @@
                        --> attention-<system>.png  where the queries look, beside frames and sound
 The colours are Okabe and Ito's, and every series also has its own marker and line style.
 
-Public: cross_attention, query_cosines, off_diagonal_mean, look_inside, draw_scales, draw_lambda,
+Public: query_cosines, off_diagonal_mean, look_inside, draw_scales, draw_lambda,
 draw_learning, draw_cosines, draw_attention, draw_all, no_figures."""
 
 import importlib.util
 import sys
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 
 import data
 from aveb.answers import readable_samples
 from aveb.tasks import ERROR_RATES
 from experiments.tables import FPS, LAMBDAS, SYSTEMS, WINDOWS, Results, mean_interval
+from tools.picture import cross_attention
 from whisper_enc import SAMPLE_RATE, log_mel_spectrogram
 
 COSINE_TASKS, COSINE_CLIPS = ("avsr", "videoqa", "avssd"), 64          # Fig. 4
@@ -42,32 +40,6 @@ LEARNING = {"complete": ("black", "-", "o"), "no-causal": (BLUE, "--", "s"),
 
 
 # ---------------------------------------------------------------- what a model does inside
-@contextmanager
-def cross_attention(qformer):
-    """with cross_attention(model.qformer) as looks: model(...)
-    looks has one list per layer, with one tensor (W,heads,Q,K*N) per forward: the softmax that the
-    layer used. The last of the W windows is the dummy window.
-
-    PyTorch's fused attention does not return its weights, so a hook computes them again from the
-    layer's inputs and projections (test_the_hook_shows_what_the_layer_used)."""
-    looks = [[] for _ in qformer.layers]
-
-    def record_weights(layer, inputs, _, into):
-        x, context, mask = inputs
-        q, k = (rearrange(part, "w n (h d) -> w h n d", h=layer.heads)
-                for part in (layer.query(x), layer.key(context)))
-        scores = (q @ k.transpose(-1, -2)).float() / q.shape[-1] ** 0.5           # (W,h,Q,K*N)
-        into.append(scores.masked_fill(~mask, float("-inf")).softmax(-1).detach())
-
-    hooks = [layer.cross_attention.register_forward_hook(partial(record_weights, into=into))
-             for layer, into in zip(qformer.layers, looks, strict=True)]
-    try:
-        yield looks
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def cosines(queries):
     """queries (W,Q,D) -> (Q,Q): cosine similarities within a window, averaged over windows."""
     unit = F.normalize(queries.float(), dim=-1, eps=1e-9)
