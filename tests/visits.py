@@ -39,7 +39,8 @@ class Visit:
     def beat(self):
         """The connection that a tab keeps; the server notices when it ends."""
         with self.client.stream("GET", f"heartbeat/{self.session}") as beats:
-            next(beats.iter_bytes())
+            connected = beats.iter_bytes()                   # closed with its last reference
+            next(connected)
             self.gone.wait()
 
     def __exit__(self, *_):

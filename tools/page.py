@@ -35,6 +35,7 @@ from tools import live, picture
 EXAMPLE = Path(__file__).parent.parent / "miniature" / "demo.json"
 MOST_BYTES = 200 * 2**20                    # of an upload
 MOST_VISITS = 50                            # whose last clip and picture are kept in memory
+FORGET = (600, 6 * 3600)                    # s; each 10 min, files older than 6 h are removed, too
 MOST_WAITING = 20                           # visitors; the next one is asked to come back
 SUGGESTIONS = ("Describe what is seen and heard in detail.", "What is the source of the sound?",
                "Transcribe the speech into text.")
@@ -337,7 +338,7 @@ class Page:
     def blocks(self):
         """The page as gradio Blocks."""
         import gradio as gr
-        with gr.Blocks(title="FAVOR", analytics_enabled=False, delete_cache=(600, 86400)) as blocks:
+        with gr.Blocks(title="FAVOR", analytics_enabled=False, delete_cache=FORGET) as blocks:
             gr.HTML("<h1>FAVOR</h1><span>Ask about a clip: what is seen, what is heard, and when. "
                     "Everything stays on this computer.</span>", elem_id="head")
             with gr.Row():
