@@ -83,7 +83,7 @@ class FavorConfig:
     dropout: float = 0.1
     max_positions: int = 4096               # joint vectors in one window
     encoder_dropout: float = 0.0            # of the frozen Q-Former in training (released: 0.1)
-    # how the causal Q-Former starts (docs/start.md; DIFF: all off in the paper's presets)
+    # how the causal Q-Former starts (experiments/start.py; DIFF: all off in the paper's presets)
     feature_norm: str = "joint"             # one LayerNorm over both halves of a joint vector;
     #                                         "halves": one each; "standard": features less their
     #                                         mean, by their deviation, as measured before step 1
