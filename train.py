@@ -232,6 +232,10 @@ def dry_run(config):
           + ", --recompute" * config.recompute
           + f", --shard over {shards} (--processes)" * config.shard + ":")
     print(memory.memory_plan(model, sample, batch, recompute=config.recompute, shards=shards))
+    fit = max(1, (config.tokens_at_a_time or math.inf) // (model.length(sample) + memory.ANSWER))
+    if fit < batch:
+        print(f"\nA step computes {fit:g} of them at a time (--micro-tokens "
+              f"{config.tokens_at_a_time}); --micro-batch {fit:g} plans for that")
 
 
 # ---------------------------------------------------------------- data, model, what trains

@@ -54,6 +54,7 @@ PUBLISHED = {
     (Llama, "HuggingFaceTB/SmolLM2-135M-Instruct"): (
         replace(SMOLLM2, width=576, layers=30, heads=9, kv_heads=3, ffn=1536, head_dim=None),),
 }
+ANSWER = 40         # tokens of an answer that is planned for
 FROM_FOLDER = {
     WhisperEncoder: lambda root: (WhisperConfig.from_folder(root),),
     VisualEncoder: read_config,
@@ -172,7 +173,7 @@ def empty_sample(model, seconds, question="What happens after the beep?"):
     return Sample(question, features=Features(*model.empty_features(seconds)))
 
 
-def memory_plan(model, sample, batch, answer=40, recompute=False, shards=1):
+def memory_plan(model, sample, batch, answer=ANSWER, recompute=False, shards=1):
     """Markdown, in GiB on one device: a training step and an answer, for `batch` times `sample`,
     whose features may be on "meta" as the model may.  What autograd keeps is measured: of the
     aligner at its own size, of the LLM on a small one (`llm_bytes`) and scaled.  recompute: blocks

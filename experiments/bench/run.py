@@ -86,6 +86,8 @@ TARGETS = {
     "10": Target("memory and several processes", "gradients only on LoRA, causal Q-Former, "
                "projections; loss of 2 ranks = 1 rank to 1e-6",
                "13b, 32 clips of 30 s: <= 115 GiB; 2 GPUs >= 1.9x", bench_steps.memory_and_ranks),
+    "11": Target("live answers: first token after a window, against an answer to the clip anew",
+               "<= 1.0x, the same answer", "the same", bench_steps.live_answers),
     "questions": Target("what a first GPU run should answer", "no limits", "no limits",
                       bench_questions.questions),
 }
@@ -94,7 +96,7 @@ TARGETS = {
 @dataclass(frozen=True)
 class BenchConfig:
     # -- method
-    only: tuple = ()  # <target> targets to run, from 1 to 10 and questions (default: 1 to 10)
+    only: tuple = ()  # <target> targets to run, from 1 to 11 and questions (default: 1 to 11)
     quick: bool = False  # smaller batches and fewer repeats: a minute on two cores
     repeats: int = 0  # <n> repeats of each timing, both sides in turn; 0 makes 7, with --quick 3
     seed: int = 0  # <n> seed of random inputs and weights

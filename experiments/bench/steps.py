@@ -1,9 +1,9 @@
-"""The targets 5, 6 and 10 about whole training steps: the step against the sum of its parts, cached
-features, memory and several processes.
+"""The targets 5, 6, 10 and 11 about the whole model: a training step against the sum of its parts,
+cached features, memory and several processes; live answers.
 
      clips from memory --the step of train.py, AdamW--> loss
 On a CPU the tiny preset runs with its committed parts, on a GPU 7b or 13b with random weights.
-Public: av_step, cached, memory_and_ranks."""
+Public: av_step, cached, memory_and_ranks, live_answers."""
 
 import copy
 import dataclasses
@@ -36,6 +36,7 @@ from runtime import distributed, flops
 from runtime.feature_cache import FeatureCache
 from runtime.loader import TrainItem
 from runtime.log import GIB
+from tools.live import Live, seen
 from tools.memory import random_part
 from vit_qformer import to_pixels
 
@@ -65,11 +66,7 @@ class Step:
         """`count` random clips in memory, with a question and an answer; seconds: of all, or a list
         of each one's."""
         lengths = seconds if isinstance(seconds, list) else [seconds] * count
-        size, rate = self.model.visual.image_size, self.model.whisper.config.sample_rate
-        clips = [Clip(torch.randint(256, (round(s * self.model.config.fps), 3, size, size),
-                                    dtype=torch.uint8), 0.1 * torch.randn(round(s * rate)))
-                 for s in lengths]
-        return [Sample(QUESTION, ANSWER, clip) for clip in clips]
+        return [Sample(QUESTION, ANSWER, random_clip(self.model, s)) for s in lengths]
 
     def gradients(self, samples):
         """What the loop of train.py does between zero_grad and step -> {loss, ce, ...}."""
@@ -97,6 +94,13 @@ class Step:
     def flops(self, samples, encoded=False):
         """Of a step; samples are encoded."""
         return flops.step_flops(self.model, **flops.work_of(self.model, samples), encoded=encoded)
+
+
+def random_clip(model, seconds):
+    """Noise to see and to hear."""
+    size, rate = model.visual.image_size, model.whisper.config.sample_rate
+    return Clip(torch.randint(256, (round(seconds * model.config.fps), 3, size, size),
+                              dtype=torch.uint8), 0.1 * torch.randn(round(seconds * rate)))
 
 
 # ---------------------------------------------------------------- 5: the step and its parts
@@ -353,3 +357,29 @@ def on_gpus(run):
     two = in_processes(2, "cuda", run.model, 32, 30.0, 7)[0]["seconds"]
     return [*lines, Line("2 GPUs over 1, clips per second", "x", 2 * one / two,
                          wanted="ours >= 1.9")]
+
+
+# ---------------------------------------------------------------- 11: live answers
+def live_answers(run: Run):
+    """First token of the answer after the last window of a clip: live, where the windows before it
+    were answered, too, against an answer to the clip as it is then."""
+    model = Step(run.device, run.pick(test="tiny", cuda=run.model)).model.eval()
+    lines = []
+    for seconds in run.pick(test=(10.0,), quick=(30.0,), full=(10.0, 30.0, 60.0)):
+        whole = random_clip(model, seconds)
+        window = model.config.window_frames / model.config.fps
+
+        def before(whole=whole, t=seconds - window):
+            live = Live(model, QUESTION)
+            live.answer(seen(whole, t, None), max_new_tokens=1)
+            return (live,)
+
+        sides = {"live": lambda live, whole=whole: live.answer(whole, max_new_tokens=1),
+                 "anew": lambda live, whole=whole: model.answer(
+                     whole, QUESTION, max_new_tokens=1, num_beams=1)}
+        times = interleaved(run, f"live at {seconds:g} s", before, sides)
+        check_equal("the live answer", *(side(*before()) for side in sides.values()))
+        lines.append(line_of(f"first token of the answer at {seconds:g} s", times["live"],
+                             times["anew"], baseline_name="the clip anew",
+                             wanted="ratio <= 1.0"))
+    return lines

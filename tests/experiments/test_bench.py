@@ -163,7 +163,8 @@ WRONG = [
         f(path, resize)[0].roll(1, 0), f(path, resize)[1])),
     ("9", bench_media, "read_audio", lambda f: lambda path: 1.4 * f(path)),
     ("10", bench_steps, "in_processes", lambda _: lambda *job: [
-        {"loss": 1.0, "grad_norm": 1.0, "seconds": 1.0}] * 2)]
+        {"loss": 1.0, "grad_norm": 1.0, "seconds": 1.0}] * 2),
+    ("11", bench_steps.Live, "answer", lambda f: lambda *a, **k: f(*a, **k) + "?")]
 
 
 @pytest.mark.parametrize(("name", "where", "what", "broken"), WRONG,

@@ -45,7 +45,7 @@ def test_dry_run_counts_what_is_published(name, llm, lora, projection, hub, caps
     width = {"7b": 4096, "13b": 5120}[name]
     assert (found["ViT"][0] + found["visual Q-Former"][0] + llm + projection
             + 2 * 64 * width) == hub
-    assert "2 clips of 10 s" in text and "bfloat16" in text
+    assert "2 clips of 10 s" in text and "bfloat16" in text and "micro-tokens" not in text
 
 
 @pytest.mark.parametrize(("name", "whisper", "llm", "lora"), [
@@ -61,6 +61,8 @@ def test_dry_run_of_the_small_presets(name, whisper, llm, lora, capsys):
     assert found["LoRA"] == (lora, lora)
     assert found["causal Q-Former"] == (46_476_288 - (4096 - 512) * 1536,) * 2
     assert "| ViT, 64 frames at a time |" in text and "float32" in text
+    train.dry_run(train.TrainConfig(model=name, clip_seconds=30))       # 6 windows of 32, and text
+    assert re.search(r"7 of them at a time \(--micro-tokens 2048\)", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("source, n", [
