@@ -10,6 +10,7 @@ Public: Page, missing."""
 
 import base64
 import contextlib
+import gc
 import html
 import importlib.util
 import io
@@ -310,8 +311,11 @@ class Page:
         with self.drawing:
             figure = picture.draw(inside, None if query < 0 else query, start,
                                   3.7 if narrow else 11.0)
-            picture.save(figure, png, 220 if narrow else 130)
-        first, end = picture.part_shown(inside, start)
+            picture.save(figure, png, 220 if narrow else 110)
+            first, end = picture.part_shown(inside, start)
+            fields = figure.query_fields
+            del figure                   # its parts refer to each other: some 10 MB until collected
+            gc.collect()
 
         def button(to, text, kind, at=first, style="", label=""):
             return (f'<button type="button" class="{kind}" data-query="{to}" data-start="{at:g}" '
@@ -328,7 +332,7 @@ class Page:
         rows = [button(q, "", "row", style=f"left:{left:.3%};width:{wide:.3%};height:"
                        f"{tall / inside.queries:.3%};top:{top + tall * q / inside.queries:.3%}",
                        label=f"query {q + 1}")
-                for left, top, wide, tall in figure.query_fields for q in range(inside.queries)]
+                for left, top, wide, tall in fields for q in range(inside.queries)]
         source = base64.b64encode(png.getvalue()).decode()
         return (f'<div class="choose"><span>Where it looks: query</span>{"".join(choices)}</div>'
                 f'<div class="drawn"><img alt="frames, sound and attention" '
@@ -455,8 +459,10 @@ class Page:
                     share=False, max_file_size=self.most_bytes, ssr_mode=False, show_error=True,
                     enable_monitoring=False, run_history=False, pwa=False, footer_links=[],
                     state_session_capacity=MOST_VISITS, theme=theme, css=CSS)
+                gc.freeze()        # what lives as long as the page need not be looked through again
                 yield address
             finally:
+                gc.unfreeze()
                 blocks.close(verbose=False)
 
     def serve(self, port=PORT):
