@@ -19,6 +19,7 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -442,6 +443,9 @@ class Page:
     def serving(self, port=PORT):
         """Inside, the page is served -> its address.  Afterwards its folder is gone.
         Raises OSError if the port is taken."""
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                raise OSError(f"port {port} is taken by another program; pass --port N")
         # Gradio reads its settings from the environment, some of them when it is imported.
         with tempfile.TemporaryDirectory(prefix="favor-page-") as folder:
             self.folder = Path(folder).resolve()
