@@ -251,6 +251,7 @@ class Page:
             visit.read, visit.sample, visit.answers = None, None, {}
             job.events.put(("status", "Reading the clip …"))
             with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")              # also for a file that is read again
                 visit.clip = clip_from_path(path, **self.model.clip_options())
             visit.notes = [str(warning.message).replace(str(path), "The clip")
                            for warning in caught]
