@@ -10,6 +10,7 @@ Public: Page, missing."""
 
 import base64
 import contextlib
+import gc
 import html
 import importlib.util
 import io
@@ -18,6 +19,7 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -249,6 +251,7 @@ class Page:
             visit.read, visit.sample, visit.answers = None, None, {}
             job.events.put(("status", "Reading the clip …"))
             with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")              # also for a file that is read again
                 visit.clip = clip_from_path(path, **self.model.clip_options())
             visit.notes = [str(warning.message).replace(str(path), "The clip")
                            for warning in caught]
@@ -310,8 +313,11 @@ class Page:
         with self.drawing:
             figure = picture.draw(inside, None if query < 0 else query, start,
                                   3.7 if narrow else 11.0)
-            picture.save(figure, png, 220 if narrow else 130)
-        first, end = picture.part_shown(inside, start)
+            picture.save(figure, png, 220 if narrow else 110)
+            first, end = picture.part_shown(inside, start)
+            fields = figure.query_fields
+            del figure                   # its parts refer to each other: some 10 MB until collected
+            gc.collect()
 
         def button(to, text, kind, at=first, style="", label=""):
             return (f'<button type="button" class="{kind}" data-query="{to}" data-start="{at:g}" '
@@ -328,7 +334,7 @@ class Page:
         rows = [button(q, "", "row", style=f"left:{left:.3%};width:{wide:.3%};height:"
                        f"{tall / inside.queries:.3%};top:{top + tall * q / inside.queries:.3%}",
                        label=f"query {q + 1}")
-                for left, top, wide, tall in figure.query_fields for q in range(inside.queries)]
+                for left, top, wide, tall in fields for q in range(inside.queries)]
         source = base64.b64encode(png.getvalue()).decode()
         return (f'<div class="choose"><span>Where it looks: query</span>{"".join(choices)}</div>'
                 f'<div class="drawn"><img alt="frames, sound and attention" '
@@ -438,6 +444,9 @@ class Page:
     def serving(self, port=PORT):
         """Inside, the page is served -> its address.  Afterwards its folder is gone.
         Raises OSError if the port is taken."""
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                raise OSError(f"port {port} is taken by another program; pass --port N")
         # Gradio reads its settings from the environment, some of them when it is imported.
         with tempfile.TemporaryDirectory(prefix="favor-page-") as folder:
             self.folder = Path(folder).resolve()
@@ -455,8 +464,10 @@ class Page:
                     share=False, max_file_size=self.most_bytes, ssr_mode=False, show_error=True,
                     enable_monitoring=False, run_history=False, pwa=False, footer_links=[],
                     state_session_capacity=MOST_VISITS, theme=theme, css=CSS)
+                gc.freeze()        # what lives as long as the page need not be looked through again
                 yield address
             finally:
+                gc.unfreeze()
                 blocks.close(verbose=False)
 
     def serve(self, port=PORT):

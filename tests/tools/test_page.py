@@ -101,10 +101,21 @@ def test_the_flags_of_the_command_line(monkeypatch):
         demo.main(["--web"])
 
 
+def test_a_taken_port_is_said(page):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port} is taken"), page.serving(port):
+            pass
+
+
 # ---------------------------------------------------------------- in a browser
 @pytest.fixture
 def served():
     """The page of the committed checkpoint, for uploads up to 1 MiB -> Page, address, model."""
+    for package in ("gradio", "selenium"):
+        pytest.importorskip(package, reason="needs the extra dev")
     model, folder = load_system("favor", preset("tiny"), "tiny", str(COMMITTED))
     page = pages.Page(model, folder.name, most_bytes=2**20)
     with socket.socket() as free:
@@ -119,8 +130,6 @@ def served():
                     reason="needs Debian's packages chromium and chromium-driver")
 def test_visitors(served, tmp_path):
     """One test, because the page and the browsers take seconds to start."""
-    pytest.importorskip("gradio", reason="needs the extra demo")
-    pytest.importorskip("selenium", reason="needs the extra dev")
     page, address, model = served
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(page.example.read_bytes())
