@@ -23,6 +23,7 @@ diversity_loss, prompt_ids, dialogue_ids, Favor."""
 import dataclasses
 import math
 import re
+import sys
 import typing
 import warnings
 from dataclasses import dataclass
@@ -119,13 +120,16 @@ class FavorConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}; "
                                  f"wanted one of {', '.join(allowed)}")
         for name in ("queries", "width", "heads", "causal_heads", "ffn", "max_positions", "lora_r",
-                     "fps", "beams", "repetition_penalty", "max_new_tokens", "image_frames"):
-            if not 0 < getattr(self, name) <= LARGEST.get(name, math.inf):
-                raise ValueError(f"{name}={getattr(self, name)}; wanted more than 0"
+                     "lora_alpha", "fps", "beams", "repetition_penalty", "max_new_tokens",
+                     "image_frames", "question_tokens", "audio_seconds"):
+            if (value := getattr(self, name)) is not None and not (
+                    0 < value <= LARGEST.get(name, MOST)):
+                raise ValueError(f"{name}={value}; wanted more than 0"
                                  + (f", {LARGEST[name]} at most" if name in LARGEST else ""))
-        for name in ("visual_grid", "direct", "position_std", "layers"):
-            if not 0 <= getattr(self, name) <= LARGEST.get(name, math.inf):
-                raise ValueError(f"{name}={getattr(self, name)}; wanted 0 or more"
+        for name in ("visual_grid", "direct", "position_std", "layers", "diversity", "max_seconds",
+                     "dropout", "lora_dropout", "encoder_dropout"):
+            if not 0 <= (value := getattr(self, name)) <= LARGEST.get(name, MOST):
+                raise ValueError(f"{name}={value}; wanted 0 or more"
                                  + (f", {LARGEST[name]} at most" if name in LARGEST else ""))
         if not self.layers and not self.direct:
             raise ValueError("layers=0 and direct=0: nothing would read the clip; wanted one of "
@@ -155,7 +159,9 @@ class FavorConfig:
 
 SOURCES = ("whisper", "visual", "llm")
 LARGEST = {"beams": 1000, "max_new_tokens": 100_000, "image_frames": 10_000,    # for the memory
-           "visual_grid": 64, "direct": 100_000}
+           "visual_grid": 64, "direct": 100_000, "queries": 100_000, "layers": 1000,
+           **dict.fromkeys(("dropout", "lora_dropout", "encoder_dropout"), 0.99)}
+MOST = sys.float_info.max                     # of any other field: infinity is no setting
 RENAMED = {"windows": "window_frames", "instructblip": "visual"}     # old name of a field: new
 OFFICIAL = {"variant": "official", "causal": "future", "mask_padding": False,
             "frame_times": "ends", "audio_seconds": 30.0, "image_frames": 60,
@@ -406,8 +412,8 @@ class CausalQFormer(nn.Module):
         if length > self.config.max_positions:
             raise ValueError(
                 f"a window of {length // per_frame} frames x {per_frame} vectors = {length}, but "
-                f"there are {self.config.max_positions} positions; use shorter windows "
-                "(window_frames=10) or a shorter clip")
+                f"there are {self.config.max_positions} positions; use fewer frames per window, "
+                "fewer vectors per frame (--visual-grid) or a shorter clip")
         x = content = self.normalise(windows)                                     # (W,K*N,D_joint)
         if self.positions:
             x = content + self.positions(torch.arange(length, device=windows.device))
@@ -573,6 +579,11 @@ class Favor(nn.Module):
         if visual.reads_question:
             visual.qformer.set_dropout(config.encoder_dropout)
         self.audio_steps = audio_steps_per_frame(whisper.config.positions_hz, config.fps)
+        if config.window_frames > self.most_frames():
+            raise ValueError(f"a window of {config.window_frames} frames has more vectors than "
+                             f"max_positions={config.max_positions}, which is enough for "
+                             f"{self.most_frames()} frames; use fewer frames per window or a "
+                             "smaller --visual-grid, or --set max_positions=N")
         audio_width, visual_width = whisper.config.width, visual.width
         self.audio_proj = nn.Linear(audio_width, visual_width)     # DIFF, left open: 1280 -> 768
         self.qformer = CausalQFormer(config, 2 * visual_width)

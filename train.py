@@ -158,7 +158,7 @@ class TrainConfig:
             if source := getattr(self, name):
                 object.__setattr__(self, name, hub.anywhere(source))
         for name in ("steps", "batch", "lr", "log_every", "val_every", "clip_seconds"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}; "
                                  "wanted more than 0")
         shares = dict.fromkeys(("mask_share", "val_share"), 1) | dict.fromkeys(

@@ -45,7 +45,7 @@ def read_rows(path):
     are not used, [(number, cells)]), without empty rows.  cells is {each of COLUMNS: text, "" where
     nothing is} or, of a row that is too long, the number of its cells.  ValueError names the file,
     and the row where it cannot be read."""
-    text = _text(path)
+    text = re.sub(r'\A"?sep=."?[ \t]*(\r\n|\r|\n)', "", _text(path))     # Excel's own line
     separator = max(",;\t", key=lambda mark: _known_columns(text, mark))      # the first of equals
     rows, number = [], 0
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True,
@@ -161,7 +161,7 @@ class Table:
             except ValueError as error:
                 self.left_out += 1
                 if cells.__class__ is dict and cells["dialogue"]:
-                    self.gaps.setdefault(_dialogue(cells), number)
+                    self.gaps.setdefault(self.dialogue(cells), number)
                 if str(error):
                     self.bad.append(str(error))
         for (column, name), numbers in self.missing.items():
@@ -197,7 +197,7 @@ class Table:
                 wrong(column, f"{cells[column]!r}, wanted seconds such as 12.5; correct it")
         first = media.get("video") or media.get("image") or media["audio"]
         if dialogue := cells["dialogue"]:
-            key = _dialogue(cells)
+            key = self.dialogue(cells)
             if key in self.gaps:
                 wrong("dialogue", f"an earlier turn of {dialogue!r}, row {self.gaps[key]}, is left "
                       "out, and the later turns with it; correct that row")
@@ -226,11 +226,31 @@ class Table:
         if len(options) < 2:
             wrong("options", f"{options[0] if options else '|'!r} alone, wanted two or more with | "
                   "between them; correct it")
-        for option in options:
-            if metrics.plain_words(option) == metrics.plain_words(answer):
-                return option
+        if len(set(options)) < len(options):
+            wrong("options", f"{', '.join(options)}: one of them stands there twice; delete it")
+        for same in (str, str.casefold, metrics.plain_words):        # exactly, else more loosely
+            found = [option for option in options if same(option) == same(answer)]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                wrong("answer", f"{answer!r} can be {' or '.join(found)}; write it as it stands "
+                      "among the options")
         wrong("answer", f"{answer!r} is none of the options {', '.join(options)}; write the text "
               "of the right option, not its letter or number")
+
+    def dialogue(self, cells):
+        """Identifies a dialogue: its files, however the cells spell them, and its name, which may
+        return with another clip."""
+        def unknown(column, what):
+            raise ValueError(what)
+
+        def file(column, name):
+            try:
+                return self.find(column, name, unknown) or _plain(name)
+            except ValueError:                              # that row is left out
+                return _plain(name)
+        return (*sorted(file(column, cells[column]) for column in CLIPS if cells[column]),
+                cells["dialogue"])
 
     # ---- clips
 
@@ -315,11 +335,6 @@ class Table:
         return Path(path).relative_to(inside[0]).as_posix() if inside else Path(path).name
 
 
-def _dialogue(cells):
-    """Identifies a dialogue: its name may return with another clip."""
-    return tuple(cells[column] for column in (*CLIPS, "dialogue"))
-
-
 # ---------------------------------------- training and test
 
 def files_of(record):
@@ -363,8 +378,10 @@ def from_table(path, out, media=(), test=None, test_share=0.2, log=print):
     for name in wanted:
         if name.suffix != ".jsonl" or name.is_dir():
             raise ValueError(f"{name}: wanted the name of a manifest to write, such as train.jsonl")
-    if len({os.path.abspath(name) for name in wanted}) < len(wanted):
-        raise ValueError(f"--out and --test are both {out}; give them two names")
+    places = [os.path.realpath(name) for name in (path, *wanted)]         # a link is its file
+    if len(set(places)) < len(places):
+        raise ValueError(f"{path}, {', '.join(map(str, wanted))}: two of these are the same file; "
+                         "the spreadsheet, --out and --test need names of their own")
     if not 0 < test_share < 1:
         raise ValueError(f"--test-share {test_share}: wanted a share between 0 and 1, such as 0.2")
     table = Table(path, media)

@@ -1444,3 +1444,17 @@ def test_a_config_survives_json(name, variant):
     again = FavorConfig(**json.loads(json.dumps(dataclasses.asdict(config))))
     assert again == config and isinstance(again.lora_targets, tuple) and again.diversity == 0.125
     assert lora.LoraConfig(target_modules=again.lora_targets).target_modules == config.lora_targets
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("dropout", 2.0), ("lora_dropout", -1.0), ("lora_alpha", -3.0), ("audio_seconds", 0.0),
+    ("question_tokens", 0), ("position_std", math.inf), ("diversity", math.nan),
+    ("max_seconds", -5.0), ("queries", 10 ** 8), ("layers", 10 ** 6)])
+def test_values_that_cannot_be_meant(field, value):
+    with pytest.raises(ValueError, match=f"^{field}="):
+        preset("tiny", **{field: value})
+
+
+def test_a_window_that_has_no_positions():
+    with pytest.raises(ValueError, match="max_positions=100, which is enough for"):
+        Favor.from_config(preset("tiny", max_positions=100))

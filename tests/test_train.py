@@ -932,8 +932,8 @@ def test_the_small_preset_with_the_papers_switches(small_preset, changes):
 def test_parts_that_do_not_go_together_are_refused(command, small_preset, small_parts, tmp_path):
     flags, words = small_preset
     for changes, said in (
-            ({"visual_grid": 0}, "siglip is a SigLIP or DINOv2 .* pass --visual-grid 7"),
-            ({"visual": small_parts / "instructblip"}, "'instructblip'; wanted siglip"),
+            ({"visual_grid": 0}, "a SigLIP or DINOv2 goes with --visual and --visual-grid"),
+            ({"visual": small_parts / "instructblip"}, "'instructblip'; wanted 'siglip'"),
             ({"llm": small_parts / "llama"}, r"no token <\|im_start\|>, which prompt=chatml needs"),
             ({"visual_grid": 5}, "visual_grid is 5; wanted 1 to 4"),
             ({"system": "instructblip"}, "--system instructblip needs the Q-Former")):

@@ -110,6 +110,7 @@ class Visit:
     notes: list = field(default_factory=list)          # what of it could not be read
     inside: picture.Inside | None = None
     answers: dict = field(default_factory=dict)        # mask: answer to the same question
+    asked: bool = False                                # whether there was a question yet
 
 
 class Stopped(Exception):
@@ -143,6 +144,7 @@ class Page:
         self.folder = None
         # One thread for the model: answers cannot mix, and PyTorch keeps one pool of threads.
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.working = None                             # the Job that the model works on
         self.drawing = threading.Lock()
         example = json.loads(EXAMPLE.read_text("utf-8"))
         self.example = EXAMPLE.parent / example["clip"]
@@ -200,6 +202,7 @@ class Page:
         payload = {"Video": video, "Sound": sound, "Picture": still}[kind] or {}
         visit, job = self.visit(request), Job(payload, (question or "").strip(), MASKS[
             bool(no_sound), bool(no_picture)], bool(as_it_plays))
+        visit.asked = True
         self.worker.submit(self.work, visit, job)
         answer, status = "", ""
         try:
@@ -228,6 +231,7 @@ class Page:
 
     def work(self, visit, job):
         """Answers on the model's thread; what happens goes into the queue of the job."""
+        self.working = job
         try:
             if not job.stopped.is_set():
                 self.answer(visit, job)
@@ -366,7 +370,7 @@ class Page:
                 yield from self.ask(a, b, c, d, e, f, g, h, i, request)
 
             def switched(a, b, c, d, e, f, g, h, i, request: gr.Request):
-                if self.visit(request).sample is None:       # before the first question
+                if not self.visit(request).asked:            # before the first question
                     yield "", "", "", ""
                 else:
                     yield from self.ask(a, b, c, d, e, f, g, h, i, request)
@@ -468,11 +472,14 @@ class Page:
                 yield address
             finally:
                 gc.unfreeze()
+                if self.working:                        # or the program would wait for its answer
+                    self.working.stopped.set()
                 blocks.close(verbose=False)
 
     def serve(self, port=PORT):
-        """Serves the page until Ctrl-C or SIGTERM."""
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))      # so that the folder is removed
+        """Serves the page until Ctrl-C, SIGTERM or the end of the terminal."""
+        for name in (signal.SIGTERM, signal.SIGHUP):               # so that the folder is removed
+            signal.signal(name, lambda *_: sys.exit(0))
         with self.serving(port) as address:
             print(f"The page is at {address} (Ctrl-C ends it)", flush=True)
             with contextlib.suppress(KeyboardInterrupt):

@@ -129,7 +129,8 @@ def look_inside(model, sample, clip, answer=None):
     if audio is not None:
         read = math.ceil(len(audio) / A) * SAMPLE_RATE / config.fps
         wave = clip.audio[:round(read)]
-        mel = log_mel_spectrogram(wave, len(wave))[0].half().cpu().numpy()
+        mel = log_mel_spectrogram(wave, max(len(wave), 480))[0]           # it needs 400 samples
+        mel = mel[:, :math.ceil(len(wave) / 160)].half().cpu().numpy()
     return Inside(streams, frames, mel, config.fps, config.window_frames, V, A,
                   0 if audio is None else len(audio), config.visual_grid,
                   clip.is_image and audio is None, sample.mask or "", notes)

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 import lora
 from aveb import metrics
+from favor import RENAMED
 from llama import (
     LLM_TENSORS,
     JsonTokenizer,
@@ -82,6 +83,7 @@ def read_checkpoint(folder):
     saved = hub.read_json(root / "favor.json")
     if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
         raise ValueError(f"{root}/favor.json: no config in it; save the checkpoint again")
+    saved["config"] = {RENAMED.get(name, name): value for name, value in saved["config"].items()}
     if saved.setdefault("system", "favor") not in ("favor", "instructblip"):
         raise ValueError(f"{root}/favor.json: system {saved['system']!r}; wanted favor or "
                          "instructblip, or the version of the code that wrote it")

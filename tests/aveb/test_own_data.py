@@ -265,7 +265,7 @@ def test_the_command_writes_checks_and_says_what_is_left_out(tmp_path, media, ca
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"out": "q.csv"}, r"q\.csv: wanted the name of a manifest to write, such as train\.jsonl"),
-    ({"test": "./a.jsonl"}, r"--out and --test are both a\.jsonl"),
+    ({"test": "./a.jsonl"}, r"two of these are the same file"),
     ({"test_share": 1.0}, r"--test-share 1\.0: wanted a share between 0 and 1"),
     ({"media": ["none"]}, r"none: no such folder; --media names a folder of clips")])
 def test_flags_that_cannot_be_meant(settings, message, tmp_path, monkeypatch):
@@ -274,6 +274,37 @@ def test_flags_that_cannot_be_meant(settings, message, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message):
         from_table("q.csv", **{"out": "a.jsonl"} | settings, log=quiet)
     assert Path("q.csv").read_text() == "clip,question,answer\n"
+
+
+@pytest.mark.parametrize(("options", "answer", "said"), [
+    ("1|-1", "-1", "-1"), ("Ja|Ja!", "Ja!", "Ja!"), ("C|C++|C#", "c++", "C++"), ("No.|Yes.", "yes",
+     "Yes."), ("Ja!|Ja?", "ja", None), ("a|a|b", "a", None)])
+def test_the_option_that_is_meant(tmp_path, media, options, answer, said):
+    """The text as it stands comes first, then without capitals, then without marks."""
+    (tmp_path / "q.csv").write_text(f"clip,question,answer,options\ndoor,q,{answer},{options}\n")
+    table = Table(tmp_path / "q.csv", [media])
+    assert [record.target for record in table.records] == ([said] if said else [])
+    assert bool(table.bad) == (said is None)
+
+
+def test_a_dialogue_is_about_the_file_however_it_is_spelt(tmp_path, media):
+    (tmp_path / "q.csv").write_text('sep=,\nclip,question,answer,dialogue\ndoor,q1,a1,d\n'
+                                    'DOOR.MP4,q2,a2,d\n')
+    first, second = Table(tmp_path / "q.csv", [media]).records
+    assert second.history == (("q1", "a1"),) and first.id.endswith("-2")
+    (tmp_path / "q.csv").write_text("clip,question,answer,dialogue\ndoor,,a1,d\nDOOR.MP4,q2,a2,d\n")
+    assert Table(tmp_path / "q.csv", [media]).left_out == 2
+
+
+def test_links_to_the_spreadsheet_are_not_overwritten(tmp_path, media):
+    table = tmp_path / "q.csv"
+    table.write_text("clip,question,answer\ndoor,a,b\nbell,a,b\n")
+    (tmp_path / "l.jsonl").symlink_to(table)
+    (tmp_path / "m.jsonl").symlink_to(tmp_path / "o.jsonl")
+    for out, test in (("l.jsonl", None), ("o.jsonl", "m.jsonl")):
+        with pytest.raises(ValueError, match="two of these are the same file"):
+            from_table(table, tmp_path / out, [media], test and tmp_path / test, log=quiet)
+    assert table.read_text().startswith("clip,")
 
 
 # ---- the page -----------------------------------------------------------------------------------
