@@ -160,7 +160,7 @@ class FavorConfig:
 SOURCES = ("whisper", "visual", "llm")
 LARGEST = {"beams": 1000, "max_new_tokens": 100_000, "image_frames": 10_000,    # for the memory
            "visual_grid": 64, "direct": 100_000, "queries": 100_000, "layers": 1000,
-           **dict.fromkeys(("dropout", "lora_dropout", "encoder_dropout"), 0.99)}
+           **dict.fromkeys(("dropout", "lora_dropout", "encoder_dropout"), 1.0)}
 MOST = sys.float_info.max                     # of any other field: infinity is no setting
 RENAMED = {"windows": "window_frames", "instructblip": "visual"}     # old name of a field: new
 OFFICIAL = {"variant": "official", "causal": "future", "mask_padding": False,

@@ -1312,10 +1312,11 @@ def test_errors_say_what_was_wanted(build, tmp_path):
             ("queries", 0, "queries=0"), ("fps", 0, "fps=0"), ("variant", "x", "paper, official")):
         with pytest.raises(ValueError, match=message):
             FavorConfig(**{field: bad})
-    model = build(window_frames=9)
-    with pytest.raises(ValueError, match="9 frames x 12 vectors = 108.*96 positions.*"
-                                         "window_frames=10"):
-        model([Sample("what", "red", features=features(9))])
+    with pytest.raises(ValueError, match="a window of 9 frames .*max_positions=96.*for 8 frames"):
+        build(window_frames=9)
+    model = build()
+    with pytest.raises(ValueError, match="9 frames x 12 vectors = 108.*96 positions.*fewer frames"):
+        model.qformer(torch.zeros(1, 108, 2 * model.visual.width), torch.ones(1, 108) > 0, 12)
     with pytest.raises(ValueError, match="no target for 'who is it'"):
         model([Sample("what", "red"), Sample("who is it")])
     for run in (model, model.generate):
@@ -1456,5 +1457,5 @@ def test_values_that_cannot_be_meant(field, value):
 
 
 def test_a_window_that_has_no_positions():
-    with pytest.raises(ValueError, match="max_positions=100, which is enough for"):
-        Favor.from_config(preset("tiny", max_positions=100))
+    with pytest.raises(ValueError, match="max_positions=30, which is enough for 3 frames"):
+        Favor.from_config(preset("tiny", max_positions=30))
