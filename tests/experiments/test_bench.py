@@ -278,9 +278,9 @@ def test_the_command_line(capsys):
     config, given = cli.parse(bench.BenchConfig, bench.__doc__, ["--only", "1", "10", "--quick"])
     assert config.names == ("1", "10") and given == {"only", "quick"}
     assert (config.run().size, config.run().repeats) == ("quick", 3)
-    assert len(bench.BenchConfig().names) == 10 and bench.BenchConfig(device="cpu").run().size == (
+    assert len(bench.BenchConfig().names) == 11 and bench.BenchConfig(device="cpu").run().size == (
         "full")
-    for words, message in ((["--only", "11"], "there are 1, 2"),
+    for words, message in ((["--only", "12"], "there are 1, 2"),
                            (["--model", "70b"], "argument --model: invalid choice: '70b'"),
                            (["--repeats", "-1"], "0 or more")):
         with pytest.raises(SystemExit):
