@@ -2,8 +2,6 @@
 
      lmms-eval --model favor --model_args checkpoint=runs/7b/best --tasks worldsense --batch_size 8
 
-lmms-eval finds `manifest` by our package's entry point "lmms_eval.models" (docs/benchmark.md).
-
      doc_to_visual(document): PIL images, paths, {"array", "sampling_rate"} --read_media--> Clip
      Clip + context --Favor.generate, with the task's gen_kwargs--> answer
 
@@ -31,18 +29,16 @@ from runtime.media import MediaError, write_wav
 try:
     from lmms_eval.api.model import lmms
 except ModuleNotFoundError as error:
-    if error.name != "lmms_eval":                          # it is there, but not what it needs
-        raise
-    raise ImportError("tools.lmms_eval is run by lmms-eval, which is not installed here; install "
-                      "it beside FAVOR (docs/benchmark.md): lmms-eval --model favor") from None
+    raise ImportError(f"{error}; tools.lmms_eval is run by lmms-eval, which is to be installed "
+                      "beside FAVOR (docs/benchmark.md): lmms-eval --model favor") from error
 
 KNOWN = {"max_new_tokens", "until", "num_beams", "do_sample", "temperature", "top_p",
          "repetition_penalty"}                             # of a task's gen_kwargs
 
 
 def manifest():
-    """What lmms-eval's registry asks for."""
-    # Imported here: the registry is itself half imported when it loads this module.
+    """What our entry point "lmms_eval.models" gives to lmms-eval's registry, which is itself half
+    imported then."""
     from lmms_eval.models.registry_v2 import ModelManifest
     return ModelManifest("favor", simple_class_path="tools.lmms_eval.FavorLmms")
 
@@ -50,9 +46,9 @@ def manifest():
 def settings_of(gen_kwargs, most):
     """A task's gen_kwargs -> settings of Favor.generate.  Tasks ask for up to 49152 new tokens; as
     the clip cannot have the LLM's positions that are kept for them, these are `most` at most."""
-    settings = {"max_new_tokens": min(gen_kwargs.get("max_new_tokens") or most, most)}
-    settings |= {name: gen_kwargs[name] for name in ("num_beams", "repetition_penalty")
-                 if gen_kwargs.get(name)}
+    settings = {name: gen_kwargs[name] for name in ("num_beams", "repetition_penalty")
+                if gen_kwargs.get(name)}
+    settings["max_new_tokens"] = min(gen_kwargs.get("max_new_tokens") or most, most)
     sample = gen_kwargs.get("do_sample")                   # False: temperature has no effect
     temperature = gen_kwargs.get("temperature", 1.0 if sample else 0.0)
     if temperature and sample is not False:
@@ -64,16 +60,14 @@ def settings_of(gen_kwargs, most):
 def read_one(medium, options):
     """One PIL image, path, or sound as datasets has it -> Clip."""
     with tempfile.TemporaryDirectory() as folder:          # resized and resampled as files are
-        file = Path(folder) / "file"
-        if isinstance(medium, (str, os.PathLike)):
-            file = medium
-        elif hasattr(medium, "convert"):                   # a PIL image
+        file = medium if isinstance(medium, (str, os.PathLike)) else Path(folder) / "file"
+        if hasattr(medium, "convert"):                     # a PIL image
             medium.convert("RGB").save(file, "PNG", compress_level=0)
         elif isinstance(medium, dict) and "array" in medium or hasattr(medium, "get_all_samples"):
             wave = np.asarray(medium["array"])             # (S,), (channels,S) or (S,channels)
             wave = wave if wave.ndim == 1 else wave.mean(axis=int(np.argmin(wave.shape)))
             write_wav(file, wave, int(medium["sampling_rate"]))
-        else:
+        elif file is not medium:
             raise MediaError(f"a {type(medium).__name__} from doc_to_visual; wanted PIL images, "
                              'paths, or sounds as {"array", "sampling_rate"}')
         return clip_from_path(file, **options)
@@ -134,9 +128,8 @@ class FavorLmms(lmms):
                 until = [end for end in ([until] if isinstance(until, str) else until) if end]
                 given = samples and self.model.generate([*samples.values()], **settings)
                 for i, answer in zip(samples, given, strict=True):
-                    for end in until:
-                        answer = answer.split(end)[0]
-                    answers[i] = answer.strip()
+                    answers[i] = min((answer.split(end)[0] for end in until), key=len,
+                                     default=answer).strip()
                 progress.add(len(part))
         if skipped:
             distributed.log("favor: " + report_skipped(skipped, len(requests)))
@@ -158,10 +151,7 @@ class FavorLmms(lmms):
     def loglikelihood(self, requests):
         """Refused: lmms-eval documents a log-probability here, but ranks it as a loss."""
         raise NotImplementedError(
-            "favor does not answer tasks of the type multiple_choice or loglikelihood: of these "
-            "numbers lmms-eval 0.7.3 takes the smallest for the best; run a task that generates")
+            "favor answers tasks of the type generate_until alone; of the numbers that other types "
+            "need lmms-eval 0.7.3 takes the smallest for the best, and rounds are not supported")
 
-    def generate_until_multi_round(self, requests):
-        """Refused."""
-        raise NotImplementedError("favor does not answer tasks of several rounds; run one of the "
-                                  "type generate_until")
+    generate_until_multi_round = loglikelihood
