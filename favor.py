@@ -314,7 +314,16 @@ def block_causal_attention(q, k, v, mask=None, dropout=0.0, *, per_frame, causal
         # A padded row attends to itself, so that no softmax is over an empty set.
         itself = torch.eye(len(causal_mask), dtype=torch.bool, device=q.device)
         causal_mask = causal_mask & mask[:, None, None] | itself
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask, dropout_p=dropout)
+    # In five groups of frames, each with the frames that it may see: a call with the whole mask
+    # would compute the scores that the mask hides, too.
+    size, groups = math.ceil(frames / 5) * per_frame, []
+    for first in range(0, q.shape[2], size):
+        rows = slice(first, first + size)
+        keys = slice(0, rows.stop) if causal == "past" else slice(first, None)
+        groups.append(F.scaled_dot_product_attention(
+            q[:, :, rows], k[:, :, keys], v[:, :, keys], dropout_p=dropout,
+            attn_mask=causal_mask[..., rows, keys]))                              # (W,heads,n,d)
+    return torch.cat(groups, dim=2)
 
 
 # ---------------------------------------------------------------- Eq. (2): the causal Q-Former
@@ -850,7 +859,7 @@ class Favor(nn.Module):
         longest = max(w.shape[1] for w, _ in windows)      # they differ only with window_frames=0
         if self.config.mask_padding:              # all that is read of a batch of stills is a frame
             real = [n for sample in samples for n in self.stream_frames(sample)]
-            longest = min(longest, N * max(real, default=1))
+            longest = min(longest, N * max([1, *real]))
         frames = torch.cat([F.pad(w, (0, 0, 0, longest - w.shape[1])) for w, _ in windows])
         mask = torch.cat([F.pad(m, (0, longest - m.shape[1])) for _, m in windows])
         queries = self.qformer(frames, mask, per_frame=N)                         # (W,Q,D)
