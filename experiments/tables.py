@@ -11,6 +11,7 @@ Public: SYSTEMS, WINDOWS, LAMBDAS, FPS, CLAIMS, mean_interval, paired, verdict, 
 score_table, difference_table, gain_table, claim_table, mask_table, tables,
 reproduction_table."""
 
+import functools
 import itertools
 import json
 import math
@@ -59,6 +60,7 @@ CLAIMS = (("no-causal", ("videoqa", "isqa", "avssd")), ("no-windows", ("videoqa"
 
 
 # ---------------------------------------------------------------- statistics over seeds
+@functools.cache
 def t_quantile(df):
     """Student's 97.5 % point; with t = sqrt(df) tan(a) the density is cos(a)^(df-1) da."""
     angle = np.linspace(0, np.pi / 2, 200_001)
