@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import lora
+from baselines.video_llama import Blip2Encoder, Branches, BranchesConfig, VideoLlama
 from data import Features, Sample
 from llama import Llama, LlamaConfig, Tokenizer
 from runtime import hub
@@ -46,6 +47,9 @@ PUBLISHED = {
     (GridEncoder, "google/siglip-base-patch16-224"): (GridConfig(resample="bicubic"),),
     (GridEncoder, "facebook/dinov2-small"): (
         GridConfig(width=384, heads=6, ffn=1536, trained_size=518, **DINOV2),),
+    (Blip2Encoder, VideoLlama.places["visual"]): INSTRUCTBLIP,
+    (Branches, VideoLlama.places["whisper"]): (BranchesConfig(),),
+    (Llama, VideoLlama.places["llm"]): (LlamaConfig(),),
     (VisualEncoder, "Salesforce/instructblip-vicuna-7b"): INSTRUCTBLIP,
     (VisualEncoder, "Salesforce/instructblip-vicuna-13b"): INSTRUCTBLIP,
     (Llama, "Salesforce/instructblip-vicuna-7b"): (LlamaConfig(),),
@@ -58,6 +62,8 @@ ANSWER = 40         # tokens of an answer that is planned for
 FROM_FOLDER = {
     WhisperEncoder: lambda root: (WhisperConfig.from_folder(root),),
     VisualEncoder: read_config,
+    Blip2Encoder: Blip2Encoder.sizes,
+    Branches: Branches.sizes,
     GridEncoder: lambda root: (read_grid_config(root),),
     Llama: lambda root: (LlamaConfig.from_folder(root),),
 }
@@ -71,7 +77,8 @@ class StandIn(Tokenizer):
     for ChatML's tokens, as these have the same ids in SmolLM2."""
 
     def special_id(self, token):
-        return {"<|im_start|>": self.bos_id, "<|im_end|>": self.eos_id}[token]
+        own = {"<|im_start|>": self.bos_id, "<|im_end|>": self.eos_id}
+        return own[token] if token in own else super().special_id(token)
 
 
 # ---------------------------------------------------------------- random weights
@@ -155,6 +162,8 @@ def parts_of(model):
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             part = "LoRA"
+        elif name.startswith("branches.audio_encoder."):
+            part = "ImageBind's audio trunk"
         elif name.startswith("visual."):
             grid = not model.visual.reads_question       # a ViT and nothing else
             part = "ViT" if grid or name.startswith("visual.vit.") else "visual Q-Former"
@@ -162,7 +171,7 @@ def parts_of(model):
             first = name.split(".")[0]
             part = {"whisper": "Whisper encoder", "audio_proj": "audio projection",
                     "qformer": "causal Q-Former", "llm_proj": "LLM projection", "llm": "LLM",
-                    "language_projection": "language projection"}[first]
+                    "language_projection": "language projection", "branches": "branches"}[first]
         parts.setdefault(part, []).append(parameter)
     return parts
 
@@ -178,7 +187,8 @@ def memory_plan(model, sample, batch, answer=ANSWER, recompute=False, shards=1):
     whose features may be on "meta" as the model may.  What autograd keeps is measured: of the
     aligner at its own size, of the LLM on a small one (`llm_bytes`) and scaled.  recompute: blocks
     of the LLM keep their input, one at a time the rest; shards: over so many devices
-    (runtime/distributed.py).  Allocator, kernels and the exchange of gradients come on top."""
+    (runtime/distributed.py).  Allocator, kernels and the exchange of gradients come on top.  Of a
+    model of which nothing learns, only answering is shown."""
     llm, vit = model.llm.config, getattr(model.visual, "vit", model.visual).config
     length = model.length(sample) + answer
     wide = next(model.llm.parameters()).element_size()
@@ -187,11 +197,12 @@ def memory_plan(model, sample, batch, answer=ANSWER, recompute=False, shards=1):
     llm_kept = inputs + batch * length * (1 if recompute else llm.layers) * llm_bytes(
         model.config, wide) * (8 * llm.width + 3 * llm.ffn)
     aligner_kept = batch * kept_by_autograd(
-        model, lambda: model.train().audio_visual_tokens([sample]))
+        model, lambda: model.train().audio_visual_tokens([sample])) if trained else 0
     logits = batch * answer * llm.vocab_size * (wide + 8)            # and twice in fp32: softmax
     cache = 2 * batch * max(1, model.config.beams) * llm.layers * llm.kv_heads * llm.head_dim * (
         length + model.config.max_new_tokens) * wide
-    pictures = FRAMES_AT_ONCE * (vit.n_patches + 1) * (4 * vit.width + vit.ffn) * wide
+    frames = getattr(model, "frames_at_once", FRAMES_AT_ONCE)
+    pictures = frames * (vit.n_patches + 1) * (4 * vit.width + vit.ffn) * wide
     weights = size(model.parameters())
     spread = {p for p in model.parameters() if p.requires_grad} | {*model.llm.parameters()}
     blocks = size(model.llm.model.layers.parameters())               # two are whole at a time
@@ -202,10 +213,13 @@ def memory_plan(model, sample, batch, answer=ANSWER, recompute=False, shards=1):
             ("gradients and Adam's two moments, fp32", 12 * trained // shards, 0),
             (f"LLM, {length} tokens", llm_kept, cache),
             ("aligner", aligner_kept, 0), ("logits of the answer", logits, 0),
-            (f"ViT, {FRAMES_AT_ONCE} frames at a time", pictures, pictures)]
+            (f"ViT, {frames} frames at a time", pictures, pictures)]
     rows.append(("**all**", *(sum(row[i] for row in rows) for i in (1, 2))))
-    return hub.markdown_table(("GiB", "training step", "answering"), [
-        (name, f"{a / GIB:.3g}", f"{b / GIB:.3g}") for name, a, b in rows])
+    rows = [(name, f"{a / GIB:.3g}", f"{b / GIB:.3g}") for name, a, b in rows]
+    if not trained:
+        return hub.markdown_table(("GiB", "answering"), [
+            (name, b) for name, _, b in rows if b != "0"])
+    return hub.markdown_table(("GiB", "training step", "answering"), rows)
 
 
 def llm_bytes(config, wide, width=256, ffn=688, tokens=64):
