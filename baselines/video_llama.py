@@ -44,6 +44,7 @@ from vit_qformer import (
     QFormer,
     QFormerConfig,
     VisualEncoder,
+    ViTConfig,
     read_config,
     to_pixels,
 )
@@ -96,6 +97,8 @@ class BranchesConfig:
 
 class Blip2Encoder(VisualEncoder):
     """ViT, last norm and image Q-Former of BLIP-2's pretraining with FlanT5-XXL, without text."""
+    published = {BLIP2: (ViTConfig(), QFormerConfig(), 32)}
+
     def __init__(self, vit=None, qformer=None, n_queries=32):
         qformer = dataclasses.replace(qformer or QFormerConfig(), vocab_size=0)
         super().__init__(vit, qformer, n_queries)
@@ -130,6 +133,8 @@ class Blip2Encoder(VisualEncoder):
 
 class Branches(nn.Module):
     """What Video-LLaMA adds to BLIP-2 and to the LLM, with ImageBind's audio part."""
+    published = {"video-llama": (BranchesConfig(),)}
+
     def __init__(self, config=None):
         super().__init__()
         self.config = config = config or BranchesConfig()
@@ -156,15 +161,16 @@ class Branches(nn.Module):
     @staticmethod
     def sizes(root):
         """config.json of the folder -> (BranchesConfig,)."""
-        if not root.is_dir():
+        path = root / "config.json"
+        found = hub.read_object(path) if path.exists() else {}
+        if found.get("model_type") != "video-llama":
             raise FileNotFoundError(
-                f"{root}: no such folder; put finetune-vicuna7b-v2.pth and "
-                "finetune_vicuna7b_audiobranch.pth of DAMO-NLP-SG/Video-LLaMA-Series and "
-                f"ImageBind's imagebind_huge.pth into a folder PTH, run `{hub.CONVERT} PTH "
-                "video-llama`, and pass --video-llama video-llama")
+                f"{root}: no folder that {hub.CONVERT} made of Video-LLaMA's files; put "
+                "finetune-vicuna7b-v2.pth and finetune_vicuna7b_audiobranch.pth of DAMO-NLP-SG/"
+                "Video-LLaMA-Series and ImageBind's imagebind_huge.pth into a folder PTH, run "
+                f"`{hub.CONVERT} PTH video-llama`, and pass --video-llama video-llama")
         names = {field.name: field.name for field in dataclasses.fields(BranchesConfig)}
-        found = hub.model_config(root, "video-llama")
-        return (hub.make_config(BranchesConfig, found, names, root / "config.json"),)
+        return (hub.make_config(BranchesConfig, found, names, path),)
 
     @staticmethod
     def released_shapes(config):
@@ -207,7 +213,7 @@ class VideoLlama(Favor):
     places = {"visual": BLIP2, "whisper": "video-llama", "llm": "vicuna-7b-v0",
               "max_new_tokens": NEW_TOKENS}      # of the preset 7b; whisper: what hears, Branches
     frames_at_once = FRAMES
-    greedy, seed = False, 0                      # DIFF sampling: a seed makes it repeatable
+    greedy, seed = False, 0                      # DIFF, Video-LLaMA's answers: theirs have no seed
 
     def __init__(self, config, visual, branches, llm, tokenizer):
         nn.Module.__init__(self)
@@ -274,8 +280,8 @@ class VideoLlama(Favor):
         return [made.get(id(clip)) or Features() for clip in clips]
 
     def encode_clip(self, clip):
-        """Clip -> Features.  DIFF video-llama sound: the decoder's mono mix, as all systems hear
-        it; the authors hear the first channel.  A sound below 25 ms counts as none."""
+        """Clip -> Features.  DIFF, Video-LLaMA's sound: the decoder's mono mix, which all systems
+        hear; the authors hear the first channel.  A sound below 25 ms counts as none."""
         device, visual, audio, times = self.llm.lm_head.weight.device, None, None, ()
         if clip.frames is not None:
             chosen, times = choose_frames(clip)
@@ -297,8 +303,8 @@ class VideoLlama(Favor):
         """An encoded Sample -> ids of each piece of the prompt, and the vectors between them.
 
         A modality that is masked, and the picture of a sound alone, are vectors of zeros, as in
-        FAVOR's evaluation of sounds.  DIFF video-llama, left open: an image with sound takes the
-        prompt of a video with sound."""
+        FAVOR's evaluation of sounds.  DIFF, Video-LLaMA's images, left open: one with sound takes
+        the prompt of a video with sound."""
         if sample.mask not in MODALITY_MASKS:
             raise ValueError(f"mask={sample.mask!r}; wanted one of {MODALITY_MASKS}")
         features, config = sample.features, self.branches.config
@@ -361,9 +367,9 @@ class VideoLlama(Favor):
         return ids[-1] == self.eos or "###" in self.tokenizer.decode(ids[-4:])
 
     def text_of(self, ids):
-        """Ids of an answer -> its text.  </s> stays in it, as in the authors' code."""
-        text = self.tokenizer.decode(ids) + "</s>" * (ids[-1:] == [self.eos])
-        return text.split("###")[0].split("Assistant:")[-1].strip()
+        """Ids of an answer -> its text, without </s>: DIFF, Video-LLaMA's answers keep it in the
+        authors' code, where an exact match then fails."""
+        return self.tokenizer.decode(ids).split("###")[0].split("Assistant:")[-1].strip()
 
     def seed_of(self, sample):
         """A number for the dice of one question: the same in any batch, process and order."""
@@ -376,8 +382,8 @@ class VideoLlama(Favor):
 
 def choose_frames(clip):
     """Clip -> places and seconds of its frames: number floor(k N / 8) of the N that differ in time,
-    or all of them if they are fewer.  DIFF video-llama frames: they are found by time, at k/8 of
-    the length; with a constant frame rate these are the authors'."""
+    or all of them if they are fewer.  DIFF, Video-LLaMA's frames are found by time, at k/8 of the
+    length; with a constant frame rate these are the authors'."""
     times = clip.times or [place / clip.fps for place in range(len(clip.frames))]
     distinct = [place for place, time in enumerate(times) if not place or time != times[place - 1]]
     n = min(FRAMES, len(distinct))

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 import lora
-from baselines.video_llama import Blip2Encoder, Branches, BranchesConfig, VideoLlama
 from data import Features, Sample
 from llama import Llama, LlamaConfig, Tokenizer
 from runtime import hub
@@ -47,9 +46,7 @@ PUBLISHED = {
     (GridEncoder, "google/siglip-base-patch16-224"): (GridConfig(resample="bicubic"),),
     (GridEncoder, "facebook/dinov2-small"): (
         GridConfig(width=384, heads=6, ffn=1536, trained_size=518, **DINOV2),),
-    (Blip2Encoder, VideoLlama.places["visual"]): INSTRUCTBLIP,
-    (Branches, VideoLlama.places["whisper"]): (BranchesConfig(),),
-    (Llama, VideoLlama.places["llm"]): (LlamaConfig(),),
+    (Llama, "vicuna-7b-v0"): (LlamaConfig(),),
     (VisualEncoder, "Salesforce/instructblip-vicuna-7b"): INSTRUCTBLIP,
     (VisualEncoder, "Salesforce/instructblip-vicuna-13b"): INSTRUCTBLIP,
     (Llama, "Salesforce/instructblip-vicuna-7b"): (LlamaConfig(),),
@@ -62,8 +59,6 @@ ANSWER = 40         # tokens of an answer that is planned for
 FROM_FOLDER = {
     WhisperEncoder: lambda root: (WhisperConfig.from_folder(root),),
     VisualEncoder: read_config,
-    Blip2Encoder: Blip2Encoder.sizes,
-    Branches: Branches.sizes,
     GridEncoder: lambda root: (read_grid_config(root),),
     Llama: lambda root: (LlamaConfig.from_folder(root),),
 }
@@ -86,7 +81,8 @@ def random_part(cls, source, dtype=None, device=None, vocab_size=None, **more):
     """A frozen `cls` of the size of `source`, in eval mode: matrices N(0, 0.02), norms 1, biases 0.
     A tokenizer is the source's own where that is a folder with one, else the miniature's, whose ids
     fit into any vocabulary.  To be passed as `load` to Favor.from_config.  more: what the
-    constructor takes beside sizes, the grid of a GridEncoder.
+    constructor takes beside sizes, the grid of a GridEncoder.  Parts of a baseline know their own
+    sizes: cls.published, cls.sizes(folder).
     Raises ValueError for a repository whose sizes are not known here."""
     root = Path(hub.local_source(source)).expanduser()
     if cls in STAND_INS:
@@ -96,12 +92,14 @@ def random_part(cls, source, dtype=None, device=None, vocab_size=None, **more):
         stand_in = hub.local_source(stand_in)
         return StandIn(stand_in / "tokenizer.model") if cls is Tokenizer else (
             cls.from_pretrained(stand_in))
+    published = getattr(cls, "published", {}) | {
+        repo: settings for (kind, repo), settings in PUBLISHED.items() if kind is cls}
     if root.is_dir():
-        settings = FROM_FOLDER[cls](root)
-    elif (cls, str(source)) in PUBLISHED:
-        settings = PUBLISHED[cls, str(source)]
+        settings = FROM_FOLDER[cls](root) if cls in FROM_FOLDER else cls.sizes(root)
+    elif str(source) in published:
+        settings = published[str(source)]
     else:
-        known = sorted(repo for kind, repo in PUBLISHED if kind is cls)
+        known = sorted(published)
         instead = [hub.INSTEAD[name] for kind, name in (
             (GridEncoder, "siglip"), (VisualEncoder, "instructblip"))
             if (kind, str(source)) in PUBLISHED]             # the other kind of visual encoder

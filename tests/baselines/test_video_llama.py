@@ -285,16 +285,14 @@ def test_released_names_and_shapes():
     assert count == {"video": 58, "audio": 58, "imagebind": 177}
     assert values == {"video": 22_104_064, "audio": 22_855_680, "imagebind": 86_235_649}
     trunk = "audio_encoder.modality_trunks.audio.blocks.11"
-    for name, shape in {"video_frame_position_embedding.weight": (32, 768),
-                        "video_Qformer.bert.embeddings.LayerNorm.weight": (768,),
-                        "audio_Qformer.bert.encoder.layer.1.crossattention.self.key.weight":
-                        (768, 1024), "llama_proj.weight": (4096, 768),
-                        "audio_encoder.modality_preprocessors.audio.pos_embedding_helper.pos_embed":
-                        (1, 229, 768), f"{trunk}.attn.in_proj_weight": (2304, 768),
-                        f"{trunk}.attn.bias_k": (1, 1, 768),
-                        "audio_encoder.modality_heads.audio.2.weight": (1024, 768),
-                        "audio_encoder.modality_postprocessors.audio.1.log_logit_scale": ()}.items():
-        assert shapes[name] == shape
+    assert shapes.items() >= {
+        "video_frame_position_embedding.weight": (32, 768), "llama_proj.weight": (4096, 768),
+        "video_Qformer.bert.embeddings.LayerNorm.weight": (768,),
+        "audio_Qformer.bert.encoder.layer.1.crossattention.self.key.weight": (768, 1024),
+        "audio_encoder.modality_preprocessors.audio.pos_embedding_helper.pos_embed": (1, 229, 768),
+        f"{trunk}.attn.in_proj_weight": (2304, 768), f"{trunk}.attn.bias_k": (1, 1, 768),
+        "audio_encoder.modality_heads.audio.2.weight": (1024, 768),
+        "audio_encoder.modality_postprocessors.audio.1.log_logit_scale": ()}.items()
 
 
 class Malicious:
@@ -304,12 +302,12 @@ class Malicious:
 
 @pytest.mark.parametrize("kind, name, tensor, message", [
     ("vl", "llama_proj.bias", None, "finetune-vicuna7b-v2.pth: .*missing: llama_proj.bias"),
-    ("al", "audio_query_tokens", torch.ones(1, 7, 32), "audiobranch.pth: .*wrong shape: audio_query"),
+    ("al", "audio_query_tokens", torch.ones(1, 7, 32), "audiobranch.pth: .*wrong shape: audio_q"),
     ("al", "one.more", torch.ones(1), r"audiobranch.pth: .*unknown: one.more \(1\)"),
-    ("vl", "video_frame_position_embedding.weight", torch.ones(31, 36), "31, 36], wanted .32, 36"),
-    ("imagebind", "modality_heads.audio.2.weight", None, "imagebind_huge.pth: .*missing: audio_enc"),
+    ("vl", "video_frame_position_embedding.weight", torch.ones(31, 36), "31, 36], wanted .32, 3"),
+    ("imagebind", "modality_heads.audio.2.weight", None, "imagebind_huge.pth: .*missing: audio_"),
     ("imagebind", "modality_trunks.audio.blocks.0.attn.bias_k", torch.ones(24), "wrong shape"),
-    ("vl", "llama_proj.weight", torch.full((32, 32), float("nan")), "NaN or infinity in llama_proj"),
+    ("vl", "llama_proj.weight", torch.full((32, 32), float("nan")), "NaN or infinity in llama_"),
     ("al", "odd", Malicious(), "audiobranch.pth: no plain pickle of tensors, and not run"),
     ("imagebind", "odd", 3, r"imagebind_huge.pth: holds odd \(1\)")])
 def test_torch_files_that_are_refused(tmp_path, kind, name, tensor, message):
@@ -441,7 +439,7 @@ def test_a_batch_is_its_singles_and_a_seed_repeats(model):
 
 
 def test_an_answer_ends_before_the_next_turn(model):
-    """At ###, however it is spelt, or at </s>, which stays in the text as in the authors' code."""
+    """At ###, however it is spelt, or at </s>."""
     encode = model.tokenizer.encode
     for text in ("A dog.###", "A dog.\n###Human:", "A dog. ### Human", "###Assistant: A dog.###"):
         ids, read = encode(text), []
@@ -452,7 +450,7 @@ def test_an_answer_ends_before_the_next_turn(model):
         assert "###" in model.tokenizer.decode(read)
     assert model.text_of(encode("A dog. ### Human: what")) == "A dog."
     assert model.text_of(encode("Assistant: A dog.###")) == "A dog."
-    assert model.text_of([*encode("A dog."), 2]) == "A dog.</s>" and model.ended([5, 2])
+    assert model.text_of([*encode("A dog."), 2]) == "A dog." and model.ended([5, 2])
 
 
 def test_sampling_is_that_of_transformers():
@@ -489,12 +487,13 @@ def test_parts_that_are_wrong(sources, small_parts, tmp_path):
                  "llm": sources["llm"]} | changed
         return VideoLlama.from_config(system_preset("video-llama", "tiny", parts))
 
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder; wanted Vicuna-7B v0.*###"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder; wanted Vicuna-7B v0.*#"):
         load(llm="nowhere")
     with pytest.raises(ValueError, match="an InstructBLIP; wanted Vicuna-7B v0"):
         load(llm=str(small_parts / "instructblip"))
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder; put finetune-vicuna7b"):
-        load(whisper="nowhere")
+    for folder in ("nowhere", sources["llm"]):
+        with pytest.raises(FileNotFoundError, match=f"{folder}: no folder that .*tools.convert PTH"):
+            load(whisper=folder)
     with pytest.raises(ValueError, match="model_type is 'instructblip'; .*blip2-flan-t5-xxl"):
         load(visual=str(small_parts / "instructblip"))
     config = hub.read_json(Path(sources["visual"]) / "config.json")
@@ -594,7 +593,7 @@ def test_flags(capsys):
     settings = evaluation.EvalConfig
     assert settings(system="video-llama", model="7b").tasks == VideoLlama.tasks
     for wrong, message in [
-            ({"task": "asr"}, "--system video-llama can do ic, ocr"), ({"beams": 5}, "--beams does"),
+            ({"task": "asr"}, "--system video-llama can do ic,"), ({"beams": 5}, "--beams does"),
             ({"compile": True}, "--compile does not go with --system video-llama"),
             ({"checkpoint": "runs/7b/best"}, "--checkpoint does not go")]:
         with pytest.raises(ValueError, match=message):
