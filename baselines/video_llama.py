@@ -172,17 +172,6 @@ class Branches(nn.Module):
         names = {field.name: field.name for field in dataclasses.fields(BranchesConfig)}
         return (hub.make_config(BranchesConfig, found, names, path),)
 
-    @staticmethod
-    def released_shapes(config):
-        """{released name: shape} of all that Branches(config) reads."""
-        with torch.device("meta"):
-            tensors, found = Branches(config).state_dict(), {}
-        for name, tensor in tensors.items():
-            for theirs, ours in RENAME:
-                name = name.replace(ours, theirs)
-            found[name] = tuple(tensor.shape)
-        return found
-
     def watch(self, frames):
         """The image Q-Former's vectors (B,F,V,D) -> (B,32,D_llm).  One position per frame."""
         if frames.shape[1] > FRAME_POSITIONS:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from baselines.video_llama import Branches, BranchesConfig
+from baselines.video_llama import RENAME, Branches, BranchesConfig
 from runtime import cli, hub
 from runtime.hub import atomic, write_json
 
@@ -163,7 +163,7 @@ def convert_video_llama(source, out, dtype=None, log=print):
     found = join_parts(parts, log)
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     config = sizes_of(shapes)
-    check_parts(parts, shapes, Branches.released_shapes(config))
+    check_parts(parts, shapes, released_shapes(config))
     found = {name: t.to(dtype) if dtype else t for name, t in found.items()}
     if spoilt := [name for name, t in found.items() if not hub.is_finite(t)]:
         raise ValueError(f"{source}: NaN or infinity in {hub.listed(spoilt)}, or numbers too large "
@@ -202,6 +202,17 @@ def check_parts(parts, shapes, wanted):
             raise ValueError(f"{path}: is not {kind} as released: " + "; ".join(
                 f"{label}: {names}" for label, names in problems) + "; get the files again, both "
                 "of one LLM")
+
+
+def released_shapes(config):
+    """{released name: shape} of all that Branches(config) reads."""
+    with torch.device("meta"):
+        tensors, found = Branches(config).state_dict(), {}
+    for name, tensor in tensors.items():
+        for theirs, ours in RENAME:
+            name = name.replace(ours, theirs)
+        found[name] = tuple(tensor.shape)
+    return found
 
 
 def sizes_of(shapes):
