@@ -305,6 +305,7 @@ class Clip:
     is_image: bool = False
     fps: float = 2.0
     cut: str = ""                             # describes what max_seconds left out
+    times: tuple = ()                         # seconds of the frames, from the clip's start
 
     @property
     def seconds(self):
@@ -319,6 +320,7 @@ class Features:
     visual: torch.Tensor | None = None       # (F,V,D_v)
     audio: torch.Tensor | None = None        # (S,D_a)
     is_image: bool = False
+    times: tuple = ()                        # seconds of the frames, for a prompt that tells them
 
 
 @dataclass
@@ -335,14 +337,15 @@ class Sample:
 
 
 def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None, antialias=True,
-              resample="bicubic", sound_only=False):
+              resample="bicubic", sound_only=False, n_frames=0):
     """Record -> Clip.  start, end and max_seconds apply to the video, to its sound and to an audio
     file.  The sound of a video is cut where its picture ends; a silent video gives audio None.
     fps: video frames per second; frame_times: "regular", or "ends" as in the authors' code; size:
     pixels; antialias=False resizes video frames as the authors' code does; resample: "bicubic", or
     "bilinear" as some visual encoders were trained; sound_only: pictures are not read, for models
-    that cannot see.  If only the picture of a video or only the sound cannot be read, the clip has
-    the other one, and a warning says why.
+    that cannot see; n_frames: instead of fps, so many frames at equal distances.  If only the
+    picture of a video or only the sound cannot be read, the clip has the other one, and a warning
+    says why.
     Raises MediaError for a file that cannot be read, and when nothing of the clip can."""
     start, end = record.start or 0.0, record.end
     if max_seconds:
@@ -354,11 +357,15 @@ def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None
         clip.frames = read_image(record.image, partial(resize, size=size, mode=resample))
     failed = []
     media = None if record.video is None else probe(record.video)
+    if n_frames and media and media.seconds > start:
+        last = media.seconds if end is None else min(end, media.seconds)
+        fps = clip.fps = n_frames / (last - start)
     if media and not sound_only:
         shrink = (partial(resize, size=size, mode=resample) if antialias
                   else partial(resize_plain, size=size))
         try:
-            clip.frames, _ = read_frames(record.video, shrink, fps, start, end, frame_times)
+            clip.frames, times = read_frames(record.video, shrink, fps, start, end, frame_times)
+            clip.times = tuple(max(0.0, time - start) for time in times)
         except MediaError as error:
             if media.kind != "video":                                  # the record names it wrongly
                 raise

@@ -6,6 +6,7 @@
      python eval.py --model 7b --task videoqa        the checkpoint runs/7b/best, on the same clips
      python eval.py --model 13b --system instructblip --data my/test.jsonl        a baseline
      python eval.py --model 13b --system whisper --beams 5 --data my/test.jsonl   another one
+     python eval.py --model 7b --system video-llama --data my/test.jsonl          the third
 
 Each question is answered four times: as it is, with the sound masked, with the picture masked, and
 blind (both masked), always by the same trained model.  If the score of a task falls without a
@@ -19,6 +20,7 @@ import runtime  # noqa: F401  before torch: it sets how threads wait
 
 import dataclasses
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,8 +33,9 @@ from aveb.answers import evaluate, find_manifests, read_manifests, views_of
 from aveb.journal import PARTS, Journal, answer_settings
 from aveb.tables import report_text, write_report
 from aveb.tasks import TASKS
-from baselines.systems import SYSTEMS, load_system
-from favor import habits, preset
+from baselines.systems import SYSTEMS, load_system, system_preset
+from baselines.video_llama import VideoLlama
+from favor import habits
 from miniature import generate, scenes
 from runtime import cli, distributed, hub
 from runtime.checkpoint import (
@@ -65,8 +68,8 @@ class EvalConfig:
     # -- model
     model: Literal["tiny", "small-laptop", "small", "7b", "13b"] = "tiny"  # preset of all sizes;
                                                               # a --checkpoint records its own
-    system: Literal["favor", "instructblip", "whisper"] = "favor"  # system to score: FAVOR, or one
-                                               # of the paper's single-modality baselines
+    system: Literal["favor", "instructblip", "whisper", "video-llama"] = "favor"  # system to
+                                               # score: FAVOR, or one of the paper's baselines
     checkpoint: str = ""  # <folder> checkpoint of train.py (default: runs/<model>/best; for tiny,
                           # if there is none, the committed one)
     whisper: str | None = None  # <source> folder or Hub repository of Whisper, such as
@@ -76,8 +79,12 @@ class EvalConfig:
                                # InstructBLIP, SigLIP or DINOv2 (default: as for --whisper)
     llm: str | None = None  # <source> folder or Hub repository of a LLaMA, Qwen2.5 or Qwen3, or of
                             # an InstructBLIP that holds one (default: as for --whisper)
+    video_llama: str | None = None  # <folder> folder with the rest of Video-LLaMA, which
+                                    # tools.convert wrote (default: video-llama)
     random_init: bool = False  # use random weights of the full size, without a download, to see
                                # whether a model fits into memory and how fast it answers
+    dry_run: bool = False  # print parameters and the memory of answers to --batch questions about
+                           # clips of 30 s, and load nothing
     offline: bool = False  # take what the Hub's cache has and open no connection
     dtype: Literal["", "bfloat16", "float32"] = ""  # number format of the frozen weights (default:
                                                     # float32 on a CPU for tiny and the small
@@ -93,6 +100,8 @@ class EvalConfig:
     history: Literal["gold", "none", "model"] = "gold"  # earlier turns of a dialogue that the model
                                # reads: the right answers, no turns, or its own answers
     beams: int = 0  # <beams> size of the beam search: 1 is greedy, 0 takes the checkpoint's
+    greedy: bool = False  # video-llama takes the likeliest token; off: it samples, as published
+    seed: int = 0  # of the answers that video-llama samples
     # -- judge
     judge: str = ""  # <way> way to judge avsd and avssd: url (ask a server), self (ask this model),
                      # none (only write the prompts) or file:VERDICTS (default: url with
@@ -122,8 +131,18 @@ class EvalConfig:
                                  f"{least} or more")
         if self.judge not in judge.WAYS and not self.judge.startswith("file:"):
             raise ValueError(f"--judge {self.judge}; wanted url, self, none or file:VERDICTS")
-        if self.random_init and (self.system == "whisper" or self.checkpoint):
-            raise ValueError("--random-init goes with neither --system whisper nor --checkpoint")
+        if (self.random_init or self.dry_run) and (self.system == "whisper" or self.checkpoint):
+            raise ValueError(f"--{'random-init' if self.random_init else 'dry-run'} goes with "
+                             "neither --system whisper nor --checkpoint")
+        if self.system == "video-llama":
+            odd = [flag for flag, given in (
+                ("--checkpoint", self.checkpoint), ("--whisper", self.whisper),
+                ("--beams", self.beams > 1), ("--compile", self.compile)) if given]
+        else:
+            odd = [flag for flag, given in (("--video-llama", self.video_llama), (
+                "--greedy", self.greedy), ("--seed", self.seed)) if given]
+        if odd:
+            raise ValueError(f"{', '.join(odd)} does not go with --system {self.system}")
         unknown = set(self.tasks) - set(TASKS)
         if unknown and self.task != "all":
             raise ValueError(f"unknown task {', '.join(sorted(unknown))}; "
@@ -142,18 +161,23 @@ class EvalConfig:
     def sources(self):
         """{part: where it is}, as far as the command line names it."""
         named = {n: getattr(self, n) for n in PARTS}
+        if self.system == "video-llama":                   # what hears, and what sees over time
+            named["whisper"] = self.video_llama
         return {name: source for name, source in named.items() if source}
 
 
 def resolve_config(config):
     """The same with the preset that its checkpoint was trained with.  SystemExit if a checkpoint is
     needed and there is none, or it is damaged, or the judge cannot be asked."""
-    if config.checkpoint or config.system == "favor" and not config.random_init:
+    if config.checkpoint or config.system == "favor" and not (
+            config.random_init or config.dry_run):
         find_checkpoint(config.checkpoint, config.model)
     judge.check(config)
     try:
+        if config.system == "video-llama" and not (config.random_init or config.dry_run):
+            VideoLlama.check_parts(system_preset(config.system, config.model, config.sources))
         return dataclasses.replace(config, model=trained_preset(config.checkpoint, config.model))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
 
 
@@ -190,6 +214,22 @@ def make_miniature(config, every):
 
 
 # ---------------------------------------------------------------- the run
+def dry_run(config):
+    """Prints what each part takes, and the memory of answers, without weights."""
+    dtype, _, why = distributed.precision(config.dtype, config.model, torch.device("cpu"),
+                                          habits(config.model).dtype_on_cpu)
+    try:
+        model = SYSTEMS[config.system].from_config(
+            system_preset(config.system, config.model, config.sources), dtype, "meta",
+            load=memory.random_part)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    print(f"--model {config.model} --system {config.system}, weights {why}")
+    print(memory.table(model))
+    print(f"\n{config.batch} questions about clips of 30 s at a time (--batch):")
+    print(memory.memory_plan(model, memory.empty_sample(model, 30.0), config.batch))
+
+
 def trained_on(model, checkpoint):
     """{data set: {task: samples}} that the checkpoint was trained on; {} for public weights as they
     are, None if it is unknown."""
@@ -201,8 +241,10 @@ def trained_on(model, checkpoint):
 def caches(config):
     """Whether the answers come from cached features, which are rounded to fp16."""
     cached = config.cache_features
-    return config.system != "whisper" and (
-        habits(config.model).cache_features if cached is None else cached)
+    if cached is None:      # video-llama: 40 vectors serve all questions about a file
+        cached = habits(config.model).cache_features or (
+            config.system == "video-llama" and not config.random_init)
+    return config.system != "whisper" and cached
 
 
 def open_cache(config, model, manifests, records):
@@ -227,6 +269,7 @@ def describe(config, model, checkpoint, manifest, records, views, dtype):
         "batch": config.batch, "beams": config.beams or model.config.beams,
         "repetition penalty": model.config.repetition_penalty,
         "max new tokens": model.config.max_new_tokens, "history": config.history,
+        **({"decoding": model.decoding} if config.system == "video-llama" else {}),
         "task": config.task, "mixture": trained_on(model, checkpoint),
         **answer_settings(model, records)}
 
@@ -279,11 +322,13 @@ def run(config, out, device):
     hub.offline(config.offline)
     try:
         model, checkpoint = load_system(
-            config.system, preset(config.model, **config.sources), config.model, config.checkpoint,
-            config.sources, dtype, device, merge=False, compile=config.compile,
-            load=memory.random_part if config.random_init else None)
+            config.system, system_preset(config.system, config.model, config.sources),
+            config.model, config.checkpoint, config.sources, dtype, device, merge=False,
+            compile=config.compile, load=memory.random_part if config.random_init else None)
     except (OSError, ValueError) as error:         # a part is missing, refused or does not fit
         raise SystemExit(str(error)) from error
+    if config.system == "video-llama":
+        model.greedy, model.seed = config.greedy, config.seed
     manifest = ", ".join(map(str, manifests))
     log(f"{checkpoint or config.system} on {manifest}, {len(records)} questions, {device.type}, "
         f"weights {why}")
@@ -314,6 +359,8 @@ def run(config, out, device):
 
 if __name__ == "__main__":
     settings = cli.parse(EvalConfig, __doc__)[0]
+    if settings.dry_run:
+        sys.exit(dry_run(settings))
     with distributed.said_once():                        # one error, before the processes start
         settings = resolve_config(settings)
         if Path(settings.data) != Path(EvalConfig.data):

@@ -59,7 +59,8 @@ class QFormerConfig:
     layers: int = 12
     heads: int = 12
     ffn: int = 3072
-    vocab_size: int = 30523                             # 30522 of bert-base-uncased + [DEC]
+    vocab_size: int = 30523                             # 30522 of bert-base-uncased + [DEC]; 0: no
+    #                                                     text tensors, as in BLIP-2
     max_positions: int = 512                            # of the text; queries have no position
     cross_attention_frequency: int = 2                  # layers 0, 2, 4, ...
     encoder_width: int = 1408
@@ -75,12 +76,13 @@ def check_heads(config):
         raise ValueError(f"width {config.width}, {config.heads} heads; wanted a multiple of them")
 
 
-def read_config(root):
-    """InstructBLIP's config.json -> (ViTConfig, QFormerConfig, n_queries). The Hub's is abridged
-    (its vision_config is one line), so absent fields take the defaults above. ValueError for what
-    is not built here, also in the settings of its image processor."""
+def read_config(root, kind="instructblip"):
+    """config.json of an InstructBLIP (kind "blip-2": of a BLIP-2) -> (ViTConfig, QFormerConfig,
+    n_queries). The Hub's is abridged (its vision_config is one line), so absent fields take the
+    defaults above. ValueError for what is not built here, also in the settings of its image
+    processor."""
     path = root / "config.json"
-    config = hub.model_config(root, "instructblip")
+    config = hub.model_config(root, kind)
     vision, qformer = ({} if config.get(name) is None else config[name]
                        for name in ("vision_config", "qformer_config"))
     for name, part in (("vision_config", vision), ("qformer_config", qformer)):
@@ -226,8 +228,9 @@ class TextEmbedding(nn.Module):
     """The queries and, behind them, BERT's word and position embeddings of the text."""
     def __init__(self, config):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
-        self.position_embeddings = nn.Embedding(config.max_positions, config.width)
+        if config.vocab_size:
+            self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
+            self.position_embeddings = nn.Embedding(config.max_positions, config.width)
         self.layernorm = Norm(config.width, config.eps)          # the only lower-case one
         self.dropout = nn.Dropout(0.0)
 
@@ -279,7 +282,8 @@ class QFormerLayer(nn.Module):
         self.attention = QFormerAttention(config, config.width)
         self.crossattention = (
             QFormerAttention(config, config.encoder_width) if has_cross_attention else None)
-        self.intermediate, self.output = up(), down()                        # text
+        if config.vocab_size:
+            self.intermediate, self.output = up(), down()                    # text
         self.intermediate_query, self.output_query = up(), down()            # queries
         self.dropout = nn.Dropout(0.0)
 
@@ -290,7 +294,8 @@ class QFormerLayer(nn.Module):
         if self.crossattention is not None:
             queries = self.crossattention(queries, image)
         queries = feed_forward(queries, self.intermediate_query, self.output_query, self.dropout)
-        text = feed_forward(text, self.intermediate, self.output, self.dropout)
+        if text.shape[1]:
+            text = feed_forward(text, self.intermediate, self.output, self.dropout)
         return torch.cat((queries, text), dim=1)
 
 

@@ -1,15 +1,27 @@
-"""The systems that the benchmark compares: FAVOR and the paper's two single-modality baselines.
+"""The systems that the benchmark compares: FAVOR and the paper's three baselines.
 
      load_system("instructblip", preset("13b")) --> the model in eval mode, its checkpoint's folder
-   Public: SYSTEMS, load_system."""
+   Public: SYSTEMS, system_preset, load_system."""
 
 import lora
 from baselines.instructblip import InstructBlip
+from baselines.video_llama import VideoLlama
 from baselines.whisper import WhisperBaseline
-from favor import Favor
+from favor import SOURCES, Favor, preset
 from runtime.checkpoint import find_checkpoint
 
-SYSTEMS = {"favor": Favor, "instructblip": InstructBlip, "whisper": WhisperBaseline}
+SYSTEMS = {"favor": Favor, "instructblip": InstructBlip, "whisper": WhisperBaseline,
+           "video-llama": VideoLlama}
+
+
+def system_preset(system, model, sources):
+    """The FavorConfig of a preset, with the parts that the system names for 7b, if it does so, and
+    then with `sources`.  ValueError where such a system has no parts for the preset."""
+    places = getattr(SYSTEMS[system], "places", {})
+    if places and model != "7b" and set(SOURCES) - set(sources):
+        raise ValueError(f"--system {system} has parts for --model 7b; for --model {model} pass "
+                         "--visual, --video-llama and --llm")
+    return preset(model, **(places if model == "7b" else {}) | sources)
 
 
 def load_system(system, config, model="tiny", checkpoint="", sources=None, dtype=None, device=None,

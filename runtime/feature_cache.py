@@ -6,6 +6,7 @@
                                                       /<time>-<rank>.bin       the numbers
                                                       /<time>-<rank>.jsonl     a line per entry:
        {"clip": KEY, "image": false, "picture": true, "at": [offset, S, D_a], "crc": n}  its sound
+       (and "times": [seconds, ...] of its frames, for a system whose prompt tells them)
        {"seen": KEY, "at": [offset, F, V, D_v], "crc": n}    {"clip": KEY, "skipped": why}
 Nothing is ever rewritten: each process that writes has a pack (the two files) of its own, and the
 numbers are on disk before the line that names them.  So a run may be killed at any moment (at most
@@ -54,7 +55,7 @@ def fingerprint(model, clip_options):
     what the encoders' code does with PROBE; see same_probe."""
     config = model.config
     encoders = [sys.modules[type(part).__module__] for name, part in model.named_children()
-                if name in ("whisper", "visual")]
+                if name in ("whisper", "visual", "branches")]
     parts = [model.system, sorted(clip_options.items()), config.audio_seconds,
              config.question_turn, config.question_tokens, source_hash(media, load_clip, *encoders),
              bits_hash(frozen_weights(model))]
@@ -138,6 +139,7 @@ class FeatureCache:
         #                             the reason why it cannot be read
         self.seen = {}       # key of clip and prompt -> place of its visual features
         self.cuts = {}       # key -> what max_seconds left out of the clip
+        self.times = {}      # key -> seconds of the frames, where the system wants to know them
         self.stamps, self.packs, self.files, self.writing = {}, [], {}, None
         self.folder = None if folder is None else Path(os.path.abspath(folder))
         if self.folder:
@@ -195,7 +197,8 @@ class FeatureCache:
             return None
         sound, is_image, picture = self.clips[clip]
         return Features(self._read(self.seen[seen]) if picture else None,            # (F,V,D_v)
-                        None if sound is None else self._read(sound), is_image)      # (S,D_a)
+                        None if sound is None else self._read(sound), is_image,      # (S,D_a)
+                        self.times.get(clip, ()))
 
     def reason(self, record):
         """Why a clip cannot be read; None when it can, or was not tried yet."""
@@ -253,6 +256,8 @@ class FeatureCache:
             self.clips[bytes.fromhex(line["clip"])] = (place, line["image"], line["picture"])
             if line.get("cut"):
                 self.cuts[bytes.fromhex(line["clip"])] = line["cut"]
+            if line.get("times"):
+                self.times[bytes.fromhex(line["clip"])] = tuple(line["times"])
 
     def _write(self, line, numbers=None):
         """Appends an entry to the pack and its index.  When that fails (the disk is full), nothing
@@ -292,8 +297,9 @@ class FeatureCache:
         clip, seen = self._keys(record)
         if not isinstance(self.clips.get(clip), tuple):
             self._write({"clip": clip.hex(), "image": features.is_image,
-                        "picture": features.visual is not None, **({"cut": cut} if cut else {})},
-                       half(features.audio))
+                         "picture": features.visual is not None, **({"cut": cut} if cut else {}),
+                         **({"times": features.times} if features.times else {})},
+                        half(features.audio))
         if features.visual is not None and seen not in self.seen:
             self._write({"seen": seen.hex()}, half(features.visual))
 
@@ -323,12 +329,12 @@ class FeatureCache:
             self._check_space(jobs, log)
         for (rows, _), made in cli.progress(
                 self._encoded(jobs, workers), len(jobs), "encoding clips", "clip"):
-            by_prompt, audio, is_image, why, cut = made
+            by_prompt, audio, is_image, why, cut, times = made
             if why:
                 self.put_skipped(rows[0], why)
                 skipped[self._keys(rows[0])[0]] = (rows[0].id, why)
             for record, visual in zip(rows, by_prompt, strict=not why):
-                self.put(record, Features(visual, audio, is_image), cut)
+                self.put(record, Features(visual, audio, is_image, times), cut)
             if self.full:
                 break
         skipped = [*skipped.values()]
@@ -410,12 +416,14 @@ def well_formed(line):
         return False
     if "skipped" in line:
         return isinstance(line["skipped"], str)
-    at, crc, cut = line.get("at"), line.get("crc"), line.get("cut", "")
+    at, crc, cut, times = (line.get(name, empty) for name, empty in (
+        ("at", None), ("crc", None), ("cut", ""), ("times", [])))
     if at is None and "seen" in line or at is not None and not (
             isinstance(at, list) and len(at) == (4 if "seen" in line else 3) and whole(crc, *at)):
         return False
-    return "seen" in line or (isinstance(cut, str) and all(
-        isinstance(line.get(name), bool) for name in ("image", "picture")))
+    return "seen" in line or (
+        isinstance(cut, str) and isinstance(times, list) and {*map(type, times)} <= {float}
+        and all(isinstance(line.get(name), bool) for name in ("image", "picture")))
 
 
 def half(x):
@@ -437,7 +445,7 @@ def _start_worker(system, config, dtype, clip_options, expected):
 
 def _encode(job, worker=None):
     """(records of one clip with different prompts, whether its sound is wanted) -> visual (F,V,D_v)
-    of each, audio (S,D_a), is_image, why the clip cannot be read or None, what was cut."""
+    of each, audio (S,D_a), is_image, why the clip cannot be read or None, what was cut, times."""
     (rows, with_sound), skipped = job, []
     model, clip_options, same = worker or _worker
     if not same:
@@ -445,12 +453,12 @@ def _encode(job, worker=None):
                          "weights?), so other processes cannot make its features; use workers=1")
     clip = load_or_skip(rows[0], skipped, **clip_options)
     if clip is None:
-        return (), None, False, skipped[0][1], ""
+        return (), None, False, skipped[0][1], "", ()
     if not with_sound:
         clip.audio = None
     features = model.encode(clip, [model.question_to_see(record) for record in rows])
     return ([half(f.visual) for f in features], half(features[0].audio), clip.is_image, None,
-            clip.cut)
+            clip.cut, features[0].times)
 
 
 def cache_features(model, records, folder=None, workers=None, log=print, clip_options=None):

@@ -116,7 +116,11 @@ def test_every_difference_in_the_code_has_its_row():
                 "long sound": "long sound",
                 "orientation": "orientation of pictures", "visual`": "visual encoder without",
                 "cropped": "pictures for SigLIP", "chatml": "prompt in ChatML",
-                "presets": "start of the causal Q-Former"}
+                "presets": "start of the causal Q-Former",
+                "video-llama's frames": "frames of Video-LLaMA",
+                "video-llama's sound": "sound of Video-LLaMA",
+                "video-llama's answers": "answers of Video-LLaMA",
+                "video-llama's images": "images with sound in Video-LLaMA"}
     found = [(path.name, line) for path in CODE
              for line in path.read_text().splitlines() if "DIFF" in line]
     assert len(found) >= 8

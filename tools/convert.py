@@ -4,13 +4,21 @@
      python -m tools.convert vicuna-bin vicuna                     as much again for the copy
      python train.py --model 7b --llm vicuna ...
 
+or one folder of Video-LLaMA's two released files and ImageBind's:
+
+     ls pth     finetune-vicuna7b-v2.pth finetune_vicuna7b_audiobranch.pth imagebind_huge.pth
+     python -m tools.convert pth video-llama
+     python eval.py --model 7b --system video-llama --video-llama video-llama ...
+
 Models are read from safetensors alone. The command runs once, needs no GPU, holds one shard in
 memory at a time, and executes nothing that is in a pickle.
 
-Public: convert, main."""
+Public: convert, convert_video_llama, main."""
 
 import argparse
+import dataclasses
 import pickle
+import re
 import shutil
 import sys
 import time
@@ -21,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from baselines.video_llama import RENAME, Branches, BranchesConfig
 from runtime import cli, hub
 from runtime.hub import atomic, write_json
 
@@ -29,8 +38,24 @@ NOT_WEIGHTS = "rotary_emb.inv_freq"              # a buffer that old exporters w
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "qformer_tokenizer/*")
 
 
-def unpickle(path):
-    """{name: tensor} of a .bin file, memory-mapped; nothing in it is executed. Raises ValueError
+# Video-LLaMA: what begins the names of each file's tensors, and which of them are only there.
+VIDEO, AUDIO, SOUND = "Video-LLaMA's video branch", "Video-LLaMA's audio branch", "ImageBind"
+OWNED = {VIDEO: ("video_", "llama_proj."), AUDIO: ("audio_Qformer.", "audio_query_tokens",
+         "audio_position_embedding.", "audio_llama_proj."), SOUND: ("audio_encoder.",)}
+TOLD_BY = {VIDEO: "video_Qformer.", AUDIO: "audio_Qformer.", SOUND: "modality_trunks.audio."}
+# Buffers of the whole model that lie in both files, and ImageBind's other modalities.
+LEFT_OUT = re.compile(
+    r".*\.position_ids|llama_model\..*rotary_emb\.inv_freq|audio_encoder\.modality_("
+    r"preprocessors\.text\.mask|postprocessors\.(depth|thermal|imu)\.1\.log_logit_scale)|"
+    r"modality_\w+\.(vision|text|depth|thermal|imu)\..*")
+# What the audio branch's file may hold beside its own; as it is loaded last, its values count.
+BOTH = ("video_query_tokens", "video_frame_position_embedding.weight",
+        "audio_encoder.modality_postprocessors.audio.1.log_logit_scale")
+
+
+def unpickle(path, inside=False):
+    """{name: tensor} of a .bin file, memory-mapped; nothing in it is executed. inside: the dict may
+    also lie under the key "model", beside an optimizer, which is left out. Raises ValueError
     for whatever is no plain dict of tensors."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: listed in {BIN_INDEX} but missing; download it again")
@@ -48,6 +73,8 @@ def unpickle(path):
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path}: truncated or no file of torch's ({str(error).splitlines()[0]}); "
                          "download it again") from None
+    if inside and isinstance(tensors, dict) and isinstance(tensors.get("model"), dict):
+        tensors = tensors["model"]
     odd = type(tensors).__name__ if not isinstance(tensors, dict) else hub.listed(
         str(name) for name, t in tensors.items() if not isinstance(t, torch.Tensor))
     if not isinstance(tensors, dict) or not odd.endswith("(0)"):
@@ -107,6 +134,108 @@ def check_shard(path, tensors, places, placed):
                          f"{hub.listed(twice)} also in another file") + "; download it again")
 
 
+def convert_video_llama(source, out, dtype=None, log=print):
+    """The three torch files in folder `source`, recognised by their tensors -> `out` with
+    model.safetensors, under the released names, and config.json. ValueError names what is missing,
+    unknown or of another shape than was released, and files that do not belong together."""
+    source, out, parts = Path(source), Path(out), {}
+    if existing := [path.name for path in out.glob("*.safetensors") if path.name[0] != "."]:
+        raise FileExistsError(f"{out}: holds {hub.listed(existing)} already; name another folder")
+    for path in sorted(source.glob("*.pth")):
+        every = unpickle(path, inside=True)
+        tensors = {name: t for name, t in every.items() if not LEFT_OUT.fullmatch(name)}
+        kind = next((kind for kind, start in TOLD_BY.items()
+                     if any(name.startswith(start) for name in tensors)), None)
+        if kind is None or kind in parts or path.name.startswith("pretrain"):
+            raise ValueError(f"{path}: " + (
+                f"holds {hub.listed(tensors)}; none of them is Video-LLaMA's or ImageBind's"
+                if kind is None else "pretrained only; wanted its finetune file" if
+                path.name.startswith("pretrain") else f"{kind}, as {parts[kind][0].name}; keep one"
+            ) + "; move it out of the folder")
+        parts[kind] = path, {("audio_encoder." if kind == SOUND else "") + name: tensor
+                             for name, tensor in tensors.items()}
+        log(f"{path.name}: {kind}, {len(tensors)} tensors, {len(every) - len(tensors)} others are "
+            "left out")
+    if lost := [kind for kind in TOLD_BY if kind not in parts]:
+        raise FileNotFoundError(f"{source}: no .pth file of {' or of '.join(lost)}; wanted "
+                                "finetune-vicuna7b-v2.pth, finetune_vicuna7b_audiobranch.pth and "
+                                "imagebind_huge.pth")
+    found = join_parts(parts, log)
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    config = sizes_of(shapes)
+    check_parts(parts, shapes, released_shapes(config))
+    found = {name: t.to(dtype) if dtype else t for name, t in found.items()}
+    if spoilt := [name for name, t in found.items() if not hub.is_finite(t)]:
+        raise ValueError(f"{source}: NaN or infinity in {hub.listed(spoilt)}, or numbers too large "
+                         f"for {dtype}; get the weights again")
+    hub.save_folder(out, found, {"model_type": "video-llama"} | dataclasses.asdict(config))
+    return out
+
+
+def join_parts(parts, log):
+    """{kind: (path, {name: tensor})} -> the tensors of all. What two files hold is taken from the
+    audio branch's, which the authors load last; a line of the log says where they differ."""
+    found = {}
+    for kind in (SOUND, VIDEO, AUDIO):
+        path, tensors = parts[kind]
+        for name, tensor in tensors.items():
+            if name in found and name in BOTH:
+                same = found[name].shape == tensor.shape and torch.equal(found[name], tensor)
+                log(f"{path.name}: {name} is in two files, "
+                    + ("with the same values" if same else "with other values; this file's count"))
+            found[name] = tensor
+    return found
+
+
+def check_parts(parts, shapes, wanted):
+    """ValueError names file and tensors unless `shapes` are the `wanted` ones."""
+    for kind, (path, tensors) in parts.items():
+        own = [name for name in wanted if name.startswith(OWNED[kind])]
+        problems = [(label, hub.listed(names)) for label, names in (
+            ("missing", [name for name in own if name not in tensors]),
+            ("unknown", [name for name in tensors if name not in own and not (
+                kind == AUDIO and name in BOTH)]),
+            ("wrong shape", [f"{name} {[*shapes[name]]}, wanted {[*wanted[name]]}"
+                             for name in tensors if name in wanted
+                             and tuple(tensors[name].shape) != wanted[name]])) if names]
+        if problems:
+            raise ValueError(f"{path}: is not {kind} as released: " + "; ".join(
+                f"{label}: {names}" for label, names in problems) + "; get the files again, both "
+                "of one LLM")
+
+
+def released_shapes(config):
+    """{released name: shape} of all that Branches(config) reads."""
+    with torch.device("meta"):
+        tensors, found = Branches(config).state_dict(), {}
+    for name, tensor in tensors.items():
+        for theirs, ours in RENAME:
+            name = name.replace(ours, theirs)
+        found[name] = tuple(tensor.shape)
+    return found
+
+
+def sizes_of(shapes):
+    """{released name: shape} -> BranchesConfig: the released sizes of the 7B or the 13B, or, where
+    all widths are below those (a test's), the sizes that the tensors have, with heads of 64."""
+    def size(name, axis):
+        return shapes[name][axis] if len(shapes.get(name, ())) > axis else 0
+
+    def layers(start):
+        return len({name[len(start):].split(".")[0] for name in shapes if name.startswith(start)})
+    video, trunk = ("video_Qformer.bert.encoder.layer.",
+                    "audio_encoder.modality_trunks.audio.blocks.")
+    llm, width = size("llama_proj.weight", 0), size("video_query_tokens", 2)
+    sound = size(f"{trunk}0.attn.in_proj_weight", 1)
+    if not (0 < width < 768 and 0 < sound < 768 and llm):
+        return BranchesConfig(llm_width=llm if llm in (4096, 5120) else 4096)
+    return BranchesConfig(
+        llm, size(f"{video}0.crossattention.self.key.weight", 1), width, layers(video),
+        max(1, width // 64), size(f"{video}0.output_query.dense.weight", 1),
+        size("video_query_tokens", 1), sound, layers(trunk), max(1, sound // 64),
+        size(f"{trunk}0.mlp.fc1.weight", 0), size("audio_position_embedding.weight", 1))
+
+
 def copy_small_files(source, out):
     """Copies configs and tokenizers, but not the .bin files' index."""
     for file in chain.from_iterable(map(source.glob, COPIED)):
@@ -122,18 +251,23 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("source", metavar="BIN_FOLDER", type=Path,
-        help=f"folder with {hub.BIN_SINGLE}, or with its parts and {BIN_INDEX}")
+        help=f"folder with {hub.BIN_SINGLE}, or with its parts and {BIN_INDEX}, or with "
+             "Video-LLaMA's and ImageBind's .pth files")
     add("out", metavar="OUT_FOLDER", type=Path,
         help="folder for the safetensors, config.json and tokenizer files; it must not hold "
              "safetensors yet")
     add("--dtype", choices=("float16", "bfloat16", "float32"),
         help="number format of the written weights (default: that of the .bin files)")
     args = parser.parse_args(argv)
+    video_llama = any(args.source.glob("*.pth")) and not any(
+        args.source.glob("pytorch_model*.bin*"))
     try:
-        convert(args.source, args.out, args.dtype and getattr(torch, args.dtype))
+        (convert_video_llama if video_llama else convert)(
+            args.source, args.out, args.dtype and getattr(torch, args.dtype))
     except (OSError, ValueError) as error:
         sys.exit(f"{hub.CONVERT}: {error}")
-    print(f"done; pass it as a local folder: --llm {args.out}")
+    print("done; pass it as a local folder: "
+          f"{'--system video-llama --video-llama' if video_llama else '--llm'} {args.out}")
 
 
 if __name__ == "__main__":

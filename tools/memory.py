@@ -46,6 +46,7 @@ PUBLISHED = {
     (GridEncoder, "google/siglip-base-patch16-224"): (GridConfig(resample="bicubic"),),
     (GridEncoder, "facebook/dinov2-small"): (
         GridConfig(width=384, heads=6, ffn=1536, trained_size=518, **DINOV2),),
+    (Llama, "vicuna-7b-v0"): (LlamaConfig(),),
     (VisualEncoder, "Salesforce/instructblip-vicuna-7b"): INSTRUCTBLIP,
     (VisualEncoder, "Salesforce/instructblip-vicuna-13b"): INSTRUCTBLIP,
     (Llama, "Salesforce/instructblip-vicuna-7b"): (LlamaConfig(),),
@@ -71,7 +72,8 @@ class StandIn(Tokenizer):
     for ChatML's tokens, as these have the same ids in SmolLM2."""
 
     def special_id(self, token):
-        return {"<|im_start|>": self.bos_id, "<|im_end|>": self.eos_id}[token]
+        own = {"<|im_start|>": self.bos_id, "<|im_end|>": self.eos_id}
+        return own[token] if token in own else super().special_id(token)
 
 
 # ---------------------------------------------------------------- random weights
@@ -79,7 +81,8 @@ def random_part(cls, source, dtype=None, device=None, vocab_size=None, **more):
     """A frozen `cls` of the size of `source`, in eval mode: matrices N(0, 0.02), norms 1, biases 0.
     A tokenizer is the source's own where that is a folder with one, else the miniature's, whose ids
     fit into any vocabulary.  To be passed as `load` to Favor.from_config.  more: what the
-    constructor takes beside sizes, the grid of a GridEncoder.
+    constructor takes beside sizes, the grid of a GridEncoder.  Parts of a baseline know their own
+    sizes: cls.published, cls.sizes(folder).
     Raises ValueError for a repository whose sizes are not known here."""
     root = Path(hub.local_source(source)).expanduser()
     if cls in STAND_INS:
@@ -89,12 +92,14 @@ def random_part(cls, source, dtype=None, device=None, vocab_size=None, **more):
         stand_in = hub.local_source(stand_in)
         return StandIn(stand_in / "tokenizer.model") if cls is Tokenizer else (
             cls.from_pretrained(stand_in))
+    published = getattr(cls, "published", {}) | {
+        repo: settings for (kind, repo), settings in PUBLISHED.items() if kind is cls}
     if root.is_dir():
-        settings = FROM_FOLDER[cls](root)
-    elif (cls, str(source)) in PUBLISHED:
-        settings = PUBLISHED[cls, str(source)]
+        settings = FROM_FOLDER[cls](root) if cls in FROM_FOLDER else cls.sizes(root)
+    elif str(source) in published:
+        settings = published[str(source)]
     else:
-        known = sorted(repo for kind, repo in PUBLISHED if kind is cls)
+        known = sorted(published)
         instead = [hub.INSTEAD[name] for kind, name in (
             (GridEncoder, "siglip"), (VisualEncoder, "instructblip"))
             if (kind, str(source)) in PUBLISHED]             # the other kind of visual encoder
@@ -155,6 +160,8 @@ def parts_of(model):
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             part = "LoRA"
+        elif name.startswith("branches.audio_encoder."):
+            part = "ImageBind's audio trunk"
         elif name.startswith("visual."):
             grid = not model.visual.reads_question       # a ViT and nothing else
             part = "ViT" if grid or name.startswith("visual.vit.") else "visual Q-Former"
@@ -162,7 +169,7 @@ def parts_of(model):
             first = name.split(".")[0]
             part = {"whisper": "Whisper encoder", "audio_proj": "audio projection",
                     "qformer": "causal Q-Former", "llm_proj": "LLM projection", "llm": "LLM",
-                    "language_projection": "language projection"}[first]
+                    "language_projection": "language projection", "branches": "branches"}[first]
         parts.setdefault(part, []).append(parameter)
     return parts
 
@@ -178,7 +185,8 @@ def memory_plan(model, sample, batch, answer=ANSWER, recompute=False, shards=1):
     whose features may be on "meta" as the model may.  What autograd keeps is measured: of the
     aligner at its own size, of the LLM on a small one (`llm_bytes`) and scaled.  recompute: blocks
     of the LLM keep their input, one at a time the rest; shards: over so many devices
-    (runtime/distributed.py).  Allocator, kernels and the exchange of gradients come on top."""
+    (runtime/distributed.py).  Allocator, kernels and the exchange of gradients come on top.  Of a
+    model of which nothing learns, only answering is shown."""
     llm, vit = model.llm.config, getattr(model.visual, "vit", model.visual).config
     length = model.length(sample) + answer
     wide = next(model.llm.parameters()).element_size()
@@ -187,11 +195,12 @@ def memory_plan(model, sample, batch, answer=ANSWER, recompute=False, shards=1):
     llm_kept = inputs + batch * length * (1 if recompute else llm.layers) * llm_bytes(
         model.config, wide) * (8 * llm.width + 3 * llm.ffn)
     aligner_kept = batch * kept_by_autograd(
-        model, lambda: model.train().audio_visual_tokens([sample]))
+        model, lambda: model.train().audio_visual_tokens([sample])) if trained else 0
     logits = batch * answer * llm.vocab_size * (wide + 8)            # and twice in fp32: softmax
     cache = 2 * batch * max(1, model.config.beams) * llm.layers * llm.kv_heads * llm.head_dim * (
         length + model.config.max_new_tokens) * wide
-    pictures = FRAMES_AT_ONCE * (vit.n_patches + 1) * (4 * vit.width + vit.ffn) * wide
+    frames = getattr(model, "frames_at_once", FRAMES_AT_ONCE)
+    pictures = frames * (vit.n_patches + 1) * (4 * vit.width + vit.ffn) * wide
     weights = size(model.parameters())
     spread = {p for p in model.parameters() if p.requires_grad} | {*model.llm.parameters()}
     blocks = size(model.llm.model.layers.parameters())               # two are whole at a time
@@ -202,10 +211,13 @@ def memory_plan(model, sample, batch, answer=ANSWER, recompute=False, shards=1):
             ("gradients and Adam's two moments, fp32", 12 * trained // shards, 0),
             (f"LLM, {length} tokens", llm_kept, cache),
             ("aligner", aligner_kept, 0), ("logits of the answer", logits, 0),
-            (f"ViT, {FRAMES_AT_ONCE} frames at a time", pictures, pictures)]
+            (f"ViT, {frames} frames at a time", pictures, pictures)]
     rows.append(("**all**", *(sum(row[i] for row in rows) for i in (1, 2))))
-    return hub.markdown_table(("GiB", "training step", "answering"), [
-        (name, f"{a / GIB:.3g}", f"{b / GIB:.3g}") for name, a, b in rows])
+    rows = [(name, f"{a / GIB:.3g}", f"{b / GIB:.3g}") for name, a, b in rows]
+    if not trained:
+        return hub.markdown_table(("GiB", "answering"), [
+            (name, b) for name, _, b in rows if b != "0"])
+    return hub.markdown_table(("GiB", "training step", "answering"), rows)
 
 
 def llm_bytes(config, wide, width=256, ffn=688, tokens=64):
