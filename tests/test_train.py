@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -46,7 +47,7 @@ quiet = lambda *_: None                                                         
 
 # ---- running ------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def command(small_parts, small_miniature):
     """command(out, **flags) -> words of a train.py command line: 6 small steps, or as flags say."""
     def command(out, *words, **flags):
@@ -112,6 +113,34 @@ def program(*words, cwd=None, seconds=600):
                           text=True, timeout=seconds)
 
 
+def forked(*words):
+    """What program() gives, by a forked process, which need not import PyTorch again.  words: a
+    Python file or -m and a module, and what follows."""
+    with tempfile.TemporaryDirectory() as folder:
+        def work(rank):
+            for handle in (1, 2):
+                os.dup2(os.open(f"{folder}/{handle}", os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+                        handle)
+            sys.stdout, sys.stderr = (open(handle, "w", buffering=1, closefd=False)
+                                      for handle in (1, 2))
+            sys.argv = [*map(str, words[words[0] == "-m":])]
+            sys.orig_argv = [sys.executable, *map(str, words)]
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                if words[0] == "-m":
+                    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(sys.argv[0], run_name="__main__")
+            except SystemExit as leaving:
+                if isinstance(leaving.code, str):
+                    print(leaving.code, file=sys.stderr)
+                os._exit(leaving.code if isinstance(leaving.code, int) else bool(leaving.code))
+        code, = run_forked(work)
+        return SimpleNamespace(returncode=code, **{
+            name: Path(folder, handle).read_text() for name, handle in
+            (("stdout", "1"), ("stderr", "2"))})
+
+
 def log_of(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
@@ -128,24 +157,22 @@ def weights(folder):
             **load_file(folder / "lora" / "adapter_model.safetensors")}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(command, tmp_path_factory):
-    """(run folder, what was printed) of `python train.py`, with the table at its end."""
+    """(run folder, what was printed) of train.py, with the table at its end."""
     out = tmp_path_factory.mktemp("runs") / "full"
-    done = program(ROOT / "train.py", *command(out, "--test"))
+    done = forked(ROOT / "train.py", *command(out, "--test"))
     assert done.returncode == 0, done.stderr[-3000:]
     return out, done.stdout
 
 
-@pytest.fixture(scope="module")
-def unbroken(command, tmp_path_factory):
-    """Folder of the same run in this process."""
-    out = tmp_path_factory.mktemp("runs") / "unbroken"
-    run(command(out))
-    return out
+@pytest.fixture(scope="session")
+def unbroken(finished):
+    """Its folder."""
+    return finished[0]
 
 
-def test_a_run(finished, unbroken, small_parts):
+def test_a_run(finished, small_parts):
     out, printed = finished
     rows = log_of(out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -157,7 +184,6 @@ def test_a_run(finished, unbroken, small_parts):
     assert ["val_ce" in row for row in rows] == [False, True] * 3
     for row in rows:
         assert row["loss"] == pytest.approx(row["ce"] + 0.01 * row["diversity"], abs=1e-6)
-    assert losses(out) == losses(unbroken)                       # the seed decides everything
     lowest = min((row["val_ce"], row["step"]) for row in rows if "val_ce" in row)
     for name, step in (("best", lowest[1]), ("last", 6)):
         model = Favor.from_pretrained(out / name)
@@ -200,20 +226,23 @@ def test_a_second_stage_begins_where_the_first_ended(command, unbroken, tmp_path
     assert all(torch.allclose(ours[name], before[name], atol=1e-6) for name in before)
 
 
-def test_training_learns(command, tmp_path):
-    """The committed parts load, and in 30 steps on a few clips the loss falls."""
+def test_training_learns(command, small_miniature, tmp_path):
+    """The committed parts load, and in 20 steps on a few clips the loss falls."""
     there = {flag: ROOT / "miniature" / "weights" / name for flag, name in
              (("whisper", "whisper"), ("visual", "instructblip"), ("llm", "llama"))
              if (ROOT / "miniature" / "weights" / name / "model.safetensors").exists()}
     assert there, ("miniature/weights/ holds no pretrained parts; make them: "
                    "python -m miniature pretrain")
-    run(command(tmp_path, steps=30, batch=16, val_every=30, warmup=5, mask_share=0, **there))
-    ce = [row["ce"] for row in log_of(tmp_path)]
+    data.write_manifest(tmp_path / "train.jsonl",
+                        data.read_manifest(small_miniature / "train.jsonl")[::5])
+    run(command(tmp_path / "run", data=tmp_path / "train.jsonl", steps=20, batch=8, val_every=20,
+                val_share=0, warmup=3, mask_share=0, **there))
+    ce = [row["ce"] for row in log_of(tmp_path / "run")]
     print(f"cross-entropy {np.mean(ce[:3]):.2f} -> {np.mean(ce[-8:]):.2f}")
     assert np.mean(ce[-8:]) < 0.7 * np.mean(ce[:3])
 
 
-def test_compiled_blocks_learn_the_same(command, unbroken, tmp_path, monkeypatch):
+def test_compiled_blocks_learn_the_same(command, tmp_path, monkeypatch):
     """--compile, as dynamo sees it, without the C++ compiler behind it: the same losses."""
     settings, real = [], torch.nn.Module.compile
 
@@ -221,9 +250,11 @@ def test_compiled_blocks_learn_the_same(command, unbroken, tmp_path, monkeypatch
         settings.append((type(module).__name__, given))
         real(module, backend="eager", **given)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
-    run(command(tmp_path, "--compile"))
+    for word in ("--no-compile", "--compile"):
+        run(command(tmp_path / word, "--no-test", word, steps=2, batch=4))
     assert settings and all(one == ("Block", {"dynamic": True}) for one in settings)
-    assert np.abs(np.array(losses(tmp_path)) - losses(unbroken))[:, :3].max() < 1e-6
+    plain, compiled = (np.array(losses(tmp_path / word)) for word in ("--no-compile", "--compile"))
+    assert np.abs(plain - compiled)[:, :3].max() < 1e-6
     torch._dynamo.reset()
 
 
@@ -306,14 +337,6 @@ def test_processes_with_different_samples(command, one_sided, tmp_path, words, m
     assert max(far.values()) < 1e-3, max(far, key=far.get)
 
 
-def test_torchrun(command, unbroken, tmp_path):
-    done = program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-                   ROOT / "train.py", *command(tmp_path / "two"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert np.allclose(losses(tmp_path / "two", "loss"), losses(unbroken, "loss"), atol=1e-5)
-    assert done.stdout.count("step 6/6") == done.stdout.count("answers with") == 1  # one speaks
-
-
 def listening(pid):
     """The addresses, as /proc writes them, at which a process waits for connections."""
     mine = set()
@@ -328,27 +351,41 @@ def listening(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
 def test_a_process_a_core(command, unbroken, tmp_path):
-    """`python train.py` starts the others itself, reachable from this machine only, and they end
-    with it, also when it is killed."""
-    words = command(tmp_path / "two", processes=2)
-    done = program(ROOT / "train.py", *words)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert np.allclose(losses(tmp_path / "two", "loss"), losses(unbroken, "loss"), atol=1e-5)
-    assert done.stdout.count("step 6/6") == 1 and "on 2 x cpu" in done.stdout
+    """train.py starts the others itself, reachable from this machine only; they learn what one
+    does, and end with it, also when it is killed, here before its last step."""
+    out, script = tmp_path / "two", tmp_path / "waiting.py"
+    script.write_text(f"""
+import runpy, sys, time
+sys.path[:0] = [{str(ROOT)!r}]
+from runtime import distributed
+
+def clip(model, most, real=distributed.grad_norm_and_clip, calls=[]):
+    calls.append(most)
+    while len(calls) == 6:
+        time.sleep(1)
+    return real(model, most)
+
+distributed.grad_norm_and_clip = clip
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+""")
 
     def alive():                               # processes with this run's folder in their command
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):                # ended meanwhile
-                found += [int(path.parent.name)] * (str(tmp_path / "long") in path.read_text())
+                found += [int(path.parent.name)] * (str(out) in path.read_text())
         return found
 
-    run = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, command(
-        tmp_path / "long", processes=2, steps=100000))], stdout=subprocess.DEVNULL)
+    with open(tmp_path / "said", "w") as said:
+        run = subprocess.Popen([sys.executable, script, *map(str, command(out, processes=2))],
+                               stdout=said)
     try:
-        wait_for(lambda: (tmp_path / "long" / "last" / "state.pt").exists()
+        wait_for(lambda: (out / "log.jsonl").exists() and len(log_of(out)) == 5
                  or run.poll() is not None)
         assert len(alive()) == 2
+        assert np.allclose(losses(out, "loss"), losses(unbroken, "loss")[:5], atol=1e-5)
+        said = (tmp_path / "said").read_text()
+        assert said.count("step 4/6") == 1 and "on 2 x cpu" in said          # one speaks
         hosts = [host for pid in alive() for host in listening(pid)]
         assert len(hosts) >= 2 and {*hosts} <= {"0100007F", "0" * 24 + "01000000"}, hosts
         run.kill()
@@ -360,7 +397,7 @@ def test_a_process_a_core(command, unbroken, tmp_path):
 
 
 def test_no_more_processes_than_samples(command, tmp_path):
-    done = program(ROOT / "train.py", *command(tmp_path, processes=0, batch=1, steps=1))
+    done = forked(ROOT / "train.py", *command(tmp_path, processes=0, batch=1, steps=1))
     assert done.returncode == 0 and "on 1 x cpu" in done.stdout, done.stderr[-3000:]
 
 
@@ -1023,7 +1060,7 @@ def test_nothing_readable_is_an_error(command, broken_manifest, tmp_path, capsys
 
 def test_eval_one_task(finished, small_miniature, tmp_path):
     out, _ = finished
-    done = program(ROOT / "eval.py", "--task", "videoqa", "--checkpoint", out / "best", "--data",
+    done = forked(ROOT / "eval.py", "--task", "videoqa", "--checkpoint", out / "best", "--data",
                    small_miniature,
                    "--out", tmp_path / "answers.jsonl")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -1055,6 +1092,7 @@ def test_views(small_model, small_miniature):
     """Each answer is what the model says with that modality masked, also where the clip has none of
     it and the answer is taken over from another view."""
     records = data.read_manifest(small_miniature / "test.jsonl")
+    records = [*{r.task: r for r in records}.values()]                            # one of each task
     cache = features.cache_features(small_model, records, log=quiet)
     torch.manual_seed(0)                     # an untrained model says the same in every view
     for parameter in small_model.trained_parameters():
