@@ -12,8 +12,8 @@ Zhang et al. 2023 (Video-LLaMA); FAVOR's paper Sec. 4.2, Tables 2, 3 and 4.
    but the LLM reads the question, so the 40 vectors of a file serve all its questions.  C counts
    pieces of sound; the other letters are favor.py's.  Tensor names are the released
    ones, translated by RENAME.
-   Beside it: imagebind.py (the sound), vicuna.py (prompt and sampling).
-   Public: VideoLlama, Blip2Encoder, Branches, BranchesConfig."""
+   Beside it: blip2.py (the image Q-Former), imagebind.py (the sound), vicuna.py (prompt, sampling).
+   Public: VideoLlama, Branches, BranchesConfig."""
 
 import dataclasses
 import hashlib
@@ -25,35 +25,19 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from baselines import vicuna
+from baselines.blip2 import BLIP2, Blip2Encoder
 from baselines.imagebind import CLIPS, FRAME, SoundEncoder, sound_clips
-from baselines.vicuna import (
-    TOP_K,
-    TOP_P,
-    WANTED_LLM,
-    check_llm,
-    frame_sentence,
-    generate,
-    prompt_pieces,
-)
 from data import Features
 from favor import MODALITY_MASKS, Favor, load_encoders, load_pretrained
 from llama import Llama, Tokenizer
 from runtime import hub
-from vit_qformer import (
-    OUR_TENSORS,
-    QFormer,
-    QFormerConfig,
-    VisualEncoder,
-    ViTConfig,
-    read_config,
-    to_pixels,
-)
+from vit_qformer import QFormer, QFormerConfig, to_pixels
 
 FRAMES = 8                           # of a video, whatever its length
 FRAME_POSITIONS = 32                 # rows of the table, of which 8 are used
 POSITIONS = 2000                     # of prompt and answer; the front of a longer one is cut off
 NEW_TOKENS = 256                     # as FAVOR's authors; Video-LLaMA's demo: 300
-BLIP2 = "Salesforce/blip2-flan-t5-xxl"
 RENAME = (                           # substrings of the released names, and ours; both ways unique
     ("_Qformer.bert.", "_qformer."), (".attention.self.", ".attention.attention."),
     ("crossattention.self.", "crossattention.attention."),
@@ -93,42 +77,6 @@ class BranchesConfig:
         """The QFormerConfig of a branch: no text, cross-attention in every layer."""
         return QFormerConfig(self.width, self.layers, self.heads, self.ffn, vocab_size=0,
                              cross_attention_frequency=1, encoder_width=encoder_width)
-
-
-class Blip2Encoder(VisualEncoder):
-    """ViT, last norm and image Q-Former of BLIP-2's pretraining with FlanT5-XXL, without text."""
-    published = {BLIP2: (ViTConfig(), QFormerConfig(), 32)}
-
-    def __init__(self, vit=None, qformer=None, n_queries=32):
-        qformer = dataclasses.replace(qformer or QFormerConfig(), vocab_size=0)
-        super().__init__(vit, qformer, n_queries)
-        self.vit.post_layernorm.eps = 1e-5                # the ViT's other norms have 1e-6
-
-    @classmethod
-    def from_pretrained(cls, source, dtype=None, device=None):
-        """A BLIP-2 on the Hub or in a local folder -> frozen encoder in eval mode.  ValueError for
-        a model whose Q-Former is another one."""
-        cls.sizes(hub.folder(source, hub.PROCESSOR_FILES, tensors=()))    # before the download
-        root = hub.folder(source, hub.PROCESSOR_FILES, OUR_TENSORS)
-        encoder = hub.load_module(
-            lambda: cls(*cls.sizes(root)), root, dtype, device, only=OUR_TENSORS,
-            rename=(("vision_model.", "vit."), ("qformer.layer", "qformer.embeddings.layer")))
-        return encoder.requires_grad_(False)
-
-    @staticmethod
-    def sizes(root):
-        """config.json -> (ViTConfig, QFormerConfig, n_queries).  In a model of the published size
-        the LLM must be FlanT5-XXL."""
-        path = root / "config.json"
-        config = hub.read_object(path) if path.exists() else {}
-        kind, text = config.get("model_type", "blip-2"), config.get("text_config") or {}
-        sizes = read_config(root, "blip-2") if kind == "blip-2" else None
-        llm = isinstance(text, dict) and (text.get("model_type", "t5"), text.get("d_model", 4096))
-        if sizes is None or sizes[0].width == 1408 and llm != ("t5", 4096):
-            what = f"text_config has {llm}" if sizes else f"model_type is {kind!r:.80}"
-            raise ValueError(f"{path}: {what}; Video-LLaMA's image Q-Former is that of {BLIP2}, "
-                             f"others were trained apart from it; pass --visual {BLIP2}")
-        return sizes
 
 
 class Branches(nn.Module):
@@ -220,7 +168,7 @@ class VideoLlama(Favor):
         try:
             self.bos, self.eos = map(tokenizer.special_id, ("<s>", "</s>"))
         except ValueError:
-            raise ValueError(f"{config.llm}: its tokenizer has no <s> or </s>; {WANTED_LLM}"
+            raise ValueError(f"{config.llm}: its tokenizer has no <s> or </s>; {vicuna.WANTED_LLM}"
                              ) from None
         self.requires_grad_(False)
 
@@ -238,21 +186,21 @@ class VideoLlama(Favor):
         norm = llm.model.norm.weight
         if not norm.is_meta and norm.float().abs().mean() < 0.1:
             raise ValueError(f"{config.llm}: its last norm is almost 0, as in a delta that has not "
-                             f"been added to LLaMA; {WANTED_LLM}")
+                             f"been added to LLaMA; {vicuna.WANTED_LLM}")
         model = cls(config, visual, branches, llm, tokenizer)
         return (model.to(device) if device else model).eval()
 
     @staticmethod
     def check_parts(config):
         """Raises before the large files are read, or a clip is made, if a part cannot be right."""
-        check_llm(config.llm)
+        vicuna.check_llm(config.llm)
         Branches.sizes(Path(config.whisper).expanduser())
 
     @property
     def decoding(self):
         """How answers are chosen, as it stands in the report."""
         return "greedy" if self.greedy else (
-            f"sampled, top k {TOP_K}, top p {TOP_P}, seed {self.seed}")
+            f"sampled, top k {vicuna.TOP_K}, top p {vicuna.TOP_P}, seed {self.seed}")
 
     def train(self, mode=True):
         return nn.Module.train(self, False)
@@ -308,9 +256,10 @@ class VideoLlama(Favor):
             kind, vectors = "text", []
         else:
             kind, vectors = "image" if features.is_image else "video", [picture]
-            sentence = frame_sentence(features.times) if kind == "video" else ""
+            sentence = vicuna.frame_sentence(features.times) if kind == "video" else ""
         turns = [*sample.history, (sample.prompt, None)]
-        ids = [self.tokenizer.encode(text) for text in prompt_pieces(turns, kind, sentence)]
+        pieces = vicuna.prompt_pieces(turns, kind, sentence)
+        ids = [self.tokenizer.encode(piece) for piece in pieces]
         return [[self.bos, *ids[0]], *ids[1:]], vectors
 
     def length(self, sample):
@@ -349,7 +298,8 @@ class VideoLlama(Favor):
         rows = [self.llm_input(sample, answer) for sample in samples]
         dice = None if self.greedy else [
             torch.Generator().manual_seed(self.seed_of(sample)) for sample in samples]
-        return [self.text_of(ids) for ids in generate(self.llm, rows, answer, self.ended, dice)]
+        answers = vicuna.generate(self.llm, rows, answer, self.ended, dice)
+        return [self.text_of(ids) for ids in answers]
 
     def ended(self, ids):
         """Whether an answer ends with its last id: </s>, or ###, which has several spellings."""

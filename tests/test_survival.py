@@ -645,8 +645,8 @@ def test_a_folder_that_cannot_be_written_is_told_first(command, tmp_path, monkey
     if place == "closed/run" and os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     out = tmp_path / place
-    for module in (train, evaluation):
-        monkeypatch.setattr(module, "preset", None)                        # nothing is loaded
+    monkeypatch.setattr(train, "preset", None)                             # nothing is loaded
+    monkeypatch.setattr(evaluation, "system_preset", None)
     monkeypatch.setattr(train, "prepare", None)
     words = command(out)
     config = evaluation.EvalConfig(out=str(out / "predictions.jsonl"), task="asr")
