@@ -14,8 +14,6 @@ file itself.  Whatever a header claims, a call returns at most 3 hours of sound 
 Public: MediaError, Media, probe, read_frames, read_image, read_audio, write_video, write_wav,
 write_png, AUDIO_RATE."""
 
-import bisect
-import heapq
 import math
 import mmap
 import os
@@ -35,6 +33,7 @@ import torch
 from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import VideoReformatter
 
+from runtime import skipping
 from runtime.hub import atomic
 
 AUDIO_RATE = 16_000       # samples per second, the rate of Whisper
@@ -63,21 +62,11 @@ ONLY_THE_FIRST = ("wav", "aiff", "mov", "flv")    # formats of which FFmpeg read
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"          # the parts of Matroska
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"styp", b"sidx", b"mfra",
          b"uuid", b"meta", b"emsg", b"prft", b"pdin")                   # and those of MP4
-# Containers and codecs whose packets tell when each picture is shown.  Of H.264 and HEVC, the place
-# and the mask of a unit's type, and the types at which decoding can start and of parameter sets.
-STAMPING = ("mov,mp4", "matroska", "mpegts")
-UNITS = {"h264": (0, 31, {5}, {7, 8}), "hevc": (1, 63, set(range(16, 22)), {32, 33, 34})}
-STAMPED = (*UNITS, "vp9", "av1", "mpeg4")
-MOST_HELD = 64 << 20      # bytes of packets from one keyframe to the next; if more, all are decoded
 HEIF = ("avif", "avis", "heic", "heix", "hevc", "hevx", "mif1", "msf1")        # brands of files
 
 
 class MediaError(ValueError):
     """A file that cannot give what was asked for; the message starts with its path."""
-
-
-class _Unexpected(Exception):
-    """Packets and decoder disagree about the pictures of a file: all must be decoded."""
 
 
 # ---------------------------------------- opening, decoding
@@ -379,170 +368,10 @@ def _decoded(packets, stream, path):
         warnings.warn(f"{path}: {broken} broken {stream.type} packets were left out", stacklevel=4)
 
 
-# At 2 pictures per second one of 15 is looked at.  The packets tell when their pictures are shown,
-# so those that nobody looks at, and that no other picture needs, are not decoded:
-#
-#     in order of decoding     I0 P4 B2 b1 b3 P8 B6 b5 b7 | I9 ...     nothing refers to a b
-#     on screen at a target    I0          b3             | I9
-#     decoded                  I0 P4 B2 -- b3 -- -- -- -- | I9
-#
-# The decoder leaves out b1 (skip_frame).  From P8 on nothing of the group is needed, if the next
-# keyframe starts anew.  A _Skipped with the time of the packet stands for each picture left out, so
-# that all rules about times see the same as if it were there (tests/runtime/test_media_skip.py).
-# Wherever packet and decoder disagree, or a packet is damaged, _Unexpected is raised, and the file
-# is read again with every picture decoded.  Damage is not seen where nothing is decoded, as always
-# behind the last target.
-
-@dataclass(frozen=True)
-class _Skipped:
-    """Stands for a picture that was not decoded."""
-    pts: int
-    duration: int
-    dts: None = None
-
-
-def _units(packet, codec):
-    """-> [(type, sub-layer)] of the NAL units in a packet of H.264 or HEVC; of others []."""
-    shift, mask, _, _ = UNITS.get(codec.codec.canonical_name, (0, 0, 0, 0))
-    content, extra, at, heads = bytes(packet) if mask else b"", codec.extradata or b"", 0, []
-    if extra[:1] != b"\1":                                          # start codes, as in MPEG-TS
-        heads = [found.end() for found in re.finditer(b"\0\0\1", content)]
-    else:                                                           # lengths, as in MP4
-        size = (extra[4 if mask == 31 else 21] & 3) + 1
-        while at + size < len(content):
-            heads.append(at + size)
-            at += size + int.from_bytes(content[at:at + size], "big")
-    return [(content[head] >> shift & mask, content[head + 1] & 7)
-            for head in heads if head + 1 < len(content)]
-
-
-def _groups(packets, codec):
-    """Yields [(packet, its units)] from one keyframe to the packet before the next."""
-    group, held = [], 0
-    while True:
-        try:
-            packet = next(packets, None)
-        except (av.FFmpegError, IndexError) as error:
-            raise _Unexpected from error
-        if packet is None:
-            break
-        if not packet.size:                                         # the end of the stream
-            continue
-        if packet.is_keyframe and group:
-            yield group
-            group, held = [], 0
-        held += packet.size
-        early = None not in (packet.pts, packet.dts) and packet.pts < packet.dts
-        if packet.pts is None or early or packet.is_corrupt or held > MOST_HELD or not (
-                group or packet.is_keyframe):
-            raise _Unexpected
-        group.append((packet, _units(packet, codec)))
-    if group:
-        yield group
-
-
-def _looked_at(stamps, seconds_of, targets, from_start):
-    """Stamps in order of time -> the set of those that may be on screen at a target.  _read_frames
-    decides exactly; this allows for its rule about slides."""
-    exact = [time for time, _, at_or_after in targets if not at_or_after]
-    after = [time for time, _, at_or_after in targets if at_or_after]
-    times, found = [-math.inf, *map(seconds_of, stamps), math.inf], set()
-    for i, stamp in enumerate(stamps, 1):
-        before, time, until = times[i - 1:i + 2]
-        since = time - (LATE if time - before >= SLIDE - TICK else 0) - 2 * TICK
-        since = -math.inf if i == 1 and from_start else since
-        if (until == math.inf or
-                bisect.bisect_left(exact, since) < bisect.bisect_left(exact, until - TICK / 2) or
-                bisect.bisect_left(after, before) < bisect.bisect_right(after, time + 2 * TICK)):
-            found.add(stamp)
-    return found
-
-
-def _decoded_in_part(packets, stream, seconds_of, targets):
-    """Yields what _decoded yields, with a _Skipped in place of pictures that no target needs."""
-    codec, name = stream.codec_context, stream.codec_context.codec.canonical_name
-    _, _, starts, sets = UNITS.get(name, (0, 0, set(), set()))
-    groups = _groups(packets, codec)
-    group, earlier, wanted, waiting, unsure, jumped, first = (
-        next(groups, []), [], set(), [], set(), False, True)
-
-    def in_order(frames, flush=False):
-        for frame in frames:
-            if frame.pts in unsure:                   # a leading picture may lack what it refers to
-                yield frame, 0
-                continue
-            if frame.pts is None or frame.is_corrupt or frame.interlaced_frame:
-                raise _Unexpected
-            yield from skipped(frame.pts)
-            if not waiting or heapq.heappop(waiting)[0] != frame.pts:
-                raise _Unexpected
-            yield frame, 0
-        if flush:
-            yield from skipped(math.inf)
-
-    def skipped(until):
-        while waiting and waiting[0][0] < until:
-            stamp, duration = heapq.heappop(waiting)
-            if stamp in wanted:
-                raise _Unexpected
-            yield _Skipped(stamp, duration), 0
-
-    def decode(packet):
-        try:
-            return codec.decode(None) if packet is None else packet.decode()
-        except (av.FFmpegError, IndexError) as error:
-            raise _Unexpected from error
-
-    while group:
-        following, key = next(groups, []), group[0][0].pts
-        if first:
-            unsure = {packet.pts for packet, _ in group if packet.pts < key}
-        parts = [[packet.pts for packet, _ in part
-                  if not packet.is_discard and packet.pts not in unsure]
-                 for part in (group, following)]
-        stamps = sorted(earlier + parts[0] + parts[1])
-        if len(set(stamps)) < len(stamps) or (
-                earlier and min(parts[1], default=math.inf) < max(earlier)):
-            raise _Unexpected
-        wanted = _looked_at(stamps, seconds_of, targets, first)
-        forced = wanted | unsure
-        for packet, _ in group:
-            if not packet.is_discard and packet.pts not in unsure:
-                heapq.heappush(waiting, (packet.pts, packet.duration or 0))
-        last = max((i for i, (packet, _) in enumerate(group)
-                    if packet.pts in forced or packet.is_discard or
-                    packet.has_sidedata("new_extradata")), default=-1)
-        # Whether the rest can be left out: no picture of the next group refers to it.
-        rest = {kind for _, units in group[last + 1:] for kind, _ in units}
-        if following:
-            (packet, units), kinds = following[0], {kind for kind, _ in following[0][1]}
-            leading = {other.pts for other, _ in following if other.pts < packet.pts}
-            if (starts and not kinds & starts or sets & rest and not sets & kinds or
-                    leading & wanted or any(other.is_discard for other, _ in following) or
-                    min(parts[1]) < max(parts[0], default=-math.inf)):
-                last = len(group) - 1
-        # A sub-layer of HEVC above this one may refer to what its own does not.
-        highest = max((layer for _, units in group for _, layer in units[-1:]), default=0)
-        for packet, units in group[:last + 1]:
-            if jumped and packet.pts < key:
-                continue
-            spare = (packet.pts not in forced and not packet.is_discard and name != "av1" and
-                     (name != "hevc" or units[-1:] and units[-1][1] == highest))
-            codec.skip_frame = "NONREF" if spare else "DEFAULT"
-            yield from in_order(decode(packet))
-        jumped = last + 1 < len(group)
-        if jumped or not following:
-            codec.skip_frame = "DEFAULT"
-            yield from in_order(decode(None) if codec.is_open else (), flush=True)
-            codec.flush_buffers()
-        earlier, group, first = parts[0], following, False
-
-
-def _timed_frames(container, stream, path, clock, targets=None):
-    """Yields every decoded frame as (start, seconds, frame) in presentation time.  A frame without
+def _timed_frames(container, stream, path, clock, source=_decoded):
+    """Yields every frame of `source` as (start, seconds, frame) in order of time.  A frame without
     a time stamp starts where the frame before it ended (raw H.264).  Times do not go backwards.
     clock: the start of the first frame in seconds, None when it is unknown.
-    targets: those of _read_frames; what they do not need is then not decoded.
 
     Where the rate of the sound changes, FFmpeg still counts the stamps of AAC and FLAC at the old
     one.  From there on the samples are counted here; the stamps of containers still tell gaps."""
@@ -555,9 +384,7 @@ def _timed_frames(container, stream, path, clock, targets=None):
                 if packet.stream.index == stream.index) if joined else container.demux(stream))
     last, last_pts, last_dts, bad_pts, bad_dts = None, -math.inf, -math.inf, 0, 0
     rate, drift, changed = None, math.inf if container.format.flags & GENERIC_INDEX else 0.5, False
-    decoded = (_decoded(packets, stream, path) if targets is None else _decoded_in_part(
-        packets, stream, lambda stamp: stamp * tick / ticks - origin, targets))
-    for frame, delay in decoded:
+    for frame, delay in source(packets, stream, path):
         pts, dts = frame.pts, frame.dts
         # As ffmpeg does: stamps of decoding, where those of presentation are worse or missing.
         if pts is not None:
@@ -579,8 +406,8 @@ def _timed_frames(container, stream, path, clock, targets=None):
             if changed and last is not None and abs(time - clock) < drift:
                 time = clock
             if last is not None and (time < last - BACK or time > clock + LOST_STAMP):
-                if targets is not None:
-                    raise _Unexpected
+                if source is not _decoded:
+                    raise skipping.Unexpected
                 if not joined:
                     joined = True
                     _warn_joined(path)
@@ -608,9 +435,9 @@ def _warn_joined(path):
                   "to each other; the parts are joined", stacklevel=1)      # once per file
 
 
-def _decode(path, kind, start, targets=None):
-    """Yields (start, seconds, frame) from a frame at or shortly before `start` seconds on.  Given
-    targets, it decodes what they need, or raises _Unexpected.
+def _decode(path, kind, start, source=_decoded):
+    """Yields (start, seconds, frame) from a frame at or shortly before `start` seconds on.
+    source: what turns packets into frames, _decoded or a method of skipping.Plan.
 
     A seek may land too late (B-frames, sparse keyframes, bad indices).  The time of the first frame
     shows this; then we seek further back, and in the end read from the beginning.  No seek is
@@ -620,12 +447,8 @@ def _decode(path, kind, start, targets=None):
             continue                              # the beginning is as close
         with _open(path) as container:
             stream = _stream(container, kind, path)
-            if targets is not None:
-                if (not container.format.name.startswith(STAMPING) or _appended(*_state(path)) or
-                        stream.codec_context.codec.canonical_name not in STAMPED or
-                        _joints(container, path)[0]):
-                    raise _Unexpected
-                stream.codec_context.options |= {"err_detect": "explode"}   # conceals no damage
+            if source is not _decoded and (_joints(container, path)[0] or _appended(*_state(path))):
+                raise skipping.Unexpected
             if _joints(container, path)[0]:
                 if back is not None:
                     continue
@@ -640,7 +463,7 @@ def _decode(path, kind, start, targets=None):
                 except av.FFmpegError:
                     continue
             rate = stream.codec_context.sample_rate if kind == "audio" else None
-            frames = _timed_frames(container, stream, path, 0.0 if back is None else None, targets)
+            frames = _timed_frames(container, stream, path, 0.0 if back is None else None, source)
             first = next(frames, None)
             if back is not None and (first is None or first[0] is None or first[0] > start or
                                      (rate and first[2].sample_rate != rate)):
@@ -676,16 +499,14 @@ def _warn_too_long(path, what, seconds, most):
 # ---------------------------------------- pictures
 
 class _Shown:
-    """A decoded frame.  It is turned and resized at most once, and only if it is chosen."""
+    """A decoded frame.  `take` turns it into what is kept of it, at most once."""
 
-    def __init__(self, time, frame, resize, reformatter):
-        self.time, self.frame, self.resize, self.reformatter = time, frame, resize, reformatter
+    def __init__(self, time, frame, take):
+        self.time, self.frame, self.take = time, frame, take
 
     @cached_property
-    def pixels(self):
-        if isinstance(self.frame, _Skipped):
-            raise _Unexpected
-        return self.resize(_upright(self.frame, self.reformatter))[0]         # (3,size,size)
+    def kept(self):
+        return self.take(self.frame)
 
 
 def _upright(frame, reformatter, full_chroma=False):
@@ -813,32 +634,24 @@ def _read_frames(path, resize, fps, start, end, frame_times):
         end = start + most
     targets = sorted(FRAME_TIMES[frame_times](start, end, fps))
     late = min(LATE, LATE * 2 / fps) if frame_times == "regular" else TICK
+    reformatter, plan = VideoReformatter(), skipping.Plan()
+
+    def pixels(frame):
+        if isinstance(frame, skipping.Skipped):
+            raise skipping.Unexpected
+        return resize(_upright(frame, reformatter))[0]                        # (3,size,size)
+
     try:
-        return _choose(path, resize, start, end, targets, late, _decode(path, "video", start,
-                                                                         targets))
-    except _Unexpected:
-        return _choose(path, resize, start, end, targets, late, _decode(path, "video", start))
-
-
-def _choose(path, resize, start, end, targets, late, decoded):
-    """Of the frames (start, seconds, frame) in order of time those on screen at the targets."""
-    pending, chosen, shown, shown_until = deque(targets), {}, None, 0.0
-    reformatter = VideoReformatter()
-    for time, seconds, frame in decoded:
-        new = _Shown(time, frame, resize, reformatter)
-        # The start of a frame that follows a slide may be stamped late.
-        early = time - (late if shown is not None and time - shown.time >= SLIDE else TICK)
-        while pending:
-            target, slot, at_or_after = pending[0]
-            if time < target - TICK if at_or_after else early <= target:
-                break                              # a later frame may be the one for this target
-            pick = new if at_or_after or shown is None else shown
-            chosen[slot] = (pick.pixels, pick.time)
-            pending.popleft()
-        if not pending:
-            break
-        shown, shown_until = new, max(shown_until, time + seconds)
-    if shown is None and not chosen:
+        stand_ins, last, _, pending = _choose(
+            _decode(path, "video", start, plan.stamps), targets, late, lambda frame: frame.pts)
+        plan.choose({stamp for stamp, _ in stand_ins.values()} |
+                    ({last.kept} if last and pending else set()))
+        chosen, shown, shown_until, pending = _choose(
+            _decode(path, "video", start, plan.pictures), targets, late, pixels)
+    except skipping.Unexpected:
+        chosen, shown, shown_until, pending = _choose(
+            _decode(path, "video", start), targets, late, pixels)
+    if shown is None:
         raise MediaError(f"{path}: no frame can be decoded; it is broken, or larger than "
                          f"{VIDEO_PIXELS / 1e6:.0f} million pixels; make it again or drop it")
     if pending:                                                # the last frame stays on screen
@@ -846,14 +659,35 @@ def _choose(path, resize, start, end, targets, late, decoded):
         truncated = shown_until < end - 1
         for target, slot, _ in pending:
             if not truncated or target < shown_until:
-                chosen[slot] = (shown.pixels, shown.time)
+                chosen[slot] = (shown.kept, shown.time)
     if not chosen:
         raise MediaError(f"{path}: start {start} s is beyond its end, the picture decodes up to "
                          f"{shown_until:.3f} s; correct the times or drop the record")
     # The last second of "ends" may overlap with the one before it.
-    pixels, times = zip(*sorted((chosen[slot] for slot in sorted(chosen)),
+    frames, times = zip(*sorted((chosen[slot] for slot in sorted(chosen)),
                                 key=lambda frame: frame[1]), strict=True)
-    return torch.stack(pixels), list(times)
+    return torch.stack(frames), list(times)
+
+
+def _choose(decoded, targets, late, take):
+    """decoded: (start, seconds, frame) in order of time.  -> {slot: (what `take` keeps, time)} of
+    the frames on screen at the targets, the last _Shown, its end, and the targets behind it."""
+    pending, chosen, shown, shown_until = deque(targets), {}, None, 0.0
+    for time, seconds, frame in decoded:
+        new = _Shown(time, frame, take)
+        # The start of a frame that follows a slide may be stamped late.
+        early = time - (late if shown is not None and time - shown.time >= SLIDE else TICK)
+        while pending:
+            target, slot, at_or_after = pending[0]
+            if time < target - TICK if at_or_after else early <= target:
+                break                              # a later frame may be the one for this target
+            pick = new if at_or_after or shown is None else shown
+            chosen[slot] = (pick.kept, pick.time)
+            pending.popleft()
+        shown, shown_until = new, max(shown_until, time + seconds)
+        if not pending:
+            break
+    return chosen, shown, shown_until, pending
 
 
 def read_image(path, resize):
