@@ -308,6 +308,13 @@ class Malicious:
     ("imagebind", "modality_heads.audio.2.weight", None, "imagebind_huge.pth: .*missing: audio_"),
     ("imagebind", "modality_trunks.audio.blocks.0.attn.bias_k", torch.ones(24), "wrong shape"),
     ("vl", "llama_proj.weight", torch.full((32, 32), float("nan")), "NaN or infinity in llama_"),
+    ("vl", "llama_proj.bias", torch.ones(32, dtype=torch.int64), "whole numbers in llama_proj.b"),
+    pytest.param("vl", "llama_proj.bias", torch.ones(32).to_sparse(),
+                 r"v2.pth: holds llama_proj.bias \(1\); wanted .*none sparse",
+                 marks=pytest.mark.filterwarnings("ignore:Sparse")),
+    ("imagebind", 7, torch.ones(3), r"imagebind_huge.pth: holds 7 \(1\); wanted"),
+    ("al", "video_Qformer.bert.embeddings.LayerNorm.bias", torch.ones(32),
+     "audiobranch.pth: is not Video-LLaMA's audio branch as released: unknown: video_Qformer"),
     ("al", "odd", Malicious(), "audiobranch.pth: no plain pickle of tensors, and not run"),
     ("imagebind", "odd", 3, r"imagebind_huge.pth: holds odd \(1\)")])
 def test_torch_files_that_are_refused(tmp_path, kind, name, tensor, message):
@@ -350,6 +357,8 @@ def test_what_is_in_two_files_is_taken_from_the_one_loaded_last(tmp_path, capsys
              "weight": files["vl"]["video_frame_position_embedding.weight"]}
     convert.main([str(write(tmp_path / "pth", files, al=twice)), str(tmp_path / "out")])
     shown = capsys.readouterr().out
+    assert shown.count("58 tensors; left out: llama_model.model.layers.0.self_attn.rotary_emb."
+                       "inv_freq, video_Qformer.bert.embeddings.position_ids (2)") == 1
     assert "video_query_tokens is in two files, with other values; this file's count" in shown
     assert "video_frame_position_embedding.weight is in two files, with the same values" in shown
     assert Branches.from_pretrained(tmp_path / "out").video_query_tokens.mean() == 7
