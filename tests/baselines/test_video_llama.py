@@ -25,7 +25,7 @@ from baselines.vicuna import TOP_K, TOP_P, frame_sentence, generate, pick, promp
 from baselines.video_llama import RENAME, Branches, BranchesConfig, VideoLlama, choose_frames
 from data import Clip, Record, Sample, load_clip
 from llama import Llama, LlamaConfig
-from runtime import hub
+from runtime import feature_cache, hub
 from tools import convert, memory
 
 # The authors' small modules: 3 heads of 8 in the audio trunk, 4 of 12 in the Q-Formers.
@@ -584,6 +584,15 @@ def test_the_miniatures_tasks_from_files_to_a_table(sources, small_miniature, tm
     assert report["mixture"] == {} and report["cached features"] is True
     index = next((tmp_path / "features").rglob("*.jsonl")).read_text()
     assert '"times": [0.0, ' in index             # for the prompt of a silent video
+
+
+def test_cached_vectors_depend_on_the_code_of_every_part(model, monkeypatch):
+    """Also on that of the filter bank and of the ViT, which lie in files of their own."""
+    read = []
+    monkeypatch.setattr(feature_cache, "source_hash", lambda *things: read.extend(things) or "")
+    feature_cache.fingerprint(model, model.clip_options())
+    assert {thing.__name__ for thing in read} >= {
+        "baselines.video_llama", "baselines.imagebind", "baselines.blip2", "vit_qformer"}
 
 
 def test_the_papers_column_stands_beside_ours(sources, small_miniature, tmp_path, capfd):
