@@ -98,6 +98,8 @@ def check_llm(source):
     if hub.read_object(root / "config.json").get("model_type", "llama") == "instructblip":
         raise ValueError(f"{root}: an InstructBLIP; {WANTED_LLM}")
     config = LlamaConfig.from_folder(root)
+    if hub.local_folder(source):                 # .bin files only, or a shard that is missing
+        hub.open_tensors(root)
     if config.width == 4096 and (config.vocab_size, config.eps) != (32001, 1e-6):
         warnings.warn(f"{root}: {config.vocab_size} rows of embeddings and eps {config.eps:g}, but "
                       "a merged Vicuna v0 has 32001 and 1e-06, so this may be a later one; "

@@ -516,6 +516,16 @@ def test_parts_that_are_wrong(sources, small_parts, tmp_path):
         else:
             with pytest.raises(ValueError, match="text_config has .*blip2-flan-t5-xxl"):
                 Blip2Encoder.sizes(tmp_path)
+    for name, part, message in (("llm", small_parts / "llama", ".bin files only, .*tools.convert"),
+                                ("whisper", Path(sources["video_llama"]), "no model.safetensors")):
+        folder = tmp_path / f"{name}-without-weights"               # told before anything is read
+        folder.mkdir()
+        for file in (file for file in part.iterdir() if file.name != "model.safetensors"):
+            (folder / file.name).symlink_to(file)
+        if name == "llm":
+            (folder / "pytorch_model.bin").touch()
+        with pytest.raises(FileNotFoundError, match=f"{name}-without-weights: {message}"):
+            load(visual="nowhere", **{name: str(folder)})
     llm = Llama.from_pretrained(small_parts / "llama")
     for name, change in (("delta", lambda: llm.model.norm.weight.data.mul_(0.01)),
                          ("wide", lambda: None)):
