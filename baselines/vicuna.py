@@ -17,9 +17,10 @@ from runtime import hub
 TOP_K, TOP_P = 50, 0.9
 WANTED_LLM = (
     "wanted Vicuna-7B v0 in a folder: LLaMA-1 7B with lmsys/vicuna-7b-delta-v0 added to it by "
-    "fastchat.model.apply_delta, which nobody may publish; pass the folder with --llm. Vicuna "
-    "v1.1, which InstructBLIP contains, is the wrong one: it was tuned to end a turn with </s>, v0 "
-    "with ###, and Video-LLaMA's files were trained for v0")
+    "fastchat.model.apply_delta of FastChat 0.1.10; the sum may not be published, so make it "
+    "yourself (docs/benchmark.md) and pass the folder with --llm. Vicuna v1.1, which InstructBLIP "
+    "contains, is the wrong one: it was tuned to end a turn with </s>, v0 with ###, and "
+    "Video-LLaMA's files were trained for v0")
 
 
 SYSTEM = ("You are able to understand the visual content that the user provides. Follow the "
