@@ -206,6 +206,15 @@ def test_frames_of_a_file_are_theirs(tmp_path, count):
     assert times == pytest.approx([place / 25 for place in wanted], abs=1e-6)
 
 
+@pytest.mark.parametrize("name, fps", [("v.mp4", 30), ("v.mkv", 30), ("v.mkv", 60)])
+@pytest.mark.parametrize("count", [8, 20, 33])
+def test_frames_of_files_that_count_milliseconds(tmp_path, name, fps, count):
+    """Times or length are rounded there: a frame that starts at k/8 of the length is still seen."""
+    path = encode(tmp_path / name, [k * 90000 // fps for k in range(count)], fps=fps)
+    clip = load_clip(Record("a", "", "", video=str(path)), n_frames=8)
+    assert numbers(clip.frames[choose_frames(clip)[0]]) == [k * count // 8 for k in range(8)]
+
+
 def test_frames_of_a_part_of_a_file(tmp_path):
     path = encode(tmp_path / "v.mp4", [k * 3600 for k in range(250)])
     clip = load_clip(Record("a", "", "", video=str(path), start=2.0, end=6.0), n_frames=8)
