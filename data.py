@@ -56,6 +56,7 @@ MEDIA = ("image", "video", "audio")
 NEEDED = {f.name for f in fields(Record)
           if f.default is MISSING and f.default_factory is MISSING}
 LATEST = 1e9                          # seconds, about 31 years: more is a mistake
+ROUNDED = 0.0015                      # seconds by which files that count milliseconds are inexact
 HEAVIEST = 1e6                        # largest weight of a record or a manifest
 LARGEST = sys.float_info.max
 DEEPEST = 20                          # lists and objects inside each other
@@ -355,16 +356,18 @@ def load_clip(record, fps=2.0, size=224, frame_times="regular", max_seconds=None
         raise ValueError(f"record {record.id!r} has an image and a video; use only one of the two")
     if record.image is not None and not sound_only:
         clip.frames = read_image(record.image, partial(resize, size=size, mode=resample))
-    failed = []
+    failed, late = [], 0.0
     media = None if record.video is None else probe(record.video)
     if n_frames and media and media.seconds > start:
         last = media.seconds if end is None else min(end, media.seconds)
         fps = clip.fps = n_frames / (last - start)
+        late = min(ROUNDED, (last - start) / 64)
     if media and not sound_only:
         shrink = (partial(resize, size=size, mode=resample) if antialias
                   else partial(resize_plain, size=size))
         try:
-            clip.frames, times = read_frames(record.video, shrink, fps, start, end, frame_times)
+            clip.frames, times = read_frames(record.video, shrink, fps, start + late, end,
+                                             frame_times)
             clip.times = tuple(max(0.0, time - start) for time in times)
         except MediaError as error:
             if media.kind != "video":                                  # the record names it wrongly

@@ -101,7 +101,7 @@ class EvalConfig:
                                # reads: the right answers, no turns, or its own answers
     beams: int = 0  # <beams> size of the beam search: 1 is greedy, 0 takes the checkpoint's
     greedy: bool = False  # video-llama takes the likeliest token; off: it samples, as published
-    seed: int = 0  # of the answers that video-llama samples
+    seed: int = 0  # seed with which video-llama samples its answers
     # -- judge
     judge: str = ""  # <way> way to judge avsd and avssd: url (ask a server), self (ask this model),
                      # none (only write the prompts) or file:VERDICTS (default: url with

@@ -17,9 +17,10 @@ from runtime import hub
 TOP_K, TOP_P = 50, 0.9
 WANTED_LLM = (
     "wanted Vicuna-7B v0 in a folder: LLaMA-1 7B with lmsys/vicuna-7b-delta-v0 added to it by "
-    "fastchat.model.apply_delta, which nobody may publish; pass the folder with --llm. Vicuna "
-    "v1.1, which InstructBLIP contains, is the wrong one: it was tuned to end a turn with </s>, v0 "
-    "with ###, and Video-LLaMA's files were trained for v0")
+    "fastchat.model.apply_delta of FastChat 0.1.10; the sum may not be published, so make it "
+    "yourself (docs/benchmark.md) and pass the folder with --llm. Vicuna v1.1, which InstructBLIP "
+    "contains, is the wrong one: it was tuned to end a turn with </s>, v0 with ###, and "
+    "Video-LLaMA's files were trained for v0")
 
 
 SYSTEM = ("You are able to understand the visual content that the user provides. Follow the "
@@ -98,6 +99,8 @@ def check_llm(source):
     if hub.read_object(root / "config.json").get("model_type", "llama") == "instructblip":
         raise ValueError(f"{root}: an InstructBLIP; {WANTED_LLM}")
     config = LlamaConfig.from_folder(root)
+    if hub.local_folder(source):                 # .bin files only, or a shard that is missing
+        hub.open_tensors(root)
     if config.width == 4096 and (config.vocab_size, config.eps) != (32001, 1e-6):
         warnings.warn(f"{root}: {config.vocab_size} rows of embeddings and eps {config.eps:g}, but "
                       "a merged Vicuna v0 has 32001 and 1e-06, so this may be a later one; "

@@ -194,7 +194,9 @@ class VideoLlama(Favor):
     def check_parts(config):
         """Raises before the large files are read, or a clip is made, if a part cannot be right."""
         vicuna.check_llm(config.llm)
-        Branches.sizes(Path(config.whisper).expanduser())
+        root = Path(config.whisper).expanduser()
+        Branches.sizes(root)
+        hub.open_tensors(root)
 
     @property
     def decoding(self):

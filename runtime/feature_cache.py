@@ -54,16 +54,20 @@ def fingerprint(model, clip_options):
     size and time of the encoders' files, and all frozen weights.  The probe, {part: tensor}, shows
     what the encoders' code does with PROBE; see same_probe."""
     config = model.config
-    encoders = [sys.modules[type(part).__module__] for name, part in model.named_children()
+    encoders = [part for name, part in model.named_children()
                 if name in ("whisper", "visual", "branches")]
+    files = [type(part).__module__ for part in encoders]
+    files += sorted({type(inner).__module__ for part in encoders for inner in part.modules()
+                     if type(part).__module__.startswith("baselines.")
+                     and not type(inner).__module__.startswith("torch.")})  # of parts of parts
+    code = source_hash(media, load_clip, *(sys.modules[name] for name in files))
     parts = [model.system, sorted(clip_options.items()), config.audio_seconds,
-             config.question_turn, config.question_tokens, source_hash(media, load_clip, *encoders),
-             bits_hash(frozen_weights(model))]
+             config.question_turn, config.question_tokens, code, bits_hash(frozen_weights(model))]
     for source in (config.whisper, config.visual):
         root = hub.local_folder(source)
-        files = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns]
+        found = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns]
                  for f in sorted(root.rglob("*")) if f.is_file()] if root else []
-        parts.append(files or source)                  # the name of a repo on the Hub
+        parts.append(found or source)                  # the name of a repo on the Hub
     return digest(parts).hex(), probe_features(model, clip_options)
 
 

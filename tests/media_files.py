@@ -36,13 +36,13 @@ def onset(audio):
 
 
 def encode(path, pts, base=Fraction(1, 90000), audio=None, rate=16000, audio_start=0.0,
-           layout="mono", audio_codec="aac", gop=250, bframes=3, format=None, options=None):
+           layout="mono", audio_codec="aac", gop=250, bframes=3, format=None, options=None, fps=25):
     """Frames 0, 1, ... at presentation times `pts` (ticks of `base`; none: sound only), and `audio`
     ((S,) or (channels,S)) from `audio_start` s on."""
     with av.open(str(path), "w", format=format, options=options or {}) as container:
         streams = []
         if len(pts):
-            video = container.add_stream("libx264", rate=25, options={
+            video = container.add_stream("libx264", rate=fps, options={
                 "preset": "veryfast", "crf": "20", "threads": "1", "g": str(gop),
                 "bf": str(bframes), "b-adapt": "0", "sc_threshold": "0"})
             video.width, video.height, video.pix_fmt = W, H, "yuv420p"

@@ -42,7 +42,7 @@ COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "qformer_tokenizer/*")
 VIDEO, AUDIO, SOUND = "Video-LLaMA's video branch", "Video-LLaMA's audio branch", "ImageBind"
 OWNED = {VIDEO: ("video_", "llama_proj."), AUDIO: ("audio_Qformer.", "audio_query_tokens",
          "audio_position_embedding.", "audio_llama_proj."), SOUND: ("audio_encoder.",)}
-TOLD_BY = {VIDEO: "video_Qformer.", AUDIO: "audio_Qformer.", SOUND: "modality_trunks.audio."}
+TOLD_BY = {AUDIO: "audio_Qformer.", VIDEO: "video_Qformer.", SOUND: "modality_trunks.audio."}
 # Buffers of the whole model that lie in both files, and ImageBind's other modalities.
 LEFT_OUT = re.compile(
     r".*\.position_ids|llama_model\..*rotary_emb\.inv_freq|audio_encoder\.modality_("
@@ -76,10 +76,12 @@ def unpickle(path, inside=False):
     if inside and isinstance(tensors, dict) and isinstance(tensors.get("model"), dict):
         tensors = tensors["model"]
     odd = type(tensors).__name__ if not isinstance(tensors, dict) else hub.listed(
-        str(name) for name, t in tensors.items() if not isinstance(t, torch.Tensor))
+        str(name) for name, t in tensors.items() if not (
+            isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided))
     if not isinstance(tensors, dict) or not odd.endswith("(0)"):
-        raise ValueError(f"{path}: holds {odd}; wanted {{name: tensor}} and nothing else")
-    return {name: t for name, t in tensors.items() if not name.endswith(NOT_WEIGHTS)}
+        raise ValueError(f"{path}: holds {odd}; wanted {{name: tensor}}, none sparse, and nothing "
+                         "else")
+    return {name: t for name, t in tensors.items() if inside or not name.endswith(NOT_WEIGHTS)}
 
 
 def convert(source, out, dtype=None, log=print):
@@ -92,7 +94,8 @@ def convert(source, out, dtype=None, log=print):
     parts = sorted(set(places.values())) or [hub.BIN_SINGLE]
     if not places and not (source / hub.BIN_SINGLE).exists():
         raise FileNotFoundError(f"{source}: no {hub.BIN_SINGLE} and no {BIN_INDEX}; wanted a "
-                                "folder with a published model's .bin files")
+                                "folder with a published model's .bin files, or with "
+                                "Video-LLaMA's and ImageBind's .pth files")
     existing = [*out.glob("*.safetensors"), *out.glob(hub.INDEX)]
     if finished := [path.name for path in existing if not path.name.startswith(".")]:
         raise FileExistsError(f"{out}: holds {hub.listed(finished)} already; name another folder")
@@ -154,8 +157,8 @@ def convert_video_llama(source, out, dtype=None, log=print):
             ) + "; move it out of the folder")
         parts[kind] = path, {("audio_encoder." if kind == SOUND else "") + name: tensor
                              for name, tensor in tensors.items()}
-        log(f"{path.name}: {kind}, {len(tensors)} tensors, {len(every) - len(tensors)} others are "
-            "left out")
+        log(f"{path.name}: {kind}, {len(tensors)} tensors; left out: "
+            + hub.listed((name for name in every if name not in tensors), 3))
     if lost := [kind for kind in TOLD_BY if kind not in parts]:
         raise FileNotFoundError(f"{source}: no .pth file of {' or of '.join(lost)}; wanted "
                                 "finetune-vicuna7b-v2.pth, finetune_vicuna7b_audiobranch.pth and "
@@ -164,10 +167,13 @@ def convert_video_llama(source, out, dtype=None, log=print):
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     config = sizes_of(shapes)
     check_parts(parts, shapes, released_shapes(config))
+    whole = [name for name, t in found.items() if not t.is_floating_point()]
     found = {name: t.to(dtype) if dtype else t for name, t in found.items()}
-    if spoilt := [name for name, t in found.items() if not hub.is_finite(t)]:
-        raise ValueError(f"{source}: NaN or infinity in {hub.listed(spoilt)}, or numbers too large "
-                         f"for {dtype}; get the weights again")
+    spoilt = [name for name, t in found.items() if not hub.is_finite(t)]
+    for names, what in ((whole, "whole numbers"), (spoilt, "NaN or infinity" + (
+            f", or numbers too large for {dtype}," if dtype else ""))):
+        if names:
+            raise ValueError(f"{source}: {what} in {hub.listed(names)}; get the weights again")
     hub.save_folder(out, found, {"model_type": "video-llama"} | dataclasses.asdict(config))
     return out
 

@@ -25,7 +25,7 @@ from baselines.vicuna import TOP_K, TOP_P, frame_sentence, generate, pick, promp
 from baselines.video_llama import RENAME, Branches, BranchesConfig, VideoLlama, choose_frames
 from data import Clip, Record, Sample, load_clip
 from llama import Llama, LlamaConfig
-from runtime import hub
+from runtime import feature_cache, hub
 from tools import convert, memory
 
 # The authors' small modules: 3 heads of 8 in the audio trunk, 4 of 12 in the Q-Formers.
@@ -206,6 +206,15 @@ def test_frames_of_a_file_are_theirs(tmp_path, count):
     assert times == pytest.approx([place / 25 for place in wanted], abs=1e-6)
 
 
+@pytest.mark.parametrize("name, fps", [("v.mp4", 30), ("v.mkv", 30), ("v.mkv", 60)])
+@pytest.mark.parametrize("count", [8, 20, 33])
+def test_frames_of_files_that_count_milliseconds(tmp_path, name, fps, count):
+    """Times or length are rounded there: a frame that starts at k/8 of the length is still seen."""
+    path = encode(tmp_path / name, [k * 90000 // fps for k in range(count)], fps=fps)
+    clip = load_clip(Record("a", "", "", video=str(path)), n_frames=8)
+    assert numbers(clip.frames[choose_frames(clip)[0]]) == [k * count // 8 for k in range(8)]
+
+
 def test_frames_of_a_part_of_a_file(tmp_path):
     path = encode(tmp_path / "v.mp4", [k * 3600 for k in range(250)])
     clip = load_clip(Record("a", "", "", video=str(path), start=2.0, end=6.0), n_frames=8)
@@ -308,6 +317,13 @@ class Malicious:
     ("imagebind", "modality_heads.audio.2.weight", None, "imagebind_huge.pth: .*missing: audio_"),
     ("imagebind", "modality_trunks.audio.blocks.0.attn.bias_k", torch.ones(24), "wrong shape"),
     ("vl", "llama_proj.weight", torch.full((32, 32), float("nan")), "NaN or infinity in llama_"),
+    ("vl", "llama_proj.bias", torch.ones(32, dtype=torch.int64), "whole numbers in llama_proj.b"),
+    pytest.param("vl", "llama_proj.bias", torch.ones(32).to_sparse(),
+                 r"v2.pth: holds llama_proj.bias \(1\); wanted .*none sparse",
+                 marks=pytest.mark.filterwarnings("ignore:Sparse")),
+    ("imagebind", 7, torch.ones(3), r"imagebind_huge.pth: holds 7 \(1\); wanted"),
+    ("al", "video_Qformer.bert.embeddings.LayerNorm.bias", torch.ones(32),
+     "audiobranch.pth: is not Video-LLaMA's audio branch as released: unknown: video_Qformer"),
     ("al", "odd", Malicious(), "audiobranch.pth: no plain pickle of tensors, and not run"),
     ("imagebind", "odd", 3, r"imagebind_huge.pth: holds odd \(1\)")])
 def test_torch_files_that_are_refused(tmp_path, kind, name, tensor, message):
@@ -350,6 +366,8 @@ def test_what_is_in_two_files_is_taken_from_the_one_loaded_last(tmp_path, capsys
              "weight": files["vl"]["video_frame_position_embedding.weight"]}
     convert.main([str(write(tmp_path / "pth", files, al=twice)), str(tmp_path / "out")])
     shown = capsys.readouterr().out
+    assert shown.count("58 tensors; left out: llama_model.model.layers.0.self_attn.rotary_emb."
+                       "inv_freq, video_Qformer.bert.embeddings.position_ids (2)") == 1
     assert "video_query_tokens is in two files, with other values; this file's count" in shown
     assert "video_frame_position_embedding.weight is in two files, with the same values" in shown
     assert Branches.from_pretrained(tmp_path / "out").video_query_tokens.mean() == 7
@@ -507,6 +525,16 @@ def test_parts_that_are_wrong(sources, small_parts, tmp_path):
         else:
             with pytest.raises(ValueError, match="text_config has .*blip2-flan-t5-xxl"):
                 Blip2Encoder.sizes(tmp_path)
+    for name, part, message in (("llm", small_parts / "llama", ".bin files only, .*tools.convert"),
+                                ("whisper", Path(sources["video_llama"]), "no model.safetensors")):
+        folder = tmp_path / f"{name}-without-weights"               # told before anything is read
+        folder.mkdir()
+        for file in (file for file in part.iterdir() if file.name != "model.safetensors"):
+            (folder / file.name).symlink_to(file)
+        if name == "llm":
+            (folder / "pytorch_model.bin").touch()
+        with pytest.raises(FileNotFoundError, match=f"{name}-without-weights: {message}"):
+            load(visual="nowhere", **{name: str(folder)})
     llm = Llama.from_pretrained(small_parts / "llama")
     for name, change in (("delta", lambda: llm.model.norm.weight.data.mul_(0.01)),
                          ("wide", lambda: None)):
@@ -575,6 +603,15 @@ def test_the_miniatures_tasks_from_files_to_a_table(sources, small_miniature, tm
     assert report["mixture"] == {} and report["cached features"] is True
     index = next((tmp_path / "features").rglob("*.jsonl")).read_text()
     assert '"times": [0.0, ' in index             # for the prompt of a silent video
+
+
+def test_cached_vectors_depend_on_the_code_of_every_part(model, monkeypatch):
+    """Also on that of the filter bank and of the ViT, which lie in files of their own."""
+    read = []
+    monkeypatch.setattr(feature_cache, "source_hash", lambda *things: read.extend(things) or "")
+    feature_cache.fingerprint(model, model.clip_options())
+    assert {thing.__name__ for thing in read} >= {
+        "baselines.video_llama", "baselines.imagebind", "baselines.blip2", "vit_qformer"}
 
 
 def test_the_papers_column_stands_beside_ours(sources, small_miniature, tmp_path, capfd):
