@@ -8,11 +8,12 @@
      decoded                I0 P4 B2 -- b3 -- -- -- -- | I9
 
 Packets tell when their pictures are shown, so the reader can choose before anything is decoded.
-Then the decoder leaves out a picture that was not chosen and to which no other refers (skip_frame).
-Behind the last choice of a group the rest is left out, too, if the next keyframe starts anew.  The
-reader sees all times, as if every picture were decoded, and gets the same pictures to the bit.
-Where packets and decoder disagree, Unexpected is raised; then every picture must be decoded.
-Damage is seen only where something is decoded.
+Then the decoder gets no picture that was not chosen and to which no other refers, and none behind
+the last choice of a group, if the next keyframe starts anew.  H.264, HEVC and MPEG-4 mark pictures
+to which no other refers; of VP9 and AV1 only the rest of a group is left out.  The reader sees all
+times, as if every picture were decoded, and gets the same pictures to the bit.  Where packets and
+decoder disagree, Unexpected is raised; then every picture must be decoded.  Damage is neither seen
+nor does it harm where nothing is decoded.
 
 Public: Plan, Skipped, Unexpected."""
 
@@ -20,11 +21,13 @@ import heapq
 import math
 from dataclasses import dataclass
 from functools import wraps
+from itertools import chain
 
 import av
 
 CONTAINERS = ("mov,mp4", "matroska")          # those that store when each picture is shown
 CODECS = ("h264", "hevc", "vp9", "av1", "mpeg4")
+LENGTH_SIZE = {"h264": 4, "hevc": 21}         # where a header says how long lengths of units are
 REORDERED = 32                                # packets; H.264 and HEVC reorder at most 16
 
 
@@ -61,11 +64,16 @@ class Plan:
         self.codec, self.reorders = codec.codec.canonical_name, codec.has_b_frames
         if not stream.container.format.name.startswith(CONTAINERS) or self.codec not in CODECS:
             raise Unexpected
+        place, extra = LENGTH_SIZE.get(self.codec), codec.extradata or b""
+        if place and not (extra[:1] == b"\1" and len(extra) > place and extra[place] & 3 == 3):
+            raise Unexpected
         self.groups = []          # pts in order of decoding, a list from each keyframe on
         self.wanted = set()       # those that must be decoded
         self.leading = set()      # those that refer to what is before the first packet
         self.rest = set()         # others that the decoder need not see
-        self.layer = 0            # the highest sub-layer of HEVC: no other one refers to it
+        self.spare = {}           # those to which no other of their sub-layer refers, and that
+        self.resets = set()       # keyframes behind which nothing refers to what is before them
+        self.layer = 0            # the highest sub-layer, to which no other one refers
         self.waiting, self.last = [], -math.inf
         for packet in filled(packets):
             if packet.pts is None or packet.is_corrupt or packet.has_sidedata("new_extradata") or (
@@ -77,7 +85,12 @@ class Plan:
                 self.leading.add(packet.pts)
                 continue
             self.groups[-1].append(packet.pts)
-            self.layer = max(self.layer, self.layer_of(packet))
+            referred, layer, resets = references(packet, self.codec)
+            self.layer = max(self.layer, layer)
+            if resets:
+                self.resets.add(packet.pts)
+            if not referred:
+                self.spare[packet.pts] = layer
             if packet.is_discard:                        # decoded for those after it, never shown
                 self.wanted.add(packet.pts)
             else:
@@ -90,23 +103,20 @@ class Plan:
 
     def choose(self, chosen):
         """chosen: the pts of the pictures that the reader looks at."""
-        stamps, opened = sum(self.groups, []), [
-            min(following) < following[0] for following in self.groups[1:]]
+        stamps = [*chain.from_iterable(self.groups)]
         if len(set(stamps)) < len(stamps) or (self.leading and stamps[0] in chosen) or (
                 self.reorders and stamps == sorted(stamps)):     # they tell the order of decoding
             raise Unexpected
         self.wanted |= chosen
-        if self.codec == "h264" and any(opened):                 # its keyframes do not reset all
-            return
-        for group, following, is_open in zip(self.groups, self.groups[1:], opened, strict=False):
-            if not is_open and max(group) < following[0]:
+        for group, following in zip(self.groups, self.groups[1:], strict=False):
+            if following[0] in self.resets and max(group) < following[0] == min(following):
                 last = max((i for i, stamp in enumerate(group) if stamp in self.wanted), default=-1)
                 self.rest.update(group[last + 1:])
 
     @told
     def pictures(self, packets, stream, path):
         """In place of the decoder: packets -> (picture or stand-in, 0), in order of time."""
-        codec, jumped = stream.codec_context, False
+        codec, jumped, self.given = stream.codec_context, False, set()
         codec.options |= {"err_detect": "explode"}               # an error, where it would guess
         self.waiting, self.last = [], -math.inf
         for packet in filled(packets):
@@ -121,10 +131,9 @@ class Plan:
                 yield from self.in_order(codec.decode(None))
                 codec.flush_buffers()
                 jumped = False
-            spare = packet.pts not in self.wanted and self.layer_of(packet) == self.layer and (
-                self.codec != "av1")                     # which cannot change it on the way
-            codec.skip_frame = "NONREF" if spare else "DEFAULT"
-            yield from self.in_order(packet.decode())
+            if packet.pts in self.wanted or self.spare.get(packet.pts) != self.layer:
+                self.given.add(packet.pts)
+                yield from self.in_order(packet.decode())
         yield from self.in_order(codec.decode(None))
         yield from self.stand_ins(math.inf)
 
@@ -139,7 +148,7 @@ class Plan:
 
     def stand_ins(self, until):
         while self.waiting and self.waiting[0].pts < until:
-            if self.waiting[0].pts in self.wanted:
+            if self.waiting[0].pts in self.given:            # the decoder made nothing of it
                 raise Unexpected
             yield self.pop(), 0
 
@@ -153,9 +162,27 @@ class Plan:
         self.last = stand_in.pts
         return stand_in
 
-    def layer_of(self, packet):
-        """The temporal sub-layer of a packet of HEVC, by its first unit; of others 0."""
-        return memoryview(packet)[5] & 7 if self.codec == "hevc" and packet.size > 5 else 0
+
+def references(packet, codec):
+    """Packet -> whether other pictures of its sub-layer may refer to its own, the sub-layer, and
+    whether it is a keyframe that resets the decoder."""
+    content, at, units, key = bytes(packet), 0, [], packet.is_keyframe
+    while codec in LENGTH_SIZE and at + 5 < len(content):
+        units.append(content[at + 4:at + 6])                       # their headers
+        at += 4 + int.from_bytes(content[at:at + 4], "big")
+    if codec == "h264":
+        pictures = [first for first, _ in units if 1 <= first & 31 <= 5]
+        referred, layer = any(first & 96 for first in pictures), 0
+        key &= any(first & 31 == 5 for first in pictures)
+    elif codec == "hevc":
+        pictures = [(first >> 1, second & 7) for first, second in units if first >> 1 < 32]
+        referred = any(kind > 14 or kind % 2 for kind, _ in pictures)
+        layer = max((layer for _, layer in pictures), default=0)
+    else:
+        kind = content.find(b"\0\0\1\xb6") + 4                   # behind it 2 stands for a B-frame
+        pictures, layer = [kind], 0
+        referred = codec != "mpeg4" or not 3 < kind < len(content) or content[kind] >> 6 != 2
+    return referred or not pictures, layer, key
 
 
 def filled(packets):
