@@ -33,6 +33,7 @@ import torch
 from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import VideoReformatter
 
+from runtime import skipping
 from runtime.hub import atomic
 
 AUDIO_RATE = 16_000       # samples per second, the rate of Whisper
@@ -367,8 +368,8 @@ def _decoded(packets, stream, path):
         warnings.warn(f"{path}: {broken} broken {stream.type} packets were left out", stacklevel=4)
 
 
-def _timed_frames(container, stream, path, clock):
-    """Yields every decoded frame as (start, seconds, frame) in presentation time.  A frame without
+def _timed_frames(container, stream, path, clock, source=_decoded):
+    """Yields every frame of `source` as (start, seconds, frame) in order of time.  A frame without
     a time stamp starts where the frame before it ended (raw H.264).  Times do not go backwards.
     clock: the start of the first frame in seconds, None when it is unknown.
 
@@ -383,7 +384,7 @@ def _timed_frames(container, stream, path, clock):
                 if packet.stream.index == stream.index) if joined else container.demux(stream))
     last, last_pts, last_dts, bad_pts, bad_dts = None, -math.inf, -math.inf, 0, 0
     rate, drift, changed = None, math.inf if container.format.flags & GENERIC_INDEX else 0.5, False
-    for frame, delay in _decoded(packets, stream, path):
+    for frame, delay in source(packets, stream, path):
         pts, dts = frame.pts, frame.dts
         # As ffmpeg does: stamps of decoding, where those of presentation are worse or missing.
         if pts is not None:
@@ -405,6 +406,8 @@ def _timed_frames(container, stream, path, clock):
             if changed and last is not None and abs(time - clock) < drift:
                 time = clock
             if last is not None and (time < last - BACK or time > clock + LOST_STAMP):
+                if source is not _decoded:
+                    raise skipping.Unexpected
                 if not joined:
                     joined = True
                     _warn_joined(path)
@@ -432,8 +435,9 @@ def _warn_joined(path):
                   "to each other; the parts are joined", stacklevel=1)      # once per file
 
 
-def _decode(path, kind, start):
+def _decode(path, kind, start, source=_decoded):
     """Yields (start, seconds, frame) from a frame at or shortly before `start` seconds on.
+    source: what turns packets into frames, _decoded or a method of skipping.Plan.
 
     A seek may land too late (B-frames, sparse keyframes, bad indices).  The time of the first frame
     shows this; then we seek further back, and in the end read from the beginning.  No seek is
@@ -443,6 +447,8 @@ def _decode(path, kind, start):
             continue                              # the beginning is as close
         with _open(path) as container:
             stream = _stream(container, kind, path)
+            if source is not _decoded and (_joints(container, path)[0] or _appended(*_state(path))):
+                raise skipping.Unexpected
             if _joints(container, path)[0]:
                 if back is not None:
                     continue
@@ -457,7 +463,7 @@ def _decode(path, kind, start):
                 except av.FFmpegError:
                     continue
             rate = stream.codec_context.sample_rate if kind == "audio" else None
-            frames = _timed_frames(container, stream, path, 0.0 if back is None else None)
+            frames = _timed_frames(container, stream, path, 0.0 if back is None else None, source)
             first = next(frames, None)
             if back is not None and (first is None or first[0] is None or first[0] > start or
                                      (rate and first[2].sample_rate != rate)):
@@ -493,14 +499,14 @@ def _warn_too_long(path, what, seconds, most):
 # ---------------------------------------- pictures
 
 class _Shown:
-    """A decoded frame.  It is turned and resized at most once, and only if it is chosen."""
+    """A decoded frame.  `take` turns it into what is kept of it, at most once."""
 
-    def __init__(self, time, frame, resize, reformatter):
-        self.time, self.frame, self.resize, self.reformatter = time, frame, resize, reformatter
+    def __init__(self, time, frame, take):
+        self.time, self.frame, self.take = time, frame, take
 
     @cached_property
-    def pixels(self):
-        return self.resize(_upright(self.frame, self.reformatter))[0]         # (3,size,size)
+    def kept(self):
+        return self.take(self.frame)
 
 
 def _upright(frame, reformatter, full_chroma=False):
@@ -626,24 +632,26 @@ def _read_frames(path, resize, fps, start, end, frame_times):
     if end - start > most:
         _warn_too_long(path, "pictures", end - start, most)
         end = start + most
-    pending = deque(sorted(FRAME_TIMES[frame_times](start, end, fps)))
-    chosen, shown, shown_until, reformatter = {}, None, 0.0, VideoReformatter()
+    targets = sorted(FRAME_TIMES[frame_times](start, end, fps))
     late = min(LATE, LATE * 2 / fps) if frame_times == "regular" else TICK
-    for time, seconds, frame in _decode(path, "video", start):
-        new = _Shown(time, frame, resize, reformatter)
-        # The start of a frame that follows a slide may be stamped late.
-        early = time - (late if shown is not None and time - shown.time >= SLIDE else TICK)
-        while pending:
-            target, slot, at_or_after = pending[0]
-            if time < target - TICK if at_or_after else early <= target:
-                break                              # a later frame may be the one for this target
-            pick = new if at_or_after or shown is None else shown
-            chosen[slot] = (pick.pixels, pick.time)
-            pending.popleft()
-        if not pending:
-            break
-        shown, shown_until = new, max(shown_until, time + seconds)
-    if shown is None and not chosen:
+    reformatter, plan = VideoReformatter(), skipping.Plan()
+
+    def pixels(frame):
+        if isinstance(frame, skipping.Skipped):
+            raise skipping.Unexpected
+        return resize(_upright(frame, reformatter))[0]                        # (3,size,size)
+
+    try:
+        stand_ins, last, _, pending = _choose(
+            _decode(path, "video", start, plan.stamps), targets, late, lambda frame: frame.pts)
+        plan.choose({stamp for stamp, _ in stand_ins.values()} |
+                    ({last.kept} if last and pending else set()))
+        chosen, shown, shown_until, pending = _choose(
+            _decode(path, "video", start, plan.pictures), targets, late, pixels)
+    except skipping.Unexpected:
+        chosen, shown, shown_until, pending = _choose(
+            _decode(path, "video", start), targets, late, pixels)
+    if shown is None:
         raise MediaError(f"{path}: no frame can be decoded; it is broken, or larger than "
                          f"{VIDEO_PIXELS / 1e6:.0f} million pixels; make it again or drop it")
     if pending:                                                # the last frame stays on screen
@@ -651,14 +659,35 @@ def _read_frames(path, resize, fps, start, end, frame_times):
         truncated = shown_until < end - 1
         for target, slot, _ in pending:
             if not truncated or target < shown_until:
-                chosen[slot] = (shown.pixels, shown.time)
+                chosen[slot] = (shown.kept, shown.time)
     if not chosen:
         raise MediaError(f"{path}: start {start} s is beyond its end, the picture decodes up to "
                          f"{shown_until:.3f} s; correct the times or drop the record")
     # The last second of "ends" may overlap with the one before it.
-    pixels, times = zip(*sorted((chosen[slot] for slot in sorted(chosen)),
+    frames, times = zip(*sorted((chosen[slot] for slot in sorted(chosen)),
                                 key=lambda frame: frame[1]), strict=True)
-    return torch.stack(pixels), list(times)
+    return torch.stack(frames), list(times)
+
+
+def _choose(decoded, targets, late, take):
+    """decoded: (start, seconds, frame) in order of time.  -> {slot: (what `take` keeps, time)} of
+    the frames on screen at the targets, the last _Shown, its end, and the targets behind it."""
+    pending, chosen, shown, shown_until = deque(targets), {}, None, 0.0
+    for time, seconds, frame in decoded:
+        new = _Shown(time, frame, take)
+        # The start of a frame that follows a slide may be stamped late.
+        early = time - (late if shown is not None and time - shown.time >= SLIDE else TICK)
+        while pending:
+            target, slot, at_or_after = pending[0]
+            if time < target - TICK if at_or_after else early <= target:
+                break                              # a later frame may be the one for this target
+            pick = new if at_or_after or shown is None else shown
+            chosen[slot] = (pick.kept, pick.time)
+            pending.popleft()
+        shown, shown_until = new, max(shown_until, time + seconds)
+        if not pending:
+            break
+    return chosen, shown, shown_until, pending
 
 
 def read_image(path, resize):

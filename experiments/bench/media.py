@@ -4,16 +4,18 @@
        --media.read_frames--> (F,3,224,224), times     against ffmpeg that only decodes
        --data.read_audio--> (S,)                      against ffmpeg -ac 1 -ar 16000
 The baseline is ffmpeg's command line on one thread, as a loader worker has one. Where ffmpeg is
-missing, it is a plain PyAV loop, which the lines mention.
+missing, it is a plain PyAV loop, which the lines mention.  torchcodec and decord are measured, too,
+where Python finds them.
 
 Public: pictures, sound, write_clip."""
 
 import bisect
+import os
 import shutil
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -38,19 +40,24 @@ from vit_qformer import resize
 
 GOP = 250
 FPS = Fraction(30000, 1001)
+KINDS = [(codec, gop, bframes) for codec in ("libx264", "libx265") for gop in (12, 250)
+         for bframes in (3, 0)]
 
 
 # ---------------------------------------------------------------- a clip
-def write_clip(path, seconds, width=1280, height=720, seed=0):
-    """H.264 at 29.97 fps, a keyframe every 250, 3 B-frames, about 3 Mb/s at 720p, and a stereo AAC
-    track whose sides differ."""
+def write_clip(path, seconds, width=1280, height=720, seed=0, codec="libx264", gop=GOP, bframes=3):
+    """H.264 or HEVC at 29.97 fps, a keyframe every 250, 3 B-frames, about 3 Mb/s at 720p, and a
+    stereo AAC track whose sides differ."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 16 + 2, width // 16 + 40, 3), dtype=np.uint8)
     world = coarse.repeat(16, axis=0).repeat(16, axis=1)                 # blocks that move past
     noise = rng.integers(0, 8, (height + 16, width + 16, 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=FPS, options={
-            "preset": "veryfast", "g": str(GOP), "bf": "3", "sc_threshold": "0", "b": "3200k"})
+        options = {"preset": "veryfast", "g": str(gop), "bf": str(bframes), "sc_threshold": "0",
+                   "b": "3200k"}
+        if codec == "libx265":
+            options |= {"preset": "ultrafast", "x265-params": "log-level=none"}
+        video = container.add_stream(codec, rate=FPS, options=options)
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         sound = container.add_stream("aac", rate=48000, layout="stereo")
         for i in range(round(seconds * FPS)):
@@ -75,10 +82,10 @@ def tone(rng, seconds):
 
 
 @contextmanager
-def clip_of(seconds, **size):
+def clip_of(seconds, **options):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
-        write_clip(path, seconds, **size)
+        write_clip(path, seconds, **options)
         yield str(path)
 
 
@@ -139,7 +146,73 @@ def pictures(run: Run):
                        remark="one thread each; the baseline only decodes: it is the roofline")
         line.roofline = line.baseline
         lines = [line, wrong, pixels_of(run, path), seeking(run, path, seconds)]
+        for codec, gop, bframes in run.pick(test=KINDS[:1], quick=KINDS[:2], full=KINDS):
+            lines += decoded_in_part(run, seconds, codec, gop, bframes, size)
         return lines + ([fed(run, path, seconds)] if run.size in ("full", "cuda") else [])
+
+
+def processor_seconds(function):
+    """user + sys of one call and of the processes that it started."""
+    before = sum(os.times()[:4])
+    function()
+    return sum(os.times()[:4]) - before
+
+
+def peers(path, moments):
+    """{name: function that reads the frames at the moments on one thread and resizes them} of the
+    other readers that are installed here."""
+    def torchcodec():
+        reader = decoders.VideoDecoder(path, num_ffmpeg_threads=1, seek_mode="exact")
+        return resize(reader.get_frames_played_at(moments).data.permute(0, 2, 3, 1).contiguous())
+
+    def decord():
+        reader = decord_package.VideoReader(path, num_threads=1)
+        ends = [reader.get_frame_timestamp(i)[1] for i in range(len(reader))]
+        numbers = [min(bisect.bisect_right(ends, t + TICK), len(ends) - 1) for t in moments]
+        return resize(torch.from_numpy(reader.get_batch(numbers).asnumpy()))
+
+    found = {}
+    with suppress(ImportError):
+        from torchcodec import decoders
+        found["torchcodec"] = torchcodec
+    with suppress(ImportError):
+        import decord as decord_package
+        found["decord"] = decord
+    return found
+
+
+def decoded_in_part(run, seconds, codec, gop, bframes, size):
+    """The reader against those that decode every frame, by processor time, in turn.  Its frames
+    must be those of a plain loop over all frames, to the bit."""
+    what = (f"{'H.264' if codec == 'libx264' else 'HEVC'}, a keyframe every {gop}, "
+            f"{bframes} B-frames")
+    wanted = run.wants("ratio <= 1.05" if not bframes else
+                       "ratio <= 0.5" if gop < 100 else "ratio <= 0.65")
+    with clip_of(seconds, codec=codec, gop=gop, bframes=bframes, **size) as path:
+        frames, times = read_frames(path, resize)
+        unequal = len(times)
+        with av.open(path) as container:
+            origin = min(s.start_time * s.time_base for s in container.streams)
+            index = {round(t / TICK): i for i, t in enumerate(times)}
+            for frame in container.decode(video=0):
+                i = index.get(round(float(frame.pts * frame.time_base - origin) / TICK))
+                if i is not None:
+                    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))[None]  # (1,H,W,3)
+                    unequal -= times.count(times[i]) * torch.equal(resize(pixels)[0], frames[i])
+        if unequal:
+            check_equal(f"{what}: frames that differ from full decoding", unequal, 0)
+        decode, name = decoder(path)
+        sides = {"ours": lambda: read_frames(path, resize), name: decode} | peers(path, times)
+        spent = {side: [] for side in sides}
+        for repeat in range(-1, run.pick(test=1, quick=3, full=5)):            # -1 warms up
+            for side in list(sides)[::1 if repeat % 2 else -1]:
+                taken = processor_seconds(sides[side])
+                if repeat >= 0:
+                    spent[side].append(max(taken, 0.01))                       # the clock's tick
+    return [line_of(what, spent["ours"], spent[side], baseline_name=side,
+                    wanted=wanted if side != "decord" else "",
+                    remark=f"processor time, {seconds} s; {len(times)} frames equal to the bit")
+            for side in spent if side != "ours"]
 
 
 def wrong_frames(path):

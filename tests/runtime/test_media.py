@@ -695,8 +695,8 @@ def test_three_hours_cost_no_more_than_the_window(tmp_path, monkeypatch):
             container.mux(packet)
     counts, decode = Counter(), media._timed_frames
 
-    def counted(container, stream, path, clock):
-        for item in decode(container, stream, path, clock):
+    def counted(container, stream, *options):
+        for item in decode(container, stream, *options):
             counts[stream.type] += 1
             yield item
     monkeypatch.setattr(media, "_timed_frames", counted)
