@@ -91,9 +91,7 @@ class Plan:
                 self.resets.add(packet.pts)
             if not referred:
                 self.spare[packet.pts] = layer
-            if packet.is_discard:                        # decoded for those after it, never shown
-                self.wanted.add(packet.pts)
-            else:
+            if not packet.is_discard:                    # decoded for those after it, never shown
                 self.push(packet)
             if len(self.waiting) > REORDERED:
                 yield self.pop(), 0
