@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from data import Clip, Features, Record, Sample, load_clip, load_or_skip, report_skipped
-from runtime import cli, distributed, hub, media, skipping
+from runtime import cli, distributed, hub, media
 from runtime.log import in_words
 from runtime.media import MediaError, probe
 
@@ -60,7 +60,7 @@ def fingerprint(model, clip_options):
     files += sorted({type(inner).__module__ for part in encoders for inner in part.modules()
                      if type(part).__module__.startswith("baselines.")
                      and not type(inner).__module__.startswith("torch.")})  # of parts of parts
-    code = source_hash(media, skipping, load_clip, *(sys.modules[name] for name in files))
+    code = source_hash(media, load_clip, *(sys.modules[name] for name in files))
     parts = [model.system, sorted(clip_options.items()), config.audio_seconds,
              config.question_turn, config.question_tokens, code, bits_hash(frozen_weights(model))]
     for source in (config.whisper, config.visual):

@@ -14,6 +14,7 @@ file itself.  Whatever a header claims, a call returns at most 3 hours of sound 
 Public: MediaError, Media, probe, read_frames, read_image, read_audio, write_video, write_wav,
 write_png, AUDIO_RATE."""
 
+import heapq
 import math
 import mmap
 import os
@@ -25,7 +26,8 @@ from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
+from itertools import chain
 
 import av
 import numpy as np
@@ -33,7 +35,6 @@ import torch
 from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import VideoReformatter
 
-from runtime import skipping
 from runtime.hub import atomic
 
 AUDIO_RATE = 16_000       # samples per second, the rate of Whisper
@@ -59,6 +60,10 @@ PICTURE_PIXELS = 120_000_000                      # 12000 x 10000; reading one t
 VIDEO_PIXELS = 36_000_000                         # 8192 x 4352, of which H.264 keeps up to 17
 COLOUR_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)        # numbers of ITU-T H.273 that FFmpeg converts
 ONLY_THE_FIRST = ("wav", "aiff", "mov", "flv")    # formats of which FFmpeg reads one file only
+STAMPING = ("mov,mp4", "matroska")                # those that store when each picture is shown
+SKIPPED_IN = ("h264", "hevc", "vp9", "av1", "mpeg4")      # codecs that are decoded in part
+LENGTH_SIZE = {"h264": 4, "hevc": 21}         # where a header says how long lengths of units are
+REORDERED = 32                                # packets; H.264 and HEVC reorder at most 16
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"          # the parts of Matroska
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"styp", b"sidx", b"mfra",
          b"uuid", b"meta", b"emsg", b"prft", b"pdin")                   # and those of MP4
@@ -368,6 +373,179 @@ def _decoded(packets, stream, path):
         warnings.warn(f"{path}: {broken} broken {stream.type} packets were left out", stacklevel=4)
 
 
+# ---------------------------------------- decoding in part
+# At 30 pictures per second two of them are looked at.  Packets tell when their pictures are shown,
+# so _read_frames first chooses among stand-ins in order of time (_Plan.stamps), before anything is
+# decoded, and then among the pictures that it wants and stand-ins for the others (_Plan.pictures):
+#
+#     in order of decoding   I0 P4 B2 b1 b3 P8 B6 b5 b7 | I9 ...      nothing refers to a b
+#     chosen                 I0          b3             | I9
+#     decoded                I0 P4 B2 -- b3 -- -- -- -- | I9
+#
+# The decoder gets no picture that was not chosen and to which no other refers, and none behind the
+# last choice of a group, if the next keyframe starts anew.  H.264, HEVC and MPEG-4 mark pictures to
+# which no other refers; of VP9 and AV1 only the rest of a group is left out.  All times are seen as
+# if every picture were decoded, and the pictures are the same to the bit.  Where packets and the
+# decoder disagree, _Unexpected is raised; then every picture is decoded.  Damage is neither seen
+# where nothing is decoded, nor does it harm there.
+
+class _Unexpected(Exception):
+    """Every picture of the file must be decoded."""
+
+
+@dataclass(frozen=True, order=True)
+class _Skipped:
+    """A stand-in for a picture that was not decoded."""
+    pts: int
+    duration: int
+    dts: None = None
+
+
+def _told(source):
+    """The generator `source`, of which an error of FFmpeg is an _Unexpected."""
+    @wraps(source)
+    def wrapped(*args):
+        try:
+            yield from source(*args)
+        except (av.FFmpegError, IndexError) as error:        # IndexError: as in _decoded
+            raise _Unexpected from error
+    return wrapped
+
+
+class _Plan:
+    """Which pictures of a file are decoded.  A picture is known by its pts."""
+
+    @_told
+    def stamps(self, packets, stream, path):
+        """In place of the decoder: packets -> (stand-in, 0) of every picture, in order of time."""
+        codec = stream.codec_context
+        self.codec, self.reorders = codec.codec.canonical_name, codec.has_b_frames
+        if not stream.container.format.name.startswith(STAMPING) or self.codec not in SKIPPED_IN:
+            raise _Unexpected
+        place, extra = LENGTH_SIZE.get(self.codec), codec.extradata or b""
+        if place and not (extra[:1] == b"\1" and len(extra) > place and extra[place] & 3 == 3):
+            raise _Unexpected
+        self.groups = []          # pts in order of decoding, a list from each keyframe on
+        self.wanted = set()       # those that must be decoded
+        self.leading = set()      # those that refer to what is before the first packet
+        self.rest = set()         # others that the decoder need not see
+        self.spare = {}           # {those to which no other of their sub-layer refers: sub-layer}
+        self.resets = set()       # keyframes behind which nothing refers to what is before them
+        self.layer = 0            # the highest sub-layer, to which no other one refers
+        self.waiting, self.last = [], -math.inf
+        for packet in _filled(packets):
+            if packet.pts is None or packet.is_corrupt or packet.has_sidedata("new_extradata") or (
+                    not self.groups and not packet.is_keyframe):
+                raise _Unexpected
+            if packet.is_keyframe:
+                self.groups.append([])
+            elif len(self.groups) == 1 and packet.pts < self.groups[0][0]:
+                self.leading.add(packet.pts)
+                continue
+            self.groups[-1].append(packet.pts)
+            referred, layer, resets = _references(packet, self.codec)
+            self.layer = max(self.layer, layer)
+            if resets:
+                self.resets.add(packet.pts)
+            if not referred:
+                self.spare[packet.pts] = layer
+            if not packet.is_discard:                    # decoded for those after it, never shown
+                self.push(packet)
+            if len(self.waiting) > REORDERED:
+                yield self.pop(), 0
+        self.groups.append([math.inf])
+        while self.waiting:
+            yield self.pop(), 0
+
+    def choose(self, chosen):
+        """chosen: the pts of the pictures that the reader looks at."""
+        stamps = [*chain.from_iterable(self.groups)]
+        if len(set(stamps)) < len(stamps) or (self.leading and stamps[0] in chosen) or (
+                self.reorders and stamps == sorted(stamps)):     # they tell the order of decoding
+            raise _Unexpected
+        self.wanted |= chosen
+        for group, following in zip(self.groups, self.groups[1:], strict=False):
+            if following[0] in self.resets and max(group) < following[0] == min(following):
+                last = max((i for i, stamp in enumerate(group) if stamp in self.wanted), default=-1)
+                self.rest.update(group[last + 1:])
+
+    @_told
+    def pictures(self, packets, stream, path):
+        """In place of the decoder: packets -> (picture or stand-in, 0), in order of time."""
+        codec, jumped, self.given = stream.codec_context, False, set()
+        codec.options |= {"err_detect": "explode"}               # an error, where it would guess
+        self.waiting, self.last = [], -math.inf
+        for packet in _filled(packets):
+            if packet.pts in self.leading:
+                continue
+            if not packet.is_discard:
+                self.push(packet)
+            if packet.pts in self.rest:
+                jumped = True
+                continue
+            if jumped:
+                yield from self.in_order(codec.decode(None))
+                codec.flush_buffers()
+                jumped = False
+            if packet.pts in self.wanted or self.spare.get(packet.pts) != self.layer:
+                self.given.add(packet.pts)
+                yield from self.in_order(packet.decode())
+        yield from self.in_order(codec.decode(None))
+        yield from self.stand_ins(math.inf)
+
+    def in_order(self, frames):
+        for frame in frames:
+            if frame.pts is None or frame.is_corrupt or frame.interlaced_frame:
+                raise _Unexpected
+            yield from self.stand_ins(frame.pts)
+            if not self.waiting or self.pop().pts != frame.pts:
+                raise _Unexpected
+            yield frame, 0
+
+    def stand_ins(self, until):
+        while self.waiting and self.waiting[0].pts < until:
+            if self.waiting[0].pts in self.given:            # the decoder made nothing of it
+                raise _Unexpected
+            yield self.pop(), 0
+
+    def push(self, packet):
+        if packet.pts < self.last:
+            raise _Unexpected
+        heapq.heappush(self.waiting, _Skipped(packet.pts, packet.duration or 0))
+
+    def pop(self):
+        stand_in = heapq.heappop(self.waiting)
+        self.last = stand_in.pts
+        return stand_in
+
+
+def _references(packet, codec):
+    """Packet -> whether other pictures of its sub-layer may refer to its own, the sub-layer, and
+    whether it is a keyframe that resets the decoder."""
+    content, at, units, key = bytes(packet), 0, [], packet.is_keyframe
+    while codec in LENGTH_SIZE and at + 5 < len(content):
+        units.append(content[at + 4:at + 6])                       # their headers
+        at += 4 + int.from_bytes(content[at:at + 4], "big")
+    if codec == "h264":
+        pictures = [first for first, _ in units if 1 <= first & 31 <= 5]
+        referred, layer = any(first & 96 for first in pictures), 0
+        key &= any(first & 31 == 5 for first in pictures)
+    elif codec == "hevc":
+        pictures = [(first >> 1, second & 7) for first, second in units if first >> 1 < 32]
+        referred = any(kind > 14 or kind % 2 for kind, _ in pictures)
+        layer = max((layer for _, layer in pictures), default=0)
+    else:
+        kind = content.find(b"\0\0\1\xb6") + 4                   # behind it 2 stands for a B-frame
+        pictures, layer = [kind], 0
+        referred = codec != "mpeg4" or not 3 < kind < len(content) or content[kind] >> 6 != 2
+    return referred or not pictures, layer, key
+
+
+def _filled(packets):
+    """Without the empty packets that mark the end of a stream."""
+    return (packet for packet in packets if packet.size)
+
+
 def _timed_frames(container, stream, path, clock, source=_decoded):
     """Yields every frame of `source` as (start, seconds, frame) in order of time.  A frame without
     a time stamp starts where the frame before it ended (raw H.264).  Times do not go backwards.
@@ -407,7 +585,7 @@ def _timed_frames(container, stream, path, clock, source=_decoded):
                 time = clock
             if last is not None and (time < last - BACK or time > clock + LOST_STAMP):
                 if source is not _decoded:
-                    raise skipping.Unexpected
+                    raise _Unexpected
                 if not joined:
                     joined = True
                     _warn_joined(path)
@@ -437,7 +615,7 @@ def _warn_joined(path):
 
 def _decode(path, kind, start, source=_decoded):
     """Yields (start, seconds, frame) from a frame at or shortly before `start` seconds on.
-    source: what turns packets into frames, _decoded or a method of skipping.Plan.
+    source: what turns packets into frames, _decoded or a method of _Plan.
 
     A seek may land too late (B-frames, sparse keyframes, bad indices).  The time of the first frame
     shows this; then we seek further back, and in the end read from the beginning.  No seek is
@@ -448,7 +626,7 @@ def _decode(path, kind, start, source=_decoded):
         with _open(path) as container:
             stream = _stream(container, kind, path)
             if source is not _decoded and (_joints(container, path)[0] or _appended(*_state(path))):
-                raise skipping.Unexpected
+                raise _Unexpected
             if _joints(container, path)[0]:
                 if back is not None:
                     continue
@@ -634,11 +812,11 @@ def _read_frames(path, resize, fps, start, end, frame_times):
         end = start + most
     targets = sorted(FRAME_TIMES[frame_times](start, end, fps))
     late = min(LATE, LATE * 2 / fps) if frame_times == "regular" else TICK
-    reformatter, plan = VideoReformatter(), skipping.Plan()
+    reformatter, plan = VideoReformatter(), _Plan()
 
     def pixels(frame):
-        if isinstance(frame, skipping.Skipped):
-            raise skipping.Unexpected
+        if isinstance(frame, _Skipped):
+            raise _Unexpected
         return resize(_upright(frame, reformatter))[0]                        # (3,size,size)
 
     try:
@@ -648,7 +826,7 @@ def _read_frames(path, resize, fps, start, end, frame_times):
                     ({last.kept} if last and pending else set()))
         chosen, shown, shown_until, pending = _choose(
             _decode(path, "video", start, plan.pictures), targets, late, pixels)
-    except skipping.Unexpected:
+    except _Unexpected:
         chosen, shown, shown_until, pending = _choose(
             _decode(path, "video", start), targets, late, pixels)
     if shown is None:

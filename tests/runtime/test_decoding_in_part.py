@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime import media, skipping
+from runtime import media
 
 W, H = 128, 96          # x265 writes beyond its memory where pictures are much smaller
 SIMPLE = Fraction(1, 25)
@@ -40,8 +40,8 @@ class Reader:
     """Reads a file with and without leaving pictures out, and counts what was decoded."""
 
     def __init__(self, monkeypatch):
-        self.pictures, self.complete, plan = 0, 0, skipping.Plan
-        monkeypatch.setattr(media.skipping, "Plan", lambda: self.counted(plan()))
+        self.pictures, self.complete, plan = 0, 0, media._Plan
+        monkeypatch.setattr(media, "_Plan", lambda: self.counted(plan()))
         decoded = media._decoded
 
         def all_of_them(*given):
@@ -57,12 +57,12 @@ class Reader:
 
         def allowed(*given):
             if not self.allowed:
-                raise skipping.Unexpected
+                raise media._Unexpected
             yield from stamps(*given)
 
         def counting(*given):
             for frame, delay in pictures(*given):
-                self.pictures += not isinstance(frame, skipping.Skipped)
+                self.pictures += not isinstance(frame, media._Skipped)
                 yield frame, delay
         plan.stamps, plan.pictures = allowed, counting
         return plan
@@ -213,9 +213,9 @@ def test_damage(tmp_path, reader, where):
 
 def test_a_decoder_that_drops_pictures_is_noticed(tmp_path, monkeypatch, request):
     path = write(tmp_path / "a.mp4", g=25, bf=2, **X264)
-    plain = skipping.Plan.in_order
+    plain = media._Plan.in_order
 
     def losing(plan, frames):
         yield from plain(plan, [frame for frame in frames if frame.pts not in plan.wanted])
-    monkeypatch.setattr(skipping.Plan, "in_order", losing)
+    monkeypatch.setattr(media._Plan, "in_order", losing)
     assert request.getfixturevalue("reader").same(path)[0] is None
